@@ -1,0 +1,161 @@
+"""The operator pair, and its derivative: the only place that knows torch.autograd and torch.library.
+
+Both operators are opaque to torch.compile. The choice of a backend is made inside the forward operator, at run time
+and in the caller's context; it travels to the backward operator, which may run on another thread, as a number on the
+CPU among the saved tensors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashlla import dispatch, solvers
+from flashlla.problem import (
+    Inputs,
+    Problem,
+    Report,
+    Residuals,
+    accumulator,
+    empty_output,
+)
+
+# Everything about a call that is not a tensor, in the order both operators take it.
+_SETTINGS = "float scale, float delta_eps, str solver, float[] solver_settings, bool solver_demanded"
+
+
+class ConvergenceWarning(UserWarning):
+    """A solver stopped before it reached its tolerance."""
+
+
+def describe(inputs: Inputs, scale: float, delta_eps: float, solver: str, settings: Sequence[float], demanded: bool) -> Problem:
+    """The Problem of one call."""
+    q, k, v, _ = inputs
+    return Problem(
+        batch=q.shape[0],
+        q_heads=q.shape[1],
+        kv_heads=k.shape[1],
+        q_len=q.shape[2],
+        k_len=k.shape[2],
+        head_dim=q.shape[3],
+        v_dim=v.shape[3],
+        dtype=q.dtype,
+        device=q.device,
+        scale=scale,
+        delta_eps=delta_eps,
+        solver=solvers.decode(solver, settings),
+        solver_demanded=demanded,
+    )
+
+
+def _allocate(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Uninitialised outputs of the forward operator: o, lse, guard, probe, k_mean, omega, iterations, residual, converged, choice."""
+    dtype, rows = accumulator(q.dtype), q.shape[:-1]
+    row = lambda dtype: q.new_empty(rows, dtype=dtype)
+    full = lambda: q.new_empty(q.shape, dtype=dtype)
+    return [
+        empty_output(q, v), row(dtype), row(dtype), full(), full(),
+        row(dtype), row(torch.int32), row(dtype), row(torch.bool),
+        torch.empty((), dtype=torch.int64, device="cpu"),
+    ]  # fmt: skip
+
+
+@torch.library.custom_op(
+    "flashlla::forward",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, {_SETTINGS}, str? backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def forward_op(q, k, v, ridge_lambda, scale, delta_eps, solver, solver_settings, solver_demanded, backend):  # type: ignore[no-untyped-def]
+    inputs = Inputs(q, k, v, ridge_lambda)
+    problem = describe(inputs, scale, delta_eps, solver, solver_settings, solver_demanded)
+    chosen = dispatch.choose(problem, backend)
+    choice = torch.tensor(dispatch.all_backends().index(chosen))
+    if problem.empty:
+        return (*(t.zero_() for t in _allocate(q, k, v)[:-1]), choice)
+    if q.device.type == "cpu":  # elsewhere looking at the numbers would wait for the device
+        _check_ridge(ridge_lambda)
+    o, residuals, report = chosen.forward(problem, inputs)
+    if q.device.type == "cpu":
+        _warn_if_stopped_early(problem, inputs, report)
+    return (o, *residuals, *report, choice)
+
+
+@forward_op.register_fake
+def _(q, k, v, *_):  # type: ignore[no-untyped-def]
+    return tuple(_allocate(q, k, v))
+
+
+@torch.library.custom_op(
+    "flashlla::backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, Tensor lse, Tensor guard, Tensor probe, "
+    f"Tensor k_mean, Tensor choice, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def backward_op(grad_o, q, k, v, ridge_lambda, lse, guard, probe, k_mean, choice, *settings):  # type: ignore[no-untyped-def]
+    inputs = Inputs(q, k, v, ridge_lambda)
+    problem = describe(inputs, *settings)
+    if problem.empty:
+        return tuple(t.zero_() for t in _allocate_gradients(q, k, v, ridge_lambda))
+    chosen = dispatch.all_backends()[int(choice)]
+    return tuple(chosen.backward(problem, inputs, Residuals(lse, guard, probe, k_mean), grad_o))
+
+
+def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor, ridge_lambda: Tensor) -> list[Tensor]:
+    return [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), ridge_lambda.new_empty(ridge_lambda.shape)]
+
+
+@backward_op.register_fake
+def _(grad_o, q, k, v, ridge_lambda, *_):  # type: ignore[no-untyped-def]
+    return tuple(_allocate_gradients(q, k, v, ridge_lambda))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, ridge_lambda, *settings, _ = inputs
+    _, lse, guard, probe, k_mean, *_, choice = output
+    ctx.save_for_backward(q, k, v, ridge_lambda, lse, guard, probe, k_mean, choice)
+    ctx.settings = settings
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_o: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_o is None:
+        return (None,) * 10
+    return (*backward_op(grad_o, *ctx.saved_tensors, *ctx.settings), *(None,) * 6)
+
+
+def _refuse(ctx: Any, *_: Tensor | None) -> None:
+    raise NotImplementedError(
+        "flashlla: lla_attention has a first derivative only; this asked for the derivative of its gradient "
+        "(create_graph=True, torch.autograd.functional.hessian, a gradient penalty). Try finite differences of the "
+        "gradient, or detach it."
+    )
+
+
+forward_op.register_autograd(_differentiate, setup_context=_save)
+backward_op.register_autograd(_refuse)
+
+
+def _check_ridge(ridge_lambda: Tensor) -> None:
+    if (bad := ridge_lambda <= 0).any():
+        index = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"ridge_lambda: got {ridge_lambda[index].item()} at (batch, head, query) {index}, wanted numbers above 0"
+        )
+
+
+def _warn_if_stopped_early(problem: Problem, inputs: Inputs, report: Report) -> None:
+    # A row whose residual is NaN has NaN in its inputs: its output says so itself.
+    early = ~report.converged & ~report.residual.isnan()
+    if early.any():
+        warnings.warn(
+            f"flashlla: {type(problem.solver).__name__} stopped early on {int(early.sum())} of {early.numel()} queries, "
+            f"relative residual up to {report.residual[early].max().item():.1e}. Try a larger cg_max_iters, "
+            f"solver='direct', a larger ridge_lambda or a looser cg_rtol; return_info=True shows each query.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )

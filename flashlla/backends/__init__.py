@@ -1,0 +1,1 @@
+"""Backends, one module each; flashlla.dispatch chooses among them."""

@@ -1,0 +1,71 @@
+"""The small ridge systems of a block of queries, ``A_i = C_i + lambda_i I`` of (2.1), seen as operators.
+
+Solvers get nothing else: what a solver may ask of a system is a method here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Elements of the largest temporary that `dense` makes: 16 MiB in float32.
+_DENSE_BUDGET = 1 << 22
+
+
+@dataclass(frozen=True)
+class Systems:
+    """``M`` systems of size ``D`` for each leading index, which share their ``N`` keys.
+
+    k: (..., N, D) keys. p: (..., M, N) softmax weights, zero where a query does not see the key, rows sum to one.
+    k_mean: (..., M, D) sum_j p_ij k_j. ridge: (..., M) lambda_i > 0.
+    resolution: the smallest relative residual worth reaching (:func:`flashlla.problem.resolution`).
+    first_row: index in the sequence of the first query, for messages.
+    """
+
+    k: Tensor
+    p: Tensor
+    k_mean: Tensor
+    ridge: Tensor
+    resolution: float
+    first_row: int = 0
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """A x without forming A; x: (..., M, D)."""
+        # c_ij = (k_j - k_mean_i).x_i: the scalar is subtracted before weighting, and the weighted row sum of c, zero
+        # but for rounding, is taken out again, so that an error in k_mean counts to second order only.
+        c = torch.matmul(x, self.k.mT)  # (..., M, N)
+        c -= (x * self.k_mean).sum(-1, keepdim=True)
+        c *= self.p
+        y = torch.matmul(c, self.k)  # (..., M, D)
+        y -= self.k_mean * c.sum(-1, keepdim=True)
+        return y.addcmul_(x, self.ridge.unsqueeze(-1))
+
+    def diagonal(self) -> Tensor:
+        """The diagonals of the A_i: (..., M, D)."""
+        # Shifting all keys shifts no covariance; about the first key, the squares do not swamp their difference.
+        shifted = self.k - self.k[..., :1, :]  # (..., N, D)
+        mean = self.k_mean - self.k[..., :1, :]  # (..., M, D)
+        spread = torch.matmul(self.p, shifted.square()) - mean.square()
+        return spread.clamp_(min=0) + self.ridge.unsqueeze(-1)
+
+    def dense(self) -> Tensor:
+        """The A_i as matrices: (..., M, D, D)."""
+        *lead, m, _ = self.p.shape
+        n, d = self.k.shape[-2:]
+        a = self.k.new_empty((*lead, m, d, d))
+        step = max(1, _DENSE_BUDGET // max(1, n * d * self.p[..., 0, 0].numel()))
+        for i in range(0, m, step):
+            rows = slice(i, i + step)
+            # Centred exactly, row by row: sum_j p_ij (k_j - k_mean_i)(k_j - k_mean_i)^T is symmetric and not negative.
+            centred = self.k.unsqueeze(-3) - self.k_mean[..., rows, None, :]  # (..., rows, N, D)
+            weighted = centred * self.p[..., rows, :, None]
+            torch.matmul(weighted.mT, centred, out=a[..., rows, :, :])
+        a.diagonal(dim1=-2, dim2=-1).add_(self.ridge.unsqueeze(-1))
+        return a
+
+    def name_row(self, index: tuple[int, ...]) -> str:
+        """``index`` into ``ridge`` as a user counts: which sequence and head, which query."""
+        *lead, row = index
+        return f"query {self.first_row + row} of sequence and head {tuple(lead)}"

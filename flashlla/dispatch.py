@@ -1,0 +1,219 @@
+"""Who runs a call: the registry of backends, the caller's preference, the choice and its reasons."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from contextvars import ContextVar
+from dataclasses import dataclass
+from threading import Lock
+from types import TracebackType
+
+from flashlla.backends.base import Backend
+from flashlla.backends.chunked import Chunked
+from flashlla.backends.naive import Naive
+from flashlla.problem import Problem
+
+ENVIRONMENT_VARIABLE = "FLASHLLA_BACKEND"
+AUTO = "auto"
+
+_backends: list[Backend] = []  # in the order that "auto" tries them
+_preference: ContextVar[str | None] = ContextVar("flashlla_backend", default=None)
+_warned: set[str] = set()
+_lock = Lock()
+
+
+class FallbackWarning(UserWarning):
+    """A preferred backend could not run a call, and another one did."""
+
+
+class UnsupportedError(RuntimeError):
+    """No backend that was allowed to can run the call; the message lists every backend's reason."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call would run on, and what each backend says.
+
+    ``backend`` is the name of the choice, None where the call would be refused; ``reasons`` maps every backend's name
+    to why it cannot take the call, or None where it can; ``asked`` is who asked for what. Prints as a short table.
+    """
+
+    backend: str | None
+    reasons: dict[str, str | None]
+    asked: str
+
+    def __str__(self) -> str:
+        width = max(map(len, self.reasons))
+        lines = [f"flashlla: {self.asked}; runs on {self.backend or 'nothing: the call is refused'}"]
+        lines += [f"  {name:<{width}}  {reason or 'can'}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def register_backend(backend: Backend, *, before: str | None = None) -> None:
+    """Make a backend known under its ``name``.
+
+    Args:
+        backend: the object; see :class:`flashlla.Backend`.
+        before: the name of a backend that "auto" shall try only after this one. Default None: tried last.
+
+    Raises:
+        TypeError: not a :class:`flashlla.Backend`.
+        ValueError: the name is empty or taken, or ``before`` is not known.
+
+    Example:
+        >>> import flashlla
+        >>> from flashlla.backends.chunked import Chunked
+        >>> class Mine(Chunked):
+        ...     name = "mine"
+        >>> flashlla.register_backend(Mine())
+        >>> "mine" in flashlla.available_backends()
+        True
+    """
+    if not isinstance(backend, Backend):
+        raise TypeError(f"backend: got {type(backend).__name__}, wanted a flashlla.Backend object")
+    with _lock:
+        names = [b.name for b in _backends]
+        if not backend.name or backend.name in (*names, AUTO):
+            raise ValueError(f"backend: got the name {backend.name!r}, wanted a new one (taken: {', '.join(names)})")
+        at = len(names) if before is None else names.index(_known(before, "before", names))
+        _backends.insert(at, backend)
+
+
+def _known(name: str, argument: str, allowed: list[str]) -> str:
+    if name in allowed:
+        return name
+    close = difflib.get_close_matches(str(name), allowed, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ValueError(f"{argument}: got {name!r}{hint}, wanted one of {', '.join(allowed)}")
+
+
+def check_name(name: str, argument: str) -> str:
+    """``name``, if it is a backend's or "auto"."""
+    return _known(name, argument, [AUTO, *(b.name for b in _backends)])
+
+
+def backend_named(name: str) -> Backend:
+    return next(b for b in _backends if b.name == name)
+
+
+def all_backends() -> tuple[Backend, ...]:
+    """Every registered backend, in the order that "auto" tries them."""
+    return tuple(_backends)
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that can run on this machine, in the order that "auto" tries them.
+
+    Example:
+        >>> import flashlla
+        >>> flashlla.available_backends()[-2:]
+        ('chunked', 'naive')
+    """
+    return tuple(b.name for b in _backends if b.unavailable() is None)
+
+
+def get_backend() -> str:
+    """The name in force here: that of :class:`set_backend`, else of FLASHLLA_BACKEND, else "auto".
+
+    Raises:
+        ValueError: FLASHLLA_BACKEND holds a name that is not known.
+
+    Example:
+        >>> import flashlla
+        >>> with flashlla.set_backend("naive"):
+        ...     flashlla.get_backend()
+        'naive'
+    """
+    return _preferred()[0]
+
+
+def _preferred() -> tuple[str, str]:
+    """The preferred name, and who asked for it."""
+    if (name := _preference.get()) is not None:
+        return name, f"set_backend({name!r})"
+    if name := os.environ.get(ENVIRONMENT_VARIABLE):
+        return check_name(name, ENVIRONMENT_VARIABLE), f"{ENVIRONMENT_VARIABLE}={name}"
+    return AUTO, "no backend asked for"
+
+
+class set_backend:
+    """Prefer a backend from here on, or within a ``with`` block.
+
+    Works as ``torch.set_grad_enabled`` does: the call takes effect at once, and a ``with`` block restores what was
+    before. It holds for the current thread and asyncio task; the environment variable FLASHLLA_BACKEND holds for the
+    process. A call that the preferred backend cannot run falls back to the next that can, with one warning a reason;
+    ``lla_attention(..., backend=...)`` demands instead, and raises. Backward passes run on the backend their forward
+    pass ran on.
+
+    Args:
+        name: a backend's name, or "auto" (triton, then chunked, then naive: the first that can).
+
+    Raises:
+        ValueError: the name is not known.
+
+    Example:
+        >>> import flashlla
+        >>> flashlla.set_backend("auto")
+        set_backend('auto')
+        >>> with flashlla.set_backend("chunked"):
+        ...     flashlla.get_backend()
+        'chunked'
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = check_name(name, "name")
+        self._before = _preference.get()
+        _preference.set(name)
+
+    def __enter__(self) -> set_backend:
+        # The call has taken effect already; entering later, or again, must do so too.
+        _preference.set(self.name)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _preference.set(self._before)
+
+    def __repr__(self) -> str:
+        return f"set_backend({self.name!r})"
+
+
+def explain(problem: Problem, demand: str | None = None) -> Explanation:
+    """Which backend would run ``problem``, and every backend's reason; nothing runs."""
+    reasons = {b.name: b.unavailable() or b.unsupported(problem) for b in _backends}
+    if demand is not None and demand != AUTO:
+        name, asked = check_name(demand, "backend"), f"backend={demand!r}"
+        return Explanation(name if reasons[name] is None else None, reasons, asked)
+    name, asked = (AUTO, "backend='auto'") if demand == AUTO else _preferred()
+    able = [n for n, reason in reasons.items() if reason is None]
+    choice = name if name in able else next(iter(able), None)
+    return Explanation(choice, reasons, asked)
+
+
+def choose(problem: Problem, demand: str | None = None) -> Backend:
+    """The backend that runs ``problem``: ``demand`` or nothing, else the preference or a fallback with a warning."""
+    explanation = explain(problem, demand)
+    if explanation.backend is None:
+        raise UnsupportedError(f"{explanation}\nTry another backend, or none, which takes the first that can.")
+    if demand is None:
+        preferred, asked = _preferred()
+        if preferred not in (AUTO, explanation.backend):
+            _warn_once(
+                f"{asked} cannot run this call: {explanation.reasons[preferred]}. Ran on {explanation.backend!r} instead."
+            )
+    return backend_named(explanation.backend)
+
+
+def _warn_once(message: str) -> None:
+    with _lock:
+        if message in _warned:
+            return
+        _warned.add(message)
+    warnings.warn(f"flashlla: {message}", FallbackWarning, stacklevel=2)
+
+
+for _backend in (Chunked(), Naive()):
+    register_backend(_backend)

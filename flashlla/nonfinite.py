@@ -1,0 +1,70 @@
+"""NaN and inf stay where they belong: in the rows that see them.
+
+A matrix product spreads a NaN to rows whose weight for it is zero. The PyTorch backends therefore compute on inputs
+with such values replaced, and put the NaN back where it is due. Nothing is copied where all is finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashlla.problem import Forward, Gradients, Inputs, Problem
+
+
+@dataclass(frozen=True)
+class Poison:
+    """Which queries' outputs are NaN, and which keys' gradients are."""
+
+    queries: Tensor  # (B, Hq, Sq) bool
+    keys: Tensor  # (B, Hkv, Sk) bool
+
+    def forward(self, result: Forward) -> Forward:
+        """``result`` with NaN in all that the poisoned queries own."""
+        o, residuals, report = result
+        spoil = lambda t: t.masked_fill_(self.queries if t.dim() == 3 else self.queries.unsqueeze(-1), float("nan"))
+        converged = report.converged & ~self.queries
+        return Forward(
+            spoil(o),
+            type(residuals)(*map(spoil, residuals)),
+            report._replace(omega=spoil(report.omega), residual=spoil(report.residual), converged=converged),
+        )
+
+    def backward(self, gradients: Gradients) -> Gradients:
+        """``gradients`` with NaN for the poisoned queries and for every key that one of them sees."""
+        nan = float("nan")
+        return Gradients(
+            gradients.q.masked_fill_(self.queries.unsqueeze(-1), nan),
+            gradients.k.masked_fill_(self.keys.unsqueeze(-1), nan),
+            gradients.v.masked_fill_(self.keys.unsqueeze(-1), nan),
+            gradients.ridge_lambda.masked_fill_(self.queries, nan),
+        )
+
+
+def isolate(problem: Problem, inputs: Inputs, grad_o: Tensor | None = None) -> tuple[Inputs, Tensor | None, Poison | None]:
+    """``inputs`` and ``grad_o`` with nothing but finite numbers, and where NaN belongs (None: nowhere)."""
+    q, k, v, ridge = inputs
+    finite_q, finite_k, finite_v, finite_ridge = q.isfinite(), k.isfinite(), v.isfinite(), ridge.isfinite()
+    finite_g = torch.ones_like(finite_q[..., :1]) if grad_o is None else grad_o.isfinite()
+    if all(bool(f.all()) for f in (finite_q, finite_k, finite_v, finite_ridge, finite_g)):
+        return inputs, grad_o, None
+    bad_key = ~(finite_k.all(-1) & finite_v.all(-1))  # (B, Hkv, Sk)
+    group = problem.q_heads // problem.kv_heads
+    i = torch.arange(problem.q_len, device=q.device)
+    stop = (i + 1 + problem.k_len - problem.q_len).clamp(0, problem.k_len) if problem.mask.causal else None
+    # Bad keys among the first `stop`: a running count, read off at each query's stop.
+    count = torch.nn.functional.pad(bad_key.cumsum(-1), (1, 0))  # (B, Hkv, Sk + 1)
+    seen = count[..., -1:].expand(*bad_key.shape[:-1], problem.q_len) if stop is None else count[..., stop]
+    queries = ~(finite_q.all(-1) & finite_ridge & finite_g.all(-1)) | (seen > 0).repeat_interleave(group, 1)
+    # A key's gradient is due NaN where a poisoned query sees it: the last such query decides, under every mask that
+    # sees a run of keys from the first on.
+    j = torch.arange(problem.k_len, device=q.device)
+    reach = queries.unflatten(1, (-1, group)).any(2)  # (B, Hkv, Sq)
+    last_stop = (reach * (problem.k_len if stop is None else stop)).amax(-1, keepdim=True)  # (B, Hkv, 1)
+    clean = lambda t, finite: torch.where(finite, t, 0)
+    cleaned = Inputs(
+        clean(q, finite_q), clean(k, finite_k), clean(v, finite_v), torch.where(finite_ridge, ridge, 1)
+    )
+    return cleaned, None if grad_o is None else clean(grad_o, finite_g), Poison(queries, j < last_stop)

@@ -1,0 +1,110 @@
+"""The published reference's functions, thin over the naive backend.
+
+Names, arguments and results are the published ones (the paper's text form, with rho and a denominator); the gradients
+are the full derivative, which the published ones are not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashlla.autograd import describe
+from flashlla.backends.naive import Naive, statistics
+from flashlla.problem import Inputs, Problem, Residuals
+from flashlla.validation import prepare
+
+__all__ = ["lla_backward_naive", "lla_forward_naive"]
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, qk_scale: float | None, ridge_lambda: float | Tensor, delta_eps: float
+) -> tuple[Problem, Inputs]:
+    call = prepare(q, k, v, ridge_lambda, qk_scale, delta_eps, solver="direct")
+    return describe(call.inputs, *call.settings), call.inputs
+
+
+def lla_forward_naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qk_scale: float | None,
+    ridge_lambda: float | Tensor,
+    delta_eps: float = 1e-12,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Dense forward pass: ``(o, rho, denom, m)``.
+
+    Args:
+        q, k, v: (B, S, D), a floating dtype.
+        qk_scale: a number, or None for 1 / sqrt(D).
+        ridge_lambda: a number above 0, or a tensor that broadcasts to (B, S).
+        delta_eps: added to the denominator. Default 1e-12.
+
+    Returns:
+        o: (B, S, D), dtype of q. rho: (B, S, D), Sigma^-1 mu. denom: (B, S, 1), omega - mu.rho + delta_eps.
+        m: (B, S, 1), the row maximum of s q.k. The last three in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: as :func:`flashlla.lla_attention`.
+
+    Source: Zuo et al. (ICLR 2026); docs/math.md, sections 1 and 2.
+
+    Example:
+        >>> import torch
+        >>> from flashlla.ops.naive import lla_forward_naive
+        >>> q, k, v = torch.randn(3, 1, 20, 8).unbind(0)
+        >>> o, rho, denom, m = lla_forward_naive(q, k, v, 8**-0.5, 10.0, 1e-12)
+    """
+    problem, inputs = _problem(q, k, v, qk_scale, ridge_lambda, delta_eps)
+    with torch.no_grad():
+        o, (lse, _, z, k_mean), report = Naive().forward(problem, inputs)
+        d = k_mean - inputs.q
+        spike = 1 + (d * z).sum(-1, keepdim=True)  # (B, 1, S, 1)
+        omega = report.omega.unsqueeze(-1)
+        rho, denom, m = z / spike, omega / spike + delta_eps, lse.unsqueeze(-1) - omega.log()
+    return o.squeeze(1), rho.squeeze(1), denom.squeeze(1), m.squeeze(1)
+
+
+def lla_backward_naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rho: Tensor,
+    denom: Tensor,
+    m: Tensor,
+    grad_o: Tensor,
+    qk_scale: float | None,
+    ridge_lambda: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense backward pass: ``(dq, dk, dv)`` of ``sum(o * grad_o)``.
+
+    Args:
+        q, k, v, qk_scale, ridge_lambda: as given to :func:`lla_forward_naive`.
+        rho, denom, m: as it returned them.
+        grad_o: (B, S, D).
+
+    Returns:
+        dq, dk, dv: (B, S, D), dtype of q; the full derivative, with the ridge lambda * omega differentiated too.
+
+    Raises:
+        TypeError, ValueError: as :func:`flashlla.lla_attention`.
+
+    Source: docs/math.md, section 3.
+
+    Example:
+        >>> import torch
+        >>> from flashlla.ops.naive import lla_backward_naive, lla_forward_naive
+        >>> q, k, v, grad_o = torch.randn(4, 1, 20, 8).unbind(0)
+        >>> o, rho, denom, m = lla_forward_naive(q, k, v, None, 10.0, 1e-12)
+        >>> dq, dk, dv = lla_backward_naive(q, k, v, rho, denom, m, grad_o, None, 10.0)
+    """
+    problem, inputs = _problem(q, k, v, qk_scale, ridge_lambda, 0.0)
+    with torch.no_grad():
+        dtype = rho.dtype
+        rho, denom, m = rho.unsqueeze(1), denom[..., 0].unsqueeze(1), m[..., 0].unsqueeze(1)
+        _, _, omega, k_mean, _ = statistics(inputs.q.to(dtype), inputs.k.to(dtype), inputs.ridge_lambda, problem)
+        spike = 1 / (1 - ((k_mean - inputs.q) * rho).sum(-1))  # 1 + d.z, since rho = z / (1 + d.z)
+        guard = omega / spike / denom
+        residuals = Residuals(m + omega.log(), guard, rho * spike.unsqueeze(-1), k_mean)
+        dq, dk, dv, _ = Naive().backward(problem, inputs, residuals, grad_o.unsqueeze(1))
+    return dq.squeeze(1), dk.squeeze(1), dv.squeeze(1)

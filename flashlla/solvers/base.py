@@ -1,0 +1,68 @@
+"""What a solver is: it knows systems, not attention."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashlla.covariance import Systems
+
+
+class Solution(NamedTuple):
+    """What a solver returns for ``M`` systems of size ``D`` and each leading index."""
+
+    x: Tensor  # (..., M, D)
+    iterations: Tensor  # (..., M) int32
+    residual: Tensor  # (..., M) |A x - b| / |b|, and 0 where b is 0
+    converged: Tensor  # (..., M) bool
+
+    @classmethod
+    def check(cls, systems: Systems, b: Tensor, x: Tensor, *, iterations: int, tolerance: float) -> Solution:
+        """The solution ``x`` with its residual computed afresh; converged where that is at most ``tolerance``."""
+        error = (systems.matvec(x) - b).norm(dim=-1)
+        residual = torch.where(error == 0, 0, error / b.norm(dim=-1))
+        steps = torch.full_like(residual, iterations, dtype=torch.int32)
+        return cls(x, steps, residual, residual <= tolerance)
+
+
+class Solver(ABC):
+    """A small frozen object that holds a solver's configuration.
+
+    Subclass it as a frozen dataclass (solvers must be hashable: equal configurations count as one) and write
+    :meth:`solve`; the object is then good for ``lla_attention(..., solver=...)``.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch, flashlla
+        >>> from flashlla.solvers import Solution, Solver
+        >>> @dataclass(frozen=True)
+        ... class Richardson(Solver):
+        ...     steps: int = 500
+        ...     def solve(self, systems, b):
+        ...         step = 1 / (systems.diagonal().sum(-1, keepdim=True))  # at most 1 / largest eigenvalue
+        ...         x = torch.zeros_like(b)
+        ...         for _ in range(self.steps):
+        ...             x = x + step * (b - systems.matvec(x))
+        ...         return Solution.check(systems, b, x, iterations=self.steps, tolerance=1e-4)
+        >>> q, k, v = torch.randn(3, 1, 20, 4).unbind(0)
+        >>> flashlla.lla_attention(q, k, v, ridge_lambda=1.0, solver=Richardson()).shape
+        torch.Size([1, 20, 4])
+    """
+
+    @abstractmethod
+    def solve(self, systems: Systems, b: Tensor) -> Solution:
+        """Solve ``A_i x_i = b_i``; b: (..., M, D), the dtype of ``systems.k``."""
+
+    def solve_scale_free(self, systems: Systems, b: Tensor) -> Solution:
+        """As :meth:`solve`, with ``b`` scaled to unit rows first.
+
+        A right-hand side made of gradients may be of any size (a loss averaged over a million tokens makes it
+        1e-6); an absolute tolerance must not decide how exact a gradient is.
+        """
+        size = b.norm(dim=-1, keepdim=True)
+        unit = torch.where(size > 0, b / size, b)
+        solution = self.solve(systems, unit)
+        return solution._replace(x=solution.x * size)

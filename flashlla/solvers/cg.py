@@ -1,0 +1,154 @@
+"""Conjugate gradients, plain and preconditioned: one recurrence."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashlla.covariance import Systems
+from flashlla.solvers.base import Solution, Solver
+
+
+class Preconditioner(ABC):
+    """Something close to A^-1 that is cheap to apply. Frozen and hashable, as solvers are."""
+
+    @abstractmethod
+    def prepare(self, systems: Systems) -> Callable[[Tensor], Tensor]:
+        """Look at the systems once; return the function that maps residuals (..., M, D) to directions."""
+
+
+@dataclass(frozen=True)
+class Jacobi(Preconditioner):
+    """Divides by the diagonal of A."""
+
+    def prepare(self, systems: Systems) -> Callable[[Tensor], Tensor]:
+        inverse = systems.diagonal().reciprocal()
+        return lambda r: inverse * r
+
+
+@dataclass(frozen=True)
+class CG(Solver):
+    """Conjugate gradients, matrix-free.
+
+    A row stops when ``|r|^2 <= max(atol, |b|^2) * rtol``, or after ``max_iters`` iterations. A ``rtol`` below what
+    the inputs' dtype resolves is raised to it: 1e-6 (a relative residual of 1e-3) for bfloat16 and float16, 1e-12 for
+    float32, 1e-30 for float64.
+
+    Args:
+        atol: floor under ``|b|^2`` in the rule, the square of a length in key space. Default 1e-12.
+        rtol: squared relative residual to reach. Default 1e-12.
+        max_iters: cap on iterations a row. Default 32.
+
+    Raises:
+        ValueError: a tolerance is negative or not finite, or ``max_iters`` is under 1.
+
+    Source: Hestenes and Stiefel (1952); the rule is that of Zuo et al. (ICLR 2026). docs/math.md, section 4.
+
+    Example:
+        >>> import torch, flashlla
+        >>> q, k, v = torch.randn(3, 1, 20, 4, dtype=torch.float64).unbind(0)
+        >>> o = flashlla.lla_attention(q, k, v, solver=flashlla.CG(rtol=1e-26, max_iters=100))
+    """
+
+    atol: float = 1e-12
+    rtol: float = 1e-12
+    max_iters: int = 32
+
+    def __post_init__(self) -> None:
+        check_tolerances(self.atol, self.rtol, self.max_iters)
+
+    def solve(self, systems: Systems, b: Tensor) -> Solution:
+        return conjugate_gradients(systems, b, self.atol, self.rtol, self.max_iters)
+
+
+@dataclass(frozen=True)
+class PCG(CG):
+    """Conjugate gradients with a preconditioner; the stopping rule is that of :class:`CG`.
+
+    Args:
+        atol, rtol, max_iters: as in :class:`CG`.
+        preconditioner: "jacobi" (the default) or a :class:`Preconditioner` object.
+
+    Raises:
+        ValueError: as :class:`CG`, or the preconditioner's name is not known.
+        TypeError: the preconditioner is neither a name nor a :class:`Preconditioner`.
+
+    Source: docs/math.md, section 4.
+
+    Example:
+        >>> import torch, flashlla
+        >>> q, k, v = torch.randn(3, 1, 20, 4).unbind(0)
+        >>> o = flashlla.lla_attention(q, k, v, solver=flashlla.PCG(max_iters=64))
+    """
+
+    preconditioner: str | Preconditioner = "jacobi"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.preconditioner, str):
+            if self.preconditioner != "jacobi":
+                raise ValueError(
+                    f"preconditioner: got {self.preconditioner!r}, wanted 'jacobi' or a Preconditioner object"
+                )
+        elif not isinstance(self.preconditioner, Preconditioner):
+            raise TypeError(
+                f"preconditioner: got {type(self.preconditioner).__name__}, wanted 'jacobi' or a Preconditioner object"
+            )
+
+    def solve(self, systems: Systems, b: Tensor) -> Solution:
+        preconditioner = Jacobi() if isinstance(self.preconditioner, str) else self.preconditioner
+        apply = preconditioner.prepare(systems)
+        return conjugate_gradients(systems, b, self.atol, self.rtol, self.max_iters, apply)
+
+
+def check_tolerances(atol: float, rtol: float, max_iters: int, prefix: str = "") -> None:
+    """Raise ValueError naming the argument (``prefix`` and all) that is out of range."""
+    for name, value in (("atol", atol), ("rtol", rtol)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{prefix}{name}: got {value}, wanted a finite number of at least 0")
+    if max_iters < 1:
+        raise ValueError(f"{prefix}max_iters: got {max_iters}, wanted at least 1")
+
+
+def conjugate_gradients(
+    systems: Systems,
+    b: Tensor,
+    atol: float,
+    rtol: float,
+    max_iters: int,
+    precondition: Callable[[Tensor], Tensor] | None = None,
+) -> Solution:
+    """Solve ``A x = b`` row by row, from x = 0; b: (..., M, D). A row that has converged stops moving."""
+    rtol = max(rtol, systems.resolution**2)
+    size2 = b.square().sum(-1, keepdim=True)  # (..., M, 1), as every scalar of the recurrence
+    threshold = size2.clamp(min=atol) * rtol
+    x = torch.zeros_like(b)
+    r = b.clone()
+    r2 = size2
+    y = r if precondition is None else precondition(r)
+    ry = r2 if precondition is None else (r * y).sum(-1, keepdim=True)
+    direction = y.clone()
+    iterations = torch.zeros_like(size2, dtype=torch.int32)
+    active = r2 > threshold  # False for NaN: such a row is given up, and the others go on
+    for _ in range(max_iters):
+        if not active.any():
+            break
+        image = systems.matvec(direction)
+        curvature = (direction * image).sum(-1, keepdim=True)
+        active = active & (curvature > 0)  # exact breakdown, or a matrix that is not positive definite
+        step = torch.where(active, ry / curvature, 0)
+        x.addcmul_(direction, step)
+        r.addcmul_(image, -step)
+        iterations += active
+        r2 = r.square().sum(-1, keepdim=True)
+        y = r if precondition is None else precondition(r)
+        ry_next = r2 if precondition is None else (r * y).sum(-1, keepdim=True)
+        direction = torch.addcmul(y, direction, torch.where(active, ry_next / ry, 0))
+        ry = ry_next
+        active = active & (r2 > threshold)
+    residual = torch.where(r2 == 0, 0, (r2 / size2).sqrt())
+    return Solution(x, iterations.squeeze(-1), residual.squeeze(-1), (r2 <= threshold).squeeze(-1))

@@ -1,0 +1,138 @@
+"""Checks on what callers pass, and the canonical form that goes on from here."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashlla.problem import SUPPORTED_DTYPES, Inputs, accumulator
+from flashlla.solvers import Solver, encode
+from flashlla.solvers.cg import check_tolerances
+
+_CG_DEFAULTS = {"cg_atol": 1e-12, "cg_rtol": 1e-12, "cg_max_iters": 32, "cg_use_preconditioner": False}
+
+
+class Call(NamedTuple):
+    """A validated call: four-dimensional inputs, and the settings that both operators take, in their order."""
+
+    inputs: Inputs
+    settings: tuple[float, float, str, list[float], bool]  # scale, delta_eps, solver's name and numbers, demanded
+    flat: bool  # the caller's tensors were (B, S, D)
+
+    def restore(self, t: Tensor) -> Tensor:
+        """``t`` of (B, H, S, ...) with the caller's number of dimensions."""
+        return t.squeeze(1) if self.flat else t
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ridge_lambda: float | Tensor = 10.0,
+    qk_scale: float | None = None,
+    delta_eps: float = 1e-12,
+    cg_atol: float = 1e-12,
+    cg_rtol: float = 1e-12,
+    cg_max_iters: int = 32,
+    cg_use_preconditioner: bool = False,
+    solver: str | Solver | None = None,
+) -> Call:
+    """Check everything that can be checked without looking at the tensors' numbers; bring it to canonical form."""
+    q, k, v = _check_tensors(q, k, v)
+    flat = q.dim() == 3
+    if flat:
+        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+    ridge = _check_ridge(ridge_lambda, q, flat)
+    scale = 1 / math.sqrt(q.shape[-1]) if qk_scale is None else _check_number(qk_scale, "qk_scale")
+    delta_eps = _check_number(delta_eps, "delta_eps")
+    cg_numbers = (cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
+    name, numbers = _check_solver(solver, cg_numbers)
+    demanded = solver is not None or cg_use_preconditioner
+    return Call(Inputs(q, k, v, ridge), (scale, delta_eps, name, numbers, demanded), flat)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}, wanted a torch.Tensor")
+        if t.dim() not in (3, 4):
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted (B, S, D) or (B, H, S, D)")
+        if t.shape != q.shape:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {tuple(q.shape)}, the shape of q")
+        if t.device != q.device:
+            raise ValueError(f"{name}: got device {t.device}, wanted {q.device}, the device of q; try {name}.to(q.device)")
+    if q.shape[-1] == 0:
+        raise ValueError(f"q: got shape {tuple(q.shape)}, wanted a head dim (the last) of at least 1")
+    q, k, v = _autocast(q, k, v)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dtype not in SUPPORTED_DTYPES:
+            wanted = ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED_DTYPES)
+            raise TypeError(f"{name}: got dtype {t.dtype}, wanted one of {wanted}; try {name}.float()")
+        if t.dtype != q.dtype:
+            raise TypeError(f"{name}: got dtype {t.dtype}, wanted {q.dtype}, the dtype of q; try {name}.to(q.dtype)")
+    return q, k, v
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, what scaled_dot_product_attention does: floating inputs but float64 go to the autocast dtype."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _check_ridge(ridge_lambda: float | Tensor, q: Tensor, flat: bool) -> Tensor:
+    """ridge_lambda as (B, H, S) in the accumulator dtype; a view of few numbers where few were given."""
+    dtype, rows = accumulator(q.dtype), q.shape[:-1]
+    if not isinstance(ridge_lambda, Tensor):
+        number = _check_number(ridge_lambda, "ridge_lambda")
+        if number <= 0:
+            raise ValueError(f"ridge_lambda: got {ridge_lambda}, wanted a number above 0")
+        return torch.full((), number, dtype=dtype, device=q.device).expand(rows)
+    if not ridge_lambda.is_floating_point():
+        raise TypeError(f"ridge_lambda: got dtype {ridge_lambda.dtype}, wanted a floating dtype; try ridge_lambda.float()")
+    if ridge_lambda.device != q.device and ridge_lambda.dim() > 0:
+        raise ValueError(
+            f"ridge_lambda: got device {ridge_lambda.device}, wanted {q.device}, the device of q; "
+            f"try ridge_lambda.to(q.device)"
+        )
+    ridge = ridge_lambda.to(q.device, dtype)
+    wanted = (rows[0], rows[2]) if flat else tuple(rows)
+    if ridge.dim() > len(wanted) or any(n not in (1, w) for n, w in zip(ridge.shape[::-1], wanted[::-1])):
+        letters = "(B, S)" if flat else "(B, H, S)"
+        raise ValueError(
+            f"ridge_lambda: got shape {tuple(ridge.shape)}, wanted one that broadcasts to {letters} = {wanted}"
+        )
+    ridge = ridge.expand(wanted)
+    return ridge.unsqueeze(1) if flat else ridge
+
+
+def _check_number(value: float, name: str) -> float:
+    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, wanted a finite number")
+    return float(value)
+
+
+def _check_solver(
+    solver: str | Solver | None, cg_numbers: tuple[float, float, int, bool]
+) -> tuple[str, list[float]]:
+    """The solver as a name and numbers, from either way of asking for one."""
+    if solver is None:
+        atol, rtol, max_iters, preconditioned = cg_numbers
+        check_tolerances(atol, rtol, max_iters, prefix="cg_")
+        return ("pcg" if preconditioned else "cg"), [float(atol), float(rtol), float(max_iters)]
+    for (name, default), value in zip(_CG_DEFAULTS.items(), cg_numbers):
+        if value != default:
+            raise ValueError(
+                f"{name}: got {value} together with solver={solver!r}, wanted one of the two. Try "
+                f"solver=flashlla.CG(atol=..., rtol=..., max_iters=...) or flashlla.PCG(...), without cg_* arguments"
+            )
+    if not isinstance(solver, (str, Solver)):
+        raise TypeError(f"solver: got {type(solver).__name__}, wanted 'cg', 'pcg', 'direct' or a flashlla.Solver object")
+    return encode(solver)

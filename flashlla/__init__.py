@@ -5,20 +5,18 @@ The public names are those listed here; README.md shows them at work.
 
 from flashlla import ops
 from flashlla.api import LLAFunction, LLAInfo, explain, lla_attention
-from flashlla.autograd import ConvergenceWarning
 from flashlla.backends.base import Backend
 from flashlla.crosscheck import verify
 from flashlla.dispatch import (
-    FallbackWarning,
     UnsupportedError,
     available_backends,
     get_backend,
     register_backend,
     set_backend,
 )
+from flashlla.notices import ConvergenceWarning, FallbackWarning
 from flashlla.solvers import CG, PCG, Direct, Preconditioner, Solution, Solver, register_solver
-
-__version__ = "0.2.0"
+from flashlla.version import __version__
 
 __all__ = [
     "CG",
@@ -33,6 +31,7 @@ __all__ = [
     "Solution",
     "Solver",
     "UnsupportedError",
+    "__version__",
     "available_backends",
     "explain",
     "get_backend",

@@ -11,6 +11,7 @@ from flashlla.autograd import describe, forward_op
 from flashlla.solvers import Solver
 from flashlla.validation import prepare
 
+
 class LLAInfo(NamedTuple):
     """How each query's system was solved; shapes are those of ``q`` without its last dimension.
 
@@ -34,7 +35,7 @@ def lla_attention(
 def lla_attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_info: Literal[True], **options: Any
 ) -> tuple[Tensor, LLAInfo]: ...
-def lla_attention(
+def lla_attention(  # type: ignore[misc]  # the overloads say only what return_info changes
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -108,8 +109,11 @@ def lla_attention(
     o, *_, omega, iterations, residual, converged, choice = forward_op(*call.inputs, *call.settings, backend)
     if not return_info:
         return call.restore(o)
-    rows = [call.restore(t.detach()) for t in (iterations, residual, converged, omega)]
-    return call.restore(o), LLAInfo(*rows, backend=dispatch.all_backends()[int(choice)].name)
+    iterations, residual, converged, omega = (
+        call.restore(t.detach()) for t in (iterations, residual, converged, omega)
+    )
+    backend = dispatch.all_backends()[int(choice)].name
+    return call.restore(o), LLAInfo(iterations, residual, converged, omega, backend)
 
 
 class LLAFunction:

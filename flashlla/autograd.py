@@ -7,7 +7,6 @@ CPU among the saved tensors.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashlla import dispatch, solvers
+from flashlla.notices import ConvergenceWarning, warn_once
 from flashlla.problem import (
     Inputs,
     Problem,
@@ -28,11 +28,9 @@ from flashlla.problem import (
 _SETTINGS = "float scale, float delta_eps, str solver, float[] solver_settings, bool solver_demanded"
 
 
-class ConvergenceWarning(UserWarning):
-    """A solver stopped before it reached its tolerance."""
-
-
-def describe(inputs: Inputs, scale: float, delta_eps: float, solver: str, settings: Sequence[float], demanded: bool) -> Problem:
+def describe(
+    inputs: Inputs, scale: float, delta_eps: float, solver: str, settings: Sequence[float], demanded: bool
+) -> Problem:
     """The Problem of one call."""
     q, k, v, _ = inputs
     return Problem(
@@ -53,7 +51,7 @@ def describe(inputs: Inputs, scale: float, delta_eps: float, solver: str, settin
 
 
 def _allocate(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """Uninitialised outputs of the forward operator: o, lse, guard, probe, k_mean, omega, iterations, residual, converged, choice."""
+    """Uninitialised outputs of the forward operator: o, residuals, report, choice."""
     dtype, rows = accumulator(q.dtype), q.shape[:-1]
     row = lambda dtype: q.new_empty(rows, dtype=dtype)
     full = lambda: q.new_empty(q.shape, dtype=dtype)
@@ -81,7 +79,7 @@ def forward_op(q, k, v, ridge_lambda, scale, delta_eps, solver, solver_settings,
         _check_ridge(ridge_lambda)
     o, residuals, report = chosen.forward(problem, inputs)
     if q.device.type == "cpu":
-        _warn_if_stopped_early(problem, inputs, report)
+        _warn_if_stopped_early(problem, report)
     return (o, *residuals, *report, choice)
 
 
@@ -93,8 +91,8 @@ def _(q, k, v, *_):  # type: ignore[no-untyped-def]
 @torch.library.custom_op(
     "flashlla::backward",
     mutates_args=(),
-    schema=f"(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, Tensor lse, Tensor guard, Tensor probe, "
-    f"Tensor k_mean, Tensor choice, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, Tensor lse, Tensor guard, "
+    f"Tensor probe, Tensor k_mean, Tensor choice, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def backward_op(grad_o, q, k, v, ridge_lambda, lse, guard, probe, k_mean, choice, *settings):  # type: ignore[no-untyped-def]
     inputs = Inputs(q, k, v, ridge_lambda)
@@ -148,14 +146,15 @@ def _check_ridge(ridge_lambda: Tensor) -> None:
         )
 
 
-def _warn_if_stopped_early(problem: Problem, inputs: Inputs, report: Report) -> None:
+def _warn_if_stopped_early(problem: Problem, report: Report) -> None:
     # A row whose residual is NaN has NaN in its inputs: its output says so itself.
     early = ~report.converged & ~report.residual.isnan()
     if early.any():
-        warnings.warn(
-            f"flashlla: {type(problem.solver).__name__} stopped early on {int(early.sum())} of {early.numel()} queries, "
-            f"relative residual up to {report.residual[early].max().item():.1e}. Try a larger cg_max_iters, "
-            f"solver='direct', a larger ridge_lambda or a looser cg_rtol; return_info=True shows each query.",
+        solver = type(problem.solver).__name__
+        warn_once(
+            f"{solver} stopped early",
+            f"{solver} stopped early on {int(early.sum())} of {early.numel()} queries, relative residual up to "
+            f"{report.residual[early].max().item():.1e}. Try a larger cg_max_iters, solver='direct', a larger "
+            f"ridge_lambda or a looser cg_rtol; return_info=True shows each query. Later calls will not say so again.",
             ConvergenceWarning,
-            stacklevel=2,
         )

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from flashlla import dispatch
 from flashlla.autograd import forward_op
-from flashlla.problem import Residuals
 from flashlla.validation import prepare
 
 Floats = NDArray[np.float64]
@@ -57,8 +56,7 @@ def verify(
 
     Args:
         q, k, v: as in :func:`flashlla.lla_attention`.
-        rows: how many queries to check; the last of each is always among them if there is room, the others are drawn
-            at random. Default 64; all, where there are fewer.
+        rows: how many queries to check, drawn at random. Default 64; all, where there are fewer.
         seed: of the random draw. Default 0.
         backend: as in :func:`flashlla.lla_attention`.
         options: its other keyword arguments, but ``return_info``.
@@ -83,18 +81,22 @@ def verify(
         raise ValueError(f"rows: got {rows}, wanted at least 1")
     call = prepare(q, k, v, **options)
     with torch.no_grad():
-        o, lse, guard, probe, k_mean, *_, choice = forward_op(*call.inputs, *call.settings, backend)
-    z = Residuals(lse, guard, probe, k_mean).probe
+        o, _, _, z, *_, choice = forward_op(*call.inputs, *call.settings, backend)
     scale, delta_eps = call.settings[:2]
     picked = _pick(tuple(call.inputs.q.shape[:3]), rows, seed)
+    q, k, v, ridge = call.inputs
     found = [
         _check_row(
-            *(_numpy(t[b, h, : i + 1]) for t in call.inputs[1:3]),
-            *(_numpy(t[b, h, i]) for t in (call.inputs.q, call.inputs.ridge_lambda, o, z)),
+            _numpy(k[b, h, : i + 1]),
+            _numpy(v[b, h, : i + 1]),
+            _numpy(q[b, h, i]),
+            _numpy(ridge[b, h, i]),
+            _numpy(o[b, h, i]),
+            _numpy(z[b, h, i]),
             scale,
             delta_eps,
         )
-        for b, h, i in picked
+        for b, h, i in picked.tolist()
     ]
     condition, error, residual = np.array(found, dtype=np.float64).reshape(-1, 3).T
     return Verification(picked, condition, error, residual, dispatch.all_backends()[int(choice)].name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
@@ -13,6 +12,7 @@ from types import TracebackType
 from flashlla.backends.base import Backend
 from flashlla.backends.chunked import Chunked
 from flashlla.backends.naive import Naive
+from flashlla.notices import FallbackWarning, warn_once
 from flashlla.problem import Problem
 
 ENVIRONMENT_VARIABLE = "FLASHLLA_BACKEND"
@@ -20,12 +20,7 @@ AUTO = "auto"
 
 _backends: list[Backend] = []  # in the order that "auto" tries them
 _preference: ContextVar[str | None] = ContextVar("flashlla_backend", default=None)
-_warned: set[str] = set()
 _lock = Lock()
-
-
-class FallbackWarning(UserWarning):
-    """A preferred backend could not run a call, and another one did."""
 
 
 class UnsupportedError(RuntimeError):
@@ -201,18 +196,9 @@ def choose(problem: Problem, demand: str | None = None) -> Backend:
     if demand is None:
         preferred, asked = _preferred()
         if preferred not in (AUTO, explanation.backend):
-            _warn_once(
-                f"{asked} cannot run this call: {explanation.reasons[preferred]}. Ran on {explanation.backend!r} instead."
-            )
+            why = f"{asked} cannot run this call: {explanation.reasons[preferred]}"
+            warn_once(why, f"{why}. It ran on {explanation.backend!r} instead.", FallbackWarning)
     return backend_named(explanation.backend)
-
-
-def _warn_once(message: str) -> None:
-    with _lock:
-        if message in _warned:
-            return
-        _warned.add(message)
-    warnings.warn(f"flashlla: {message}", FallbackWarning, stacklevel=2)
 
 
 for _backend in (Chunked(), Naive()):

@@ -43,7 +43,9 @@ class Poison:
         )
 
 
-def isolate(problem: Problem, inputs: Inputs, grad_o: Tensor | None = None) -> tuple[Inputs, Tensor | None, Poison | None]:
+def isolate(
+    problem: Problem, inputs: Inputs, grad_o: Tensor | None = None
+) -> tuple[Inputs, Tensor | None, Poison | None]:
     """``inputs`` and ``grad_o`` with nothing but finite numbers, and where NaN belongs (None: nowhere)."""
     q, k, v, ridge = inputs
     finite_q, finite_k, finite_v, finite_ridge = q.isfinite(), k.isfinite(), v.isfinite(), ridge.isfinite()
@@ -64,7 +66,5 @@ def isolate(problem: Problem, inputs: Inputs, grad_o: Tensor | None = None) -> t
     reach = queries.unflatten(1, (-1, group)).any(2)  # (B, Hkv, Sq)
     last_stop = (reach * (problem.k_len if stop is None else stop)).amax(-1, keepdim=True)  # (B, Hkv, 1)
     clean = lambda t, finite: torch.where(finite, t, 0)
-    cleaned = Inputs(
-        clean(q, finite_q), clean(k, finite_k), clean(v, finite_v), torch.where(finite_ridge, ridge, 1)
-    )
+    cleaned = Inputs(clean(q, finite_q), clean(k, finite_k), clean(v, finite_v), torch.where(finite_ridge, ridge, 1))
     return cleaned, None if grad_o is None else clean(grad_o, finite_g), Poison(queries, j < last_stop)

@@ -63,7 +63,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
         if t.shape != q.shape:
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {tuple(q.shape)}, the shape of q")
         if t.device != q.device:
-            raise ValueError(f"{name}: got device {t.device}, wanted {q.device}, the device of q; try {name}.to(q.device)")
+            raise ValueError(
+                f"{name}: got device {t.device}, wanted {q.device}, the device of q; try {name}.to(q.device)"
+            )
     if q.shape[-1] == 0:
         raise ValueError(f"q: got shape {tuple(q.shape)}, wanted a head dim (the last) of at least 1")
     q, k, v = _autocast(q, k, v)
@@ -94,7 +96,9 @@ def _check_ridge(ridge_lambda: float | Tensor, q: Tensor, flat: bool) -> Tensor:
             raise ValueError(f"ridge_lambda: got {ridge_lambda}, wanted a number above 0")
         return torch.full((), number, dtype=dtype, device=q.device).expand(rows)
     if not ridge_lambda.is_floating_point():
-        raise TypeError(f"ridge_lambda: got dtype {ridge_lambda.dtype}, wanted a floating dtype; try ridge_lambda.float()")
+        raise TypeError(
+            f"ridge_lambda: got dtype {ridge_lambda.dtype}, wanted a floating dtype; try ridge_lambda.float()"
+        )
     if ridge_lambda.device != q.device and ridge_lambda.dim() > 0:
         raise ValueError(
             f"ridge_lambda: got device {ridge_lambda.device}, wanted {q.device}, the device of q; "
@@ -119,9 +123,7 @@ def _check_number(value: float, name: str) -> float:
     return float(value)
 
 
-def _check_solver(
-    solver: str | Solver | None, cg_numbers: tuple[float, float, int, bool]
-) -> tuple[str, list[float]]:
+def _check_solver(solver: str | Solver | None, cg_numbers: tuple[float, float, int, bool]) -> tuple[str, list[float]]:
     """The solver as a name and numbers, from either way of asking for one."""
     if solver is None:
         atol, rtol, max_iters, preconditioned = cg_numbers
@@ -134,5 +136,7 @@ def _check_solver(
                 f"solver=flashlla.CG(atol=..., rtol=..., max_iters=...) or flashlla.PCG(...), without cg_* arguments"
             )
     if not isinstance(solver, (str, Solver)):
-        raise TypeError(f"solver: got {type(solver).__name__}, wanted 'cg', 'pcg', 'direct' or a flashlla.Solver object")
+        raise TypeError(
+            f"solver: got {type(solver).__name__}, wanted 'cg', 'pcg', 'direct' or a flashlla.Solver object"
+        )
     return encode(solver)

@@ -168,7 +168,6 @@ class Chunked(Backend):
             dk[seen].baddbmm_(pa.mT, y, alpha=-1)
             dv[seen].baddbmm_(pa.mT, do)  # (3.5)
         split = lambda t: t.unflatten(0, (problem.batch, -1))
-        result = Gradients(
-            *(torch.empty_like(t).copy_(split(g)) for t, g in zip(inputs[:3], (dq, dk, dv))), split(dridge)
-        )
+        like = lambda t, g: torch.empty_like(t).copy_(split(g))
+        result = Gradients(like(inputs.q, dq), like(inputs.k, dk), like(inputs.v, dv), split(dridge))
         return result if poison is None else poison.backward(result)

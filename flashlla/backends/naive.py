@@ -45,9 +45,7 @@ def about_first_key(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def statistics(q: Tensor, k: Tensor, ridge_lambda: Tensor, problem: Problem) -> Statistics:
     logits = problem.scale * (q @ k.mT)  # (B, H, Sq, Sk)
-    visible = problem.mask.visible(
-        range(problem.q_len), range(problem.k_len), problem.q_len, problem.k_len, q.device
-    )
+    visible = problem.mask.visible(range(problem.q_len), range(problem.k_len), problem.q_len, problem.k_len, q.device)
     if visible is not None:
         logits = logits.masked_fill(~visible, float("-inf"))
     m = logits.amax(-1)
@@ -60,7 +58,8 @@ def statistics(q: Tensor, k: Tensor, ridge_lambda: Tensor, problem: Problem) -> 
 
 
 def solve(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.solve(a, b.unsqueeze(-1)).squeeze(-1)
+    x: Tensor = torch.linalg.solve(a, b.unsqueeze(-1))
+    return x.squeeze(-1)
 
 
 class Naive(Backend):
@@ -113,8 +112,6 @@ class Naive(Backend):
         dq = problem.scale * (dl @ k) + y  # (3.3)
         dk = problem.scale * (dl.mT @ q) - (p * e).mT @ z - (p * (1 - a)).mT @ y  # (3.4)
         dv = (p * (1 - a)).mT @ do  # (3.5)
-        result = Gradients(
-            torch.empty_like(inputs.q).copy_(dq), torch.empty_like(inputs.k).copy_(dk),
-            torch.empty_like(inputs.v).copy_(dv), dridge,
-        )
+        like = lambda t, g: torch.empty_like(t).copy_(g)
+        result = Gradients(like(inputs.q, dq), like(inputs.k, dk), like(inputs.v, dv), dridge)
         return result if poison is None else poison.backward(result)

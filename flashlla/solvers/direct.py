@@ -37,7 +37,7 @@ class Direct(Solver):
         factor, info = torch.linalg.cholesky_ex(a)
         if (info != 0).any():
             index = tuple(int(i) for i in (info != 0).nonzero()[0])
-            raise torch.linalg.LinAlgError(
+            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
                 f"solver 'direct': the system of {systems.name_row(index)} is not positive definite in "
                 f"{str(a.dtype).removeprefix('torch.')} (ridge_lambda there is {systems.ridge[index].item():.3g}). "
                 f"Try a larger ridge_lambda, float64 inputs, or solver='cg'."

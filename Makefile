@@ -1,0 +1,42 @@
+# Each target sets up all it needs: a virtual environment in .venv with the package (editable) and tested versions.
+#   make demo    the quickstart and a forecast of a real time series
+#   make test    the tests that need no GPU
+#   make check   lint, format, types
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check bench clean
+
+demo: $(READY)
+	$(BIN)/python examples/minimal_usage.py
+	$(BIN)/python examples/forecast_sunspots.py
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -m "not gpu" -n 2 tests
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m pytest -q benchmarks
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "flashlla needs Python 3.10 or newer; try: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "no virtual environment could be made; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "Setting up $(VENV) (the first time only) ..."
+# Without a GPU, torch's CPU build where pip can reach one: the default build brings gigabytes of CUDA libraries.
+	@if command -v nvidia-smi >/dev/null 2>&1 || \
+	  ! $(BIN)/python -m pip install -q -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)+cpu" 2>/dev/null; \
+	  then $(BIN)/python -m pip install -q -c constraints.txt torch; fi
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -24,7 +24,11 @@ class LLAInfo(NamedTuple):
     residual: Tensor
     converged: Tensor
     omega: Tensor
-    backend: str
+    choice: Tensor  # which backend ran, as a number: inside torch.compile a tensor can be returned, a name cannot
+
+    @property
+    def backend(self) -> str:
+        return dispatch.all_backends()[int(self.choice)].name
 
 
 @overload
@@ -112,8 +116,7 @@ def lla_attention(  # type: ignore[misc]  # the overloads say only what return_i
     iterations, residual, converged, omega = (
         call.restore(t.detach()) for t in (iterations, residual, converged, omega)
     )
-    backend = dispatch.all_backends()[int(choice)].name
-    return call.restore(o), LLAInfo(iterations, residual, converged, omega, backend)
+    return call.restore(o), LLAInfo(iterations, residual, converged, omega, choice)
 
 
 class LLAFunction:

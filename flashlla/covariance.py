@@ -36,10 +36,9 @@ class Systems:
         # c_ij = (k_j - k_mean_i).x_i: the scalar is subtracted before weighting, and the weighted row sum of c, zero
         # but for rounding, is taken out again, so that an error in k_mean counts to second order only.
         c = torch.matmul(x, self.k.mT)  # (..., M, N)
-        c -= (x * self.k_mean).sum(-1, keepdim=True)
-        c *= self.p
+        c.sub_(torch.linalg.vecdot(x, self.k_mean).unsqueeze(-1)).mul_(self.p)
         y = torch.matmul(c, self.k)  # (..., M, D)
-        y -= self.k_mean * c.sum(-1, keepdim=True)
+        y.addcmul_(self.k_mean, c.sum(-1, keepdim=True), value=-1)
         return y.addcmul_(x, self.ridge.unsqueeze(-1))
 
     def diagonal(self) -> Tensor:

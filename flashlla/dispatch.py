@@ -183,8 +183,9 @@ def explain(problem: Problem, demand: str | None = None) -> Explanation:
         name, asked = check_name(demand, "backend"), f"backend={demand!r}"
         return Explanation(name if reasons[name] is None else None, reasons, asked)
     name, asked = (AUTO, "backend='auto'") if demand == AUTO else _preferred()
-    able = [n for n, reason in reasons.items() if reason is None]
-    choice = name if name in able else next(iter(able), None)
+    if reasons.get(name, "auto is not a backend") is None:
+        return Explanation(name, reasons, asked)
+    choice = next((b.name for b in _backends if reasons[b.name] is None and not b.emulated()), None)
     return Explanation(choice, reasons, asked)
 
 

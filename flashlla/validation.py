@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -116,9 +117,9 @@ def _check_ridge(ridge_lambda: float | Tensor, q: Tensor, flat: bool) -> Tensor:
 
 
 def _check_number(value: float, name: str) -> float:
-    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+    if not isinstance(value, (int, float)) and not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: got {value}, wanted a finite number")
     return float(value)
 

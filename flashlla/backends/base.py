@@ -26,6 +26,10 @@ class Backend(ABC):
         """Why this backend cannot run on this machine at all; None where it can."""
         return None
 
+    def emulated(self) -> bool:
+        """Whether it runs here in an emulator only, for tests; such a backend runs when asked for, never unasked."""
+        return False
+
     @abstractmethod
     def unsupported(self, problem: Problem) -> str | None:
         """Why this backend cannot take ``problem``, in words a user can act on; None where it can."""

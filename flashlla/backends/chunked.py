@@ -25,7 +25,7 @@ from flashlla.problem import (
 
 # Queries a block. Larger blocks waste more of the causal triangle and wait longer for their slowest row; smaller ones
 # give the matrix products less to do.
-BLOCK_M = 128
+BLOCK_M = 256
 # Weights (queries x keys x heads) a block: its few temporaries of this size should stay in a processor's cache.
 _BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 

@@ -124,13 +124,13 @@ def conjugate_gradients(
 ) -> Solution:
     """Solve ``A x = b`` row by row, from x = 0; b: (..., M, D). A row that has converged stops moving."""
     rtol = max(rtol, systems.resolution**2)
-    size2 = b.square().sum(-1, keepdim=True)  # (..., M, 1), as every scalar of the recurrence
+    size2 = _dot(b, b)  # (..., M, 1), as every scalar of the recurrence
     threshold = size2.clamp(min=atol) * rtol
     x = torch.zeros_like(b)
     r = b.clone()
     r2 = size2
     y = r if precondition is None else precondition(r)
-    ry = r2 if precondition is None else (r * y).sum(-1, keepdim=True)
+    ry = r2 if precondition is None else _dot(r, y)
     direction = y.clone()
     iterations = torch.zeros_like(size2, dtype=torch.int32)
     active = r2 > threshold  # False for NaN: such a row is given up, and the others go on
@@ -138,17 +138,22 @@ def conjugate_gradients(
         if not active.any():
             break
         image = systems.matvec(direction)
-        curvature = (direction * image).sum(-1, keepdim=True)
-        active = active & (curvature > 0)  # exact breakdown, or a matrix that is not positive definite
+        curvature = _dot(direction, image)
+        active &= curvature > 0  # exact breakdown, or a matrix that is not positive definite
         step = torch.where(active, ry / curvature, 0)
         x.addcmul_(direction, step)
-        r.addcmul_(image, -step)
+        r.addcmul_(image, step, value=-1)
         iterations += active
-        r2 = r.square().sum(-1, keepdim=True)
+        r2 = _dot(r, r)
         y = r if precondition is None else precondition(r)
-        ry_next = r2 if precondition is None else (r * y).sum(-1, keepdim=True)
+        ry_next = r2 if precondition is None else _dot(r, y)
         direction = torch.addcmul(y, direction, torch.where(active, ry_next / ry, 0))
         ry = ry_next
-        active = active & (r2 > threshold)
+        active &= r2 > threshold
     residual = torch.where(r2 == 0, 0, (r2 / size2).sqrt())
     return Solution(x, iterations.squeeze(-1), residual.squeeze(-1), (r2 <= threshold).squeeze(-1))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row by row a.b: (..., M, 1)."""
+    return torch.linalg.vecdot(a, b).unsqueeze(-1)

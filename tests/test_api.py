@@ -1,0 +1,189 @@
+"""What callers may pass, what they get, and how they are told that it does not fit."""
+
+import inspect
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import flashlla
+from flashlla import lla_attention
+
+
+def qkv(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3))
+
+
+def test_signature_and_defaults_are_the_published_ones():
+    parameters = inspect.signature(lla_attention).parameters
+    published = {
+        "ridge_lambda": 10.0,
+        "qk_scale": None,
+        "delta_eps": 1e-12,
+        "cg_atol": 1e-12,
+        "cg_rtol": 1e-12,
+        "cg_max_iters": 32,
+        "cg_use_preconditioner": False,
+    }
+    assert list(parameters)[:3] == ["q", "k", "v"]
+    for name, default in published.items():
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameters[name].default == default
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 9, 4), (2, 3, 9, 4)])
+def test_output_has_the_inputs_shape_and_dtype(shape, dtype):
+    q, k, v = qkv(*shape, dtype=dtype)
+    o, info = lla_attention(q, k, v, ridge_lambda=0.5, return_info=True)
+    assert (o.shape, o.dtype) == (q.shape, dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert info.omega.dtype == info.residual.dtype == wide
+    assert info.iterations.dtype == torch.int32
+    assert info.converged.dtype == torch.bool
+    assert {t.shape for t in info[:4]} == {q.shape[:-1]}
+    assert info.backend in flashlla.available_backends()
+
+
+def test_output_keeps_the_layout_of_a_transposed_query():
+    q, k, v = (t.transpose(1, 2) for t in qkv(2, 9, 3, 4))  # (B, S, H, D) seen as (B, H, S, D)
+    assert lla_attention(q, k, v).stride() == q.stride()
+
+
+def test_lla_function_is_the_published_call():
+    q, k, v = (t.requires_grad_() for t in qkv(2, 9, 4))
+    ridge = torch.tensor(0.7, requires_grad=True)
+    o, omega = flashlla.LLAFunction.apply(q, k, v, ridge, None, 1e-12, 1e-12, 1e-12, 32, False)
+    expected, info = lla_attention(q, k, v, ridge_lambda=ridge, return_info=True)
+    assert torch.equal(o, expected)
+    assert omega.shape == (2, 9, 1)
+    assert torch.equal(omega.squeeze(-1), info.omega)
+    assert not omega.requires_grad  # its gradient is not lost in silence: there is none
+    o.sum().backward()
+    assert ridge.grad is not None
+    assert q.grad is not None
+
+
+def test_published_naive_functions():
+    from flashlla.ops.naive import lla_backward_naive, lla_forward_naive
+
+    q, k, v = (t.requires_grad_() for t in qkv(2, 11, 4, dtype=torch.float64))
+    grad_o = qkv(2, 11, 4, dtype=torch.float64, seed=1)[0]
+    ridge = torch.rand(2, 11, dtype=torch.float64) + 0.1
+    for eps in (0.0, 1e-3):
+        o, rho, denom, m = lla_forward_naive(q, k, v, 0.4, ridge, eps)
+        expected = lla_attention(q, k, v, qk_scale=0.4, ridge_lambda=ridge, delta_eps=eps, backend="naive")
+        torch.testing.assert_close(o, expected, rtol=1e-12, atol=1e-12)
+        # The text form, from its definition.
+        logits = (0.4 * q @ k.mT).masked_fill(torch.ones(11, 11).triu(1).bool(), float("-inf"))
+        torch.testing.assert_close(m, logits.amax(-1, keepdim=True), rtol=1e-12, atol=1e-12)
+        w = (logits - m).exp()
+        apart = k[:, None] - q[:, :, None]  # (B, S, S, D): k_j - q_i
+        mu = torch.einsum("bij,bijd->bid", w, apart)
+        sigma = torch.einsum("bij,bijd,bije->bide", w, apart, apart)
+        sigma = sigma + (ridge * w.sum(-1))[..., None, None] * torch.eye(4)
+        torch.testing.assert_close(rho, torch.linalg.solve(sigma, mu), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(denom, w.sum(-1, keepdim=True) - (mu * rho).sum(-1, keepdim=True) + eps)
+        got = lla_backward_naive(q, k, v, rho, denom, m, grad_o, 0.4, ridge)
+        for a, b in zip(got, torch.autograd.grad(expected, (q, k, v), grad_o)):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 1), (2, 7)])
+def test_ridge_broadcasts_and_has_a_gradient_of_its_own_shape(shape):
+    q, k, v = qkv(2, 7, 3, dtype=torch.float64)
+    ridge = (torch.rand(shape, dtype=torch.float64) + 0.2).requires_grad_()
+    o = lla_attention(q, k, v, ridge_lambda=ridge, solver="direct")
+    (grad,) = torch.autograd.grad(o.square().sum(), ridge)
+    full = ridge.detach().expand(2, 7).clone().requires_grad_()
+    (per_row,) = torch.autograd.grad(lla_attention(q, k, v, ridge_lambda=full, solver="direct").square().sum(), full)
+    torch.testing.assert_close(grad, per_row.sum_to_size(shape) if shape else per_row.sum())
+    assert grad.abs().sum() > 0
+
+
+def test_ridge_is_not_rounded_to_a_narrow_dtype():
+    q, k, v = qkv(1, 8, 4, dtype=torch.bfloat16)
+    exact, rounded = 0.1, float(torch.tensor(0.1).bfloat16())
+    as_tensor = lla_attention(q, k, v, ridge_lambda=torch.tensor(exact), return_info=True)[1]
+    as_number = lla_attention(q, k, v, ridge_lambda=exact, return_info=True)[1]
+    other = lla_attention(q, k, v, ridge_lambda=rounded, return_info=True)[1]
+    assert torch.equal(as_tensor.residual, as_number.residual)
+    assert not torch.equal(as_number.residual, other.residual)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (0, 2, 5, 4), (2, 0, 5, 4), (2, 2, 0, 4)])
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
+def test_empty_inputs_give_empty_outputs_and_zero_gradients(shape, backend):
+    q, k, v = (t.requires_grad_() for t in qkv(*shape))
+    ridge = torch.tensor(1.0, requires_grad=True)
+    o = lla_attention(q, k, v, ridge_lambda=ridge, backend=backend)
+    assert o.shape == shape
+    o.sum().backward()
+    assert q.grad.shape == shape
+    assert ridge.grad == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"k": torch.randn(2, 8, 4)}, ValueError, ["k:", "(2, 8, 4)", "(2, 9, 4)"]),
+        ({"v": torch.randn(2, 9, 5)}, ValueError, ["v:", "(2, 9, 5)"]),
+        ({"q": torch.randn(9, 4)}, ValueError, ["q:", "(9, 4)", "(B, S, D)"]),
+        ({"q": [[1.0]]}, TypeError, ["q:", "list"]),
+        ({"v": torch.randn(2, 9, 4).half()}, TypeError, ["v:", "float16", "float32"]),
+        ({"k": torch.randn(2, 9, 4, device="meta")}, ValueError, ["k:", "meta", "cpu"]),
+        ({n: torch.ones(2, 9, 4, dtype=torch.int64) for n in "qkv"}, TypeError, ["q:", "int64", "float32"]),
+        ({n: torch.randn(2, 9, 0) for n in "qkv"}, ValueError, ["q:", "head dim"]),
+        ({"ridge_lambda": 0.0}, ValueError, ["ridge_lambda", "0.0", "above 0"]),
+        ({"ridge_lambda": -1}, ValueError, ["ridge_lambda", "-1"]),
+        ({"ridge_lambda": float("nan")}, ValueError, ["ridge_lambda", "nan"]),
+        ({"ridge_lambda": "big"}, TypeError, ["ridge_lambda", "str"]),
+        ({"ridge_lambda": torch.ones(3)}, ValueError, ["ridge_lambda", "(3,)", "(B, S)", "(2, 9)"]),
+        ({"ridge_lambda": torch.ones(2, 9, 1)}, ValueError, ["ridge_lambda", "(2, 9, 1)"]),
+        ({"ridge_lambda": torch.ones(9, dtype=torch.int32)}, TypeError, ["ridge_lambda", "int32"]),
+        ({"ridge_lambda": torch.ones(9, device="meta")}, ValueError, ["ridge_lambda", "meta"]),
+        ({"ridge_lambda": -torch.ones(9)}, ValueError, ["ridge_lambda", "-1.0", "(0, 0, 0)"]),
+        ({"qk_scale": float("nan")}, ValueError, ["qk_scale", "nan"]),
+        ({"qk_scale": torch.tensor(0.5)}, TypeError, ["qk_scale", "Tensor"]),
+        ({"delta_eps": float("inf")}, ValueError, ["delta_eps", "inf"]),
+        ({"cg_rtol": -1.0}, ValueError, ["cg_rtol", "-1.0"]),
+        ({"cg_max_iters": 0}, ValueError, ["cg_max_iters", "0"]),
+        ({"solver": "cgg"}, ValueError, ["solver", "'cgg'", "did you mean 'cg'"]),
+        ({"solver": 3}, TypeError, ["solver", "int"]),
+        ({"solver": "direct", "cg_rtol": 1e-3}, ValueError, ["cg_rtol", "0.001", "solver='direct'"]),
+        ({"solver": flashlla.CG(), "cg_max_iters": 5}, ValueError, ["cg_max_iters", "5"]),
+        ({"backend": "chunkd"}, ValueError, ["backend", "'chunkd'", "did you mean 'chunked'"]),
+    ],
+    ids=lambda x: "-".join(map(str, x)) if isinstance(x, dict) else None,
+)
+def test_bad_input_names_the_argument_and_what_came(change, error, words):
+    q, k, v = qkv(2, 9, 4)
+    arguments = {"q": q, "k": k, "v": v, **change}
+    with pytest.raises(error) as caught:
+        lla_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_numpy_numbers_are_numbers():
+    q, k, v = qkv(1, 5, 4)
+    o = lla_attention(q, k, v, ridge_lambda=np.float32(2.0), qk_scale=np.float64(0.5))
+    assert torch.equal(o, lla_attention(q, k, v, ridge_lambda=2.0, qk_scale=0.5))
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v = (t.requires_grad_() for t in qkv(1, 5, 4))
+    (grad,) = torch.autograd.grad(lla_attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivative only"):
+        torch.autograd.grad(grad.sum(), q)
+
+
+def test_backward_may_be_called_from_another_thread():
+    q, k, v = (t.requires_grad_() for t in qkv(1, 5, 4))
+    o = lla_attention(q, k, v, backend="naive")
+    thread = threading.Thread(target=lambda: o.sum().backward())
+    thread.start()
+    thread.join()
+    assert q.grad is not None

@@ -1,0 +1,106 @@
+"""The operators under torch.library's checks, torch.compile, checkpointing and autocast."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import flashlla
+from flashlla.autograd import backward_op, forward_op
+
+TIGHT = flashlla.CG(rtol=1e-26, max_iters=200)
+
+
+def inputs(length=33, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, length, 8, generator=generator, dtype=dtype).requires_grad_() for _ in range(3))
+    ridge = (torch.rand(3, length, generator=generator, dtype=dtype) + 0.1).requires_grad_()
+    return q, k, v, ridge
+
+
+def loss(q, k, v, ridge):
+    return flashlla.lla_attention(q, k, v, ridge_lambda=ridge, solver=TIGHT).sin().sum()
+
+
+def assert_same_gradients(compiled, eager, arguments):
+    for a, b in zip(
+        torch.autograd.grad(compiled(*arguments), arguments), torch.autograd.grad(eager(*arguments), arguments)
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
+def test_opcheck(backend):
+    q, k, v, ridge = inputs(9)
+    settings = (0.3, 1e-12, "cg", [1e-12, 1e-12, 32.0], True)
+    ridge = ridge.expand(2, 3, 9).contiguous()
+    torch.library.opcheck(forward_op, (q, k, v, ridge, *settings, backend))
+    with torch.no_grad():
+        o, *residuals, _, _, _, _, choice = forward_op(q, k, v, ridge, *settings, backend)
+    tensors = [t.detach() for t in (o, q, k, v, ridge, *residuals)]
+    torch.library.opcheck(backward_op, (*tensors, choice, *settings))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_gives_what_eager_gives(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    for length in (33, 20):
+        assert_same_gradients(compiled, loss, inputs(length))
+
+
+def test_compile_follows_the_backend_that_is_set(monkeypatch):
+    torch._dynamo.reset()
+    ran = []
+    for backend in flashlla.dispatch.all_backends():
+        original = type(backend).forward
+        monkeypatch.setattr(
+            type(backend), "forward", lambda self, *a, _f=original: (ran.append(self.name), _f(self, *a))[1]
+        )
+    arguments = inputs(9)
+    compiled = torch.compile(loss, fullgraph=True)
+    for name in ("naive", "chunked", "naive"):
+        with flashlla.set_backend(name):
+            torch.autograd.grad(compiled(*arguments), arguments)
+    assert ran == ["naive", "chunked", "naive"]
+
+
+def test_compile_with_numbers_info_and_a_registered_solver():
+    torch._dynamo.reset()
+    flashlla.register_solver("tight", TIGHT)
+
+    def call(q, k, v, number):
+        return flashlla.lla_attention(
+            q, k, v, ridge_lambda=number, qk_scale=number / 4, solver="tight", return_info=True
+        )
+
+    compiled = torch.compile(call, fullgraph=True)
+    q, k, v, _ = inputs(9)
+    for number in (0.5, 1.5, 2.5):
+        (a, told), (b, expected) = compiled(q, k, v, number), call(q, k, v, number)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert torch.equal(told.iterations, expected.iterations)
+        assert told.backend == expected.backend
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    arguments = inputs(9)
+    loss(*arguments).backward()
+    expected = [t.grad.clone() for t in arguments]
+    for t in arguments:
+        t.grad = None
+    checkpoint(loss, *arguments, use_reentrant=reentrant).backward()
+    for t, grad in zip(arguments, expected):
+        assert torch.equal(t.grad, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_autocast_follows_sdpa(dtype):
+    q, k, v, ridge = inputs(9, torch.float64)
+    q, k, v = (t.detach().to(dtype).requires_grad_() for t in (q, k, v))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o = flashlla.lla_attention(q, k, v, ridge_lambda=ridge)
+        assert o.dtype == torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype
+    o.sum().backward()
+    assert q.grad.dtype == dtype
+    assert ridge.grad.dtype == torch.float64

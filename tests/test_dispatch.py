@@ -1,0 +1,226 @@
+"""Who runs a call, and what the caller is told about it."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+
+import flashlla
+from flashlla import dispatch
+from flashlla.backends.base import Backend
+from flashlla.backends.chunked import Chunked
+from flashlla.solvers import Solution
+
+
+class Picky(Chunked):
+    """Takes nothing longer than ten tokens."""
+
+    name = "picky"
+
+    def unsupported(self, problem):
+        return f"length {problem.q_len} is over 10" if problem.q_len > 10 else None
+
+
+@pytest.fixture
+def picky():
+    flashlla.register_backend(Picky())
+
+
+def inputs(length):
+    return tuple(torch.randn(1, length, 4) for _ in range(3))
+
+
+def ran_on(length=5, **options):
+    return flashlla.lla_attention(*inputs(length), return_info=True, **options)[1].backend
+
+
+def test_auto_takes_the_first_that_can():
+    expected = next(n for n in flashlla.available_backends())
+    assert ran_on() == ran_on(backend="auto") == expected
+    assert flashlla.get_backend() == "auto"
+
+
+def test_precedence(monkeypatch):
+    monkeypatch.setenv("FLASHLLA_BACKEND", "naive")
+    assert flashlla.get_backend() == ran_on() == "naive"
+    with flashlla.set_backend("chunked"):
+        assert flashlla.get_backend() == ran_on() == "chunked"
+        assert ran_on(backend="naive") == "naive"
+    assert ran_on() == "naive"
+
+
+def test_set_backend_is_a_call_and_a_context():
+    flashlla.set_backend("naive")
+    assert flashlla.get_backend() == "naive"
+    with flashlla.set_backend("chunked") as inner:
+        assert flashlla.get_backend() == "chunked"
+        assert repr(inner) == "set_backend('chunked')"
+        with flashlla.set_backend("naive"):
+            assert flashlla.get_backend() == "naive"
+        assert flashlla.get_backend() == "chunked"
+    assert flashlla.get_backend() == "naive"
+
+
+def test_a_context_restores_after_an_error():
+    with pytest.raises(ZeroDivisionError), flashlla.set_backend("naive"):
+        1 / 0  # noqa: B018
+    assert flashlla.get_backend() == "auto"
+
+
+def test_threads_and_tasks_do_not_see_each_others_choice():
+    seen = {}
+    ready = threading.Barrier(2)
+
+    def work(name):
+        with flashlla.set_backend(name):
+            ready.wait(10)
+            seen[name] = ran_on()
+            ready.wait(10)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in ("naive", "chunked")]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert seen == {"naive": "naive", "chunked": "chunked"}
+
+    async def task(name):
+        with flashlla.set_backend(name):
+            await asyncio.sleep(0.01)
+            return ran_on()
+
+    async def both():
+        return await asyncio.gather(task("naive"), task("chunked"))
+
+    assert asyncio.run(both()) == ["naive", "chunked"]
+
+
+def test_unknown_names_are_refused_at_once(monkeypatch):
+    with pytest.raises(ValueError, match=r"name: got 'chunk'.*did you mean 'chunked'"):
+        flashlla.set_backend("chunk")
+    monkeypatch.setenv("FLASHLLA_BACKEND", "nave")
+    with pytest.raises(ValueError, match=r"FLASHLLA_BACKEND: got 'nave'.*did you mean 'naive'"):
+        ran_on()
+
+
+@pytest.mark.usefixtures("picky")
+def test_a_preference_falls_back_and_warns_once_a_reason():
+    with flashlla.set_backend("picky"):
+        assert ran_on(5) == "picky"
+        with pytest.warns(flashlla.FallbackWarning, match=r"set_backend\('picky'\).*length 11 is over 10"):
+            assert ran_on(11) == next(n for n in flashlla.available_backends() if n != "picky")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", flashlla.FallbackWarning)
+            ran_on(11)
+        with pytest.warns(flashlla.FallbackWarning, match="length 12 is over 10"):
+            ran_on(12)
+
+
+@pytest.mark.usefixtures("picky")
+def test_a_demand_is_met_or_refused_with_every_reason():
+    assert ran_on(5, backend="picky") == "picky"
+    with pytest.raises(flashlla.UnsupportedError) as caught:
+        ran_on(11, backend="picky")
+    text = str(caught.value)
+    assert "length 11 is over 10" in text
+    assert all(b.name in text for b in dispatch.all_backends())
+
+
+@pytest.mark.usefixtures("picky")
+def test_explain_agrees_and_runs_nothing(monkeypatch):
+    monkeypatch.setattr(Chunked, "forward", lambda *_: pytest.fail("explain ran the call"))
+    told = flashlla.explain(*inputs(11), backend="picky")
+    assert told.backend is None
+    assert told.reasons["picky"] == "length 11 is over 10"
+    assert told.reasons["naive"] is None
+    assert "refused" in str(told)
+    assert flashlla.explain(*inputs(5), backend="picky").backend == "picky"
+    with flashlla.set_backend("picky"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told = flashlla.explain(*inputs(11))
+    assert told.backend == flashlla.available_backends()[0]
+    assert "set_backend('picky')" in str(told)
+
+
+@pytest.mark.usefixtures("picky")
+def test_an_emulated_backend_runs_on_demand_only():
+    class Slow(Chunked):
+        name = "slow"
+
+        def emulated(self):
+            return True
+
+    flashlla.register_backend(Slow(), before=dispatch.all_backends()[0].name)
+    assert flashlla.available_backends()[0] == "slow"
+    assert ran_on() != "slow"
+    assert ran_on(backend="slow") == "slow"
+    with flashlla.set_backend("slow"):
+        assert ran_on() == "slow"
+
+
+def test_naive_says_which_solvers_it_stands_in_for():
+    class Own(flashlla.Solver):
+        def solve(self, systems, b):
+            return Solution.check(systems, b, b, iterations=0, tolerance=float("inf"))
+
+    told = flashlla.explain(*inputs(5), solver=Own(), backend="naive")
+    assert told.backend is None
+    assert "Own" in told.reasons["naive"]
+    assert flashlla.explain(*inputs(5), solver=Own()).backend == "chunked"
+
+
+def test_backward_runs_where_forward_ran(monkeypatch):
+    ran = []
+    for backend in dispatch.all_backends():
+        original = type(backend).backward
+        monkeypatch.setattr(
+            type(backend), "backward", lambda self, *a, _f=original: (ran.append(self.name), _f(self, *a))[1]
+        )
+    q, k, v = (t.requires_grad_() for t in inputs(5))
+    with flashlla.set_backend("naive"):
+        o = flashlla.lla_attention(q, k, v)
+    with flashlla.set_backend("chunked"):
+        o.sum().backward()
+    assert ran == ["naive"]
+
+
+def test_registering(picky):
+    assert flashlla.available_backends()[-1] == "picky"
+
+    class First(Picky):
+        name = "first"
+
+    flashlla.register_backend(First(), before="chunked")
+    names = [b.name for b in dispatch.all_backends()]
+    assert names.index("first") == names.index("chunked") - 1
+    with pytest.raises(ValueError, match="taken"):
+        flashlla.register_backend(Picky())
+    with pytest.raises(TypeError, match=r"wanted a flashlla\.Backend"):
+        flashlla.register_backend(Picky)
+
+    class Nowhere(Picky):
+        name = "nowhere"
+
+        def unavailable(self):
+            return "needs an abacus"
+
+    flashlla.register_backend(Nowhere())
+    assert "nowhere" not in flashlla.available_backends()
+    assert flashlla.explain(*inputs(5)).reasons["nowhere"] == "needs an abacus"
+    assert isinstance(Nowhere(), Backend)
+
+
+def test_import_is_light():
+    """Neither Triton nor SciPy is imported with the package, and it adds little to torch's own import."""
+    code = (
+        "import time, torch, sys; before = set(sys.modules); t = time.perf_counter(); import flashlla; "
+        "took = time.perf_counter() - t; new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "print(took); assert not new & {'triton', 'scipy', 'matplotlib', 'statsmodels'}, new"
+    )
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(times) < 0.3

@@ -1,0 +1,138 @@
+"""What the documentation says, runs: Python blocks, docstrings' examples, the scripts in examples/, links."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import flashlla
+from flashlla import dispatch, solvers
+from tests.helpers import interpreted
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+FIGURES = {"softmax attention": "0.549", "ridge regression": "0.206", "Local Linear Attention": "0.168"}
+
+
+@pytest.fixture
+def users_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Seeded, one thread (the problems are tiny), warnings are errors, and no kernel runs in an interpreter."""
+    monkeypatch.setattr(dispatch, "_backends", [b for b in dispatch._backends if not interpreted(b)])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", flashlla.ConvergenceWarning)
+        warnings.simplefilter("error", flashlla.FallbackWarning)
+        yield
+    torch.set_num_threads(threads)
+
+
+def python_blocks(page: Path) -> list[tuple[int, str]]:
+    """Every ```python block of a page, with the line it starts on."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, m.start()) + 1, m[1]) for m in found]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=lambda p: p.name)
+def test_python_blocks_run(page: Path, users_machine: None):
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for line, block in python_blocks(page):
+        # Blank lines in front make a traceback's line numbers those of the page.
+        exec(compile("\n" * line + block, str(page), "exec", dont_inherit=True), namespace)
+
+
+def public_examples() -> list[doctest.DocTest]:
+    """The examples in the docstrings of all that a user can import from the public modules."""
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    examples = {}
+    for module in (flashlla, flashlla.ops.naive, solvers):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if callable(thing):
+                for test in finder.find(thing, f"{thing.__module__}.{name}", globs={}):
+                    examples[test.name] = test
+    return sorted(examples.values())
+
+
+@pytest.mark.parametrize("example", [e for e in public_examples() if e.examples], ids=lambda e: e.name)
+def test_docstring_examples_run(example: doctest.DocTest, users_machine: None):
+    report: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=report.append)
+    assert result.failed == 0, "".join(report)
+
+
+@pytest.mark.parametrize("name", [n for n in flashlla.__all__ if callable(getattr(flashlla, n))])
+def test_public_names_are_documented(name: str):
+    assert getattr(flashlla, name).__doc__, f"flashlla.{name} has no docstring"
+    assert re.search(rf"\b{name}\b", "".join(p.read_text(encoding="utf-8") for p in PAGES)), f"no page shows {name}"
+
+
+def run(script: str, *arguments: str) -> str:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # A user's environment: no interpreter for kernels, no preferred backend.
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FLASHLLA_BACKEND")}
+    result = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", str(ROOT / "examples" / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_minimal_usage_runs():
+    out = run("minimal_usage.py")
+    assert "output       (4, 256, 64)" in out
+    assert all(f"gradient {name}   (4, 256, 64)" in out for name in "qkv")
+
+
+def test_the_forecast_gives_the_figures_of_the_readme(tmp_path: Path, figure: Callable[[str], None]):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("statsmodels")
+    plot = tmp_path / "sunspots.png"
+    out = run("forecast_sunspots.py", "--output", str(plot))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, error in FIGURES.items():
+        (row,) = (line for line in out.splitlines() if line.startswith(name))
+        # The operator's two limits must give the figures of the methods computed without it.
+        assert re.findall(r"0\.\d{3}", row) == [error] * (1 if name == "Local Linear Attention" else 2)
+        assert f"{name} {error}" in " ".join(readme.split()) or f"LLA {error}" in readme
+        figure(f"sunspots, mean squared error: {row}")
+    assert 20_000 < plot.stat().st_size < 150_000
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, heading = target.partition("#")
+        assert not file or (page.parent / file).exists(), f"{page.name} links to {target}"
+        if heading and not file:
+            assert re.search(rf"^#+ {heading}$", text, re.MULTILINE | re.IGNORECASE), f"{page.name} links to {target}"
+
+
+def test_equations_that_code_cites_exist():
+    """Code cites (2.1), docs/math.md tags 2.1; and the sections it names are there."""
+    page = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
+    tags = set(re.findall(r"\\tag\{([0-9]\.[0-9]+)\}", page))
+    sections = set(re.findall(r"^## ([0-9])\. ", page, re.MULTILINE))
+    for source in (ROOT / "flashlla").rglob("*.py"):
+        text = source.read_text(encoding="utf-8")
+        cited = set(re.findall(r"\(([1-6]\.[0-9]{1,2})\)", text))
+        assert cited <= tags, f"{source.name} cites {sorted(cited - tags)}"
+        for place in re.findall(r"docs/math\.md[`,]*,? sections? ([0-9])", text):
+            assert place in sections, f"{source.name} cites section {place}"

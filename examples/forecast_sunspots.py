@@ -81,7 +81,7 @@ def main() -> None:
         return (forecast(o) - truth)[WARM_UP:].square().mean().item()
 
     softmax, ridge, local = softmax_attention(q, k, v, 0.5), ridge_regression(q, k, v, 0.01), lla(q, k, v, 0.2, 0.01)
-    scales = np.geomspace(0.02, 5, 33)
+    scales = np.geomspace(0.02, 10, 40)
     softmax_sweep = [error(softmax_attention(q, k, v, s)) for s in scales]
     local_sweep = [error(lla(q, k, v, s, 0.01)) for s in scales]
 
@@ -112,13 +112,13 @@ def main() -> None:
     left.legend(loc="upper left", ncols=3, frameon=False, fontsize=9, columnspacing=1.2, handlelength=1.6)
     left.set_title("One-step-ahead forecasts, nothing trained", loc="left", fontweight="bold", fontsize=11)
 
-    right.set(xscale="log", xlabel="scale of q·k", ylim=(0, 1), xlim=(0.02, 5))
+    right.set(xscale="log", xlabel="scale of q·k", ylim=(0, 1), xlim=(0.02, 10))
     right.plot(scales, softmax_sweep, color=ORANGE)
     right.axhline(error(ridge), color=GREEN, linestyle="--")
     right.plot(scales, local_sweep, color=BLUE)
     right.plot([0.5], [error(softmax)], "o", color=ORANGE)
     right.plot([0.2], [error(local)], "o", color=BLUE)
-    right.set_xticks([0.02, 0.1, 0.5, 2], ["0.02", "0.1", "0.5", "2"], minor=False)
+    right.set_xticks([0.02, 0.1, 0.5, 2, 10], ["0.02", "0.1", "0.5", "2", "10"], minor=False)
     right.minorticks_off()
     label: dict[str, Any] = {"fontsize": 9, "va": "center"}
     right.annotate(f"softmax attention  {error(softmax):.3f}", (0.026, error(softmax) - 0.05), color=ORANGE, **label)

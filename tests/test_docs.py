@@ -109,10 +109,19 @@ def test_the_forecast_gives_the_figures_of_the_readme(tmp_path: Path, figure: Ca
         (row,) = (line for line in out.splitlines() if line.startswith(name))
         # The operator's two limits must give the figures of the methods computed without it.
         assert re.findall(r"0\.\d{3}", row) == [error] * (1 if name == "Local Linear Attention" else 2)
-        assert f"{name} {error}" in " ".join(readme.split()) or f"LLA {error}" in readme
+        assert f"{name.replace('Local Linear Attention', 'LLA')} {error}" in " ".join(readme.split())
         figure(f"sunspots, mean squared error: {row}")
     assert 20_000 < plot.stat().st_size < 150_000
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_forecast_from_windows_of_one_norm(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("statsmodels")
+    out = run("forecast_sunspots.py", "--unit-norm", "--output", str(tmp_path / "sunspots.png"))
+    softmax, lla = re.findall(r"0\.\d{3}", out.split("At the scale")[1])
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"at the best scale for each {softmax}, and LLA {lla}" in readme
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

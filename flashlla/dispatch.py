@@ -12,6 +12,7 @@ from types import TracebackType
 from flashlla.backends.base import Backend
 from flashlla.backends.chunked import Chunked
 from flashlla.backends.naive import Naive
+from flashlla.backends.triton import Triton, TritonPCG
 from flashlla.notices import FallbackWarning, warn_once
 from flashlla.problem import Problem
 
@@ -202,5 +203,5 @@ def choose(problem: Problem, demand: str | None = None) -> Backend:
     return backend_named(explanation.backend)
 
 
-for _backend in (Chunked(), Naive()):
+for _backend in (Triton(), TritonPCG(), Chunked(), Naive()):
     register_backend(_backend)

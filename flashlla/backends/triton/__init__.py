@@ -1,0 +1,119 @@
+"""Fused Triton kernels, forward and backward: what ``lla_attention`` runs on a GPU.
+
+This module imports neither Triton nor a kernel until one runs. With TRITON_INTERPRET=1 set before that, Triton's
+interpreter runs the kernels on CPU tensors: slow, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from flashlla.backends.base import Backend
+from flashlla.problem import Forward, Gradients, Inputs, Problem, Residuals
+from flashlla.solvers import CG, PCG, Jacobi, Solver
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is asked for."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+class Triton(Backend):
+    name = "triton"
+    summary = "fused Triton kernels, conjugate gradients; memory linear in length"
+
+    def unavailable(self) -> str | None:
+        if not _has_triton():
+            return "Triton is not installed (torch brings it where it is built for CUDA)"
+        if not _has_gpu() and not interpreted():
+            return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+        return None
+
+    def emulated(self) -> bool:
+        return interpreted()
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return self._device(problem) or self._solver(problem) or self._tensors(problem)
+
+    def _device(self, problem: Problem) -> str | None:
+        if problem.device.type == "cpu":
+            return None if interpreted() else "its kernels run on CUDA tensors, and these are on the CPU"
+        if problem.device.type != "cuda":
+            return f"its kernels run on CUDA tensors, and these are on {problem.device}"
+        if interpreted():
+            return "TRITON_INTERPRET=1 is set: the kernels run on CPU tensors"
+        major, minor = torch.cuda.get_device_capability(problem.device)
+        if major < 8:
+            return f"it needs compute capability 8.0, and {problem.device} has {major}.{minor}"
+        return None
+
+    def _tensors(self, problem: Problem) -> str | None:
+        if problem.dtype == torch.float64:
+            return "its kernels take bfloat16, float16 and float32, not float64"
+        if problem.head_dim > 256:
+            return f"it takes head dims up to 256, and this one is {problem.head_dim}"
+        if problem.v_dim != problem.head_dim:
+            return f"it takes values as wide as the keys ({problem.head_dim}), and these have {problem.v_dim}"
+        if problem.q_len != problem.k_len:
+            return f"it takes as many keys as queries ({problem.q_len}), and there are {problem.k_len}"
+        if problem.q_heads != problem.kv_heads:
+            return f"it takes as many key heads as query heads ({problem.q_heads}), and there are {problem.kv_heads}"
+        return None
+
+    def _solver(self, problem: Problem) -> str | None:
+        if self.preconditioner(problem) is None:
+            return f"it fuses {self._fuses}, not {_described(problem.solver)}"
+        return None
+
+    _fuses = "the solvers CG and PCG(preconditioner='jacobi')"
+
+    def preconditioner(self, problem: Problem) -> str | None:
+        """What the solve kernel calls the preconditioner of this problem; None where it has no such solver."""
+        if type(problem.solver) is CG or (not problem.solver_demanded and isinstance(problem.solver, CG)):
+            return "none"
+        return "jacobi" if _is_jacobi(problem.solver) else None
+
+    def forward(self, problem: Problem, inputs: Inputs) -> Forward:
+        from flashlla.backends.triton import launch
+
+        return launch.forward(problem, inputs, self.preconditioner(problem) or "none")
+
+    def backward(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
+        from flashlla.backends.triton import launch
+
+        return launch.backward(problem, inputs, residuals, grad_o, self.preconditioner(problem) or "none")
+
+
+class TritonPCG(Triton):
+    name = "triton_pcg"
+    summary = "the same kernels, conjugate gradients with the Jacobi preconditioner"
+
+    _fuses = "the solver PCG(preconditioner='jacobi')"
+
+    def preconditioner(self, problem: Problem) -> str | None:
+        if not problem.solver_demanded and isinstance(problem.solver, CG):
+            return "jacobi"
+        return "jacobi" if _is_jacobi(problem.solver) else None
+
+
+def _is_jacobi(solver: Solver) -> bool:
+    return type(solver) is PCG and (solver.preconditioner == "jacobi" or type(solver.preconditioner) is Jacobi)
+
+
+def _described(solver: Solver) -> str:
+    return repr(solver) if isinstance(solver, PCG) else type(solver).__name__

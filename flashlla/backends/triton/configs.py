@@ -1,0 +1,85 @@
+"""Every tile size, and why. A table, not tuning: a new length never stalls a run.
+
+FLASHLLA_AUTOTUNE=1 times the table's entry against a few others at the first launch of each key instead; keys do not
+contain the length.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """Queries and keys a tile, warps a program, tiles of the sweep in flight."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+PASSES = ("statistics", "solve", "output", "moments", "dq", "dk")
+
+# float16 operands. Head dims are padded to these powers of two.
+_HALF: dict[int, dict[str, Config]] = {
+    16: dict.fromkeys(PASSES, Config(64, 64, 4, 2)),
+    32: dict.fromkeys(PASSES, Config(64, 64, 4, 3)),
+    64: {
+        "statistics": Config(64, 64, 4, 3),
+        "solve": Config(64, 64, 4, 3),
+        "output": Config(64, 64, 4, 3),
+        "moments": Config(64, 64, 4, 3),
+        "dq": Config(64, 64, 4, 2),
+        "dk": Config(64, 64, 4, 2),
+    },
+    128: {
+        "statistics": Config(64, 64, 4, 3),
+        "solve": Config(64, 64, 4, 3),
+        "output": Config(64, 64, 4, 2),
+        "moments": Config(64, 64, 4, 2),
+        "dq": Config(64, 64, 4, 2),
+        "dk": Config(64, 64, 8, 2),
+    },
+    256: {
+        "statistics": Config(64, 32, 8, 2),
+        "solve": Config(64, 32, 8, 2),
+        "output": Config(64, 32, 8, 2),
+        "moments": Config(64, 32, 8, 2),
+        "dq": Config(64, 32, 8, 2),
+        "dk": Config(32, 32, 8, 1),
+    },
+}
+# float32 operands. Full products are sums of scalar multiply-adds, unrolled: small tiles keep them in registers.
+_SINGLE: dict[int, dict[str, Config]] = {
+    16: dict.fromkeys(PASSES, Config(32, 32, 4, 1)),
+    32: dict.fromkeys(PASSES, Config(32, 32, 4, 1)),
+    64: dict.fromkeys(PASSES, Config(32, 32, 4, 1)),
+    128: dict.fromkeys(PASSES, Config(32, 32, 8, 1)),
+    256: dict.fromkeys(PASSES, Config(16, 16, 4, 1)),
+}
+
+
+def padded(head_dim: int) -> int:
+    """The power of two that tiles of ``head_dim`` columns take up."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def config(name: str, head_dim: int, operand: torch.dtype, capability: tuple[int, int]) -> Config:
+    """The config of pass ``name``; ``operand`` is float16 or float32, ``capability`` the device's, (9, 0) say."""
+    table = _HALF if operand == torch.float16 else _SINGLE
+    chosen = table[padded(head_dim)][name]
+    return chosen
+
+
+def candidates(name: str, head_dim: int, operand: torch.dtype, capability: tuple[int, int]) -> list[Config]:
+    """What FLASHLLA_AUTOTUNE=1 times: the table's entry first, then its neighbours."""
+    first = config(name, head_dim, operand, capability)
+    others = [
+        first._replace(stages=stages, warps=warps, m=m)
+        for m in (first.m, 2 * first.m)
+        for warps in (4, 8)
+        for stages in (2, 3)
+    ]
+    return [first, *(c for c in others if c != first)]

@@ -1,0 +1,224 @@
+"""From tensors to launches: operands, outputs, grids. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from flashlla.backends.triton import backward as backward_kernels
+from flashlla.backends.triton import configs, prepare
+from flashlla.backends.triton import forward as forward_kernels
+from flashlla.backends.triton.solve import solve_kernel
+from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals, empty_output, resolution
+
+# Rows that one program of the cast kernels takes.
+CAST_ROWS = 64
+_tuned: dict[tuple[Any, ...], configs.Config] = {}
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of the device; on the CPU, in Triton's interpreter, that of the architecture most configs were made for."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+class Launcher:
+    """The kernels of one call: what all their launches share."""
+
+    def __init__(self, problem: Problem, inputs: Inputs) -> None:
+        self.problem = problem
+        self.n_heads = problem.batch * problem.q_heads
+        half = problem.dtype != torch.float32
+        self.operand = torch.float16 if half else torch.float32
+        full = torch.get_float32_matmul_precision() == "highest"
+        self.settings = {
+            "HEAD_DIM": problem.head_dim,
+            "CAUSAL": problem.mask.causal,
+            "PRECISION": "ieee" if half or full else "tf32",
+        }
+        self.lengths = (self.n_heads, problem.q_heads, problem.q_len, problem.k_len)
+        self.device = problem.device
+        q, k, v = inputs[:3]
+        self.units = (q.new_empty if half else q.new_ones)((3, self.n_heads), dtype=torch.float32)
+        operands = [self.cast(t, self.units[n]) if half else with_unit_stride(t) for n, t in enumerate((q, k, v))]
+        self.q, self.k, self.v = operands
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def rows(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uninitialised (B, H, S)."""
+        return self.empty(*self.rows_shape, dtype=dtype)
+
+    def vectors(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uninitialised (B, H, S, D)."""
+        return self.empty(*self.rows_shape, self.problem.head_dim, dtype=dtype)
+
+    @property
+    def rows_shape(self) -> tuple[int, int, int]:
+        return self.problem.batch, self.problem.q_heads, self.problem.q_len
+
+    def cast(self, t: Tensor, unit: Tensor) -> Tensor:
+        """``t`` in float16, contiguous, in units of a power of two a head, which ``unit`` (B H,) is filled with."""
+        t = with_unit_stride(t)
+        heads, length = t.shape[1], t.shape[2]
+        # Runs of rows that look for a head's largest number side by side; the interpreter has no sides.
+        chunks = 16 if self.device.type == "cuda" else 1
+        largest = self.empty(self.n_heads, chunks)
+        y = self.empty(*t.shape, dtype=torch.float16)
+        chunk = triton.cdiv(triton.cdiv(length, chunks), CAST_ROWS) * CAST_ROWS
+        sizes = {"HEAD_DIM": t.shape[3], "BLOCK_D": configs.padded(t.shape[3]), "BLOCK_M": CAST_ROWS}
+        self.run(
+            prepare.largest_kernel, "cast", self.n_heads * chunks,
+            t, largest, *t.stride()[:3], heads, length, chunk, CHUNKS=chunks, **sizes,
+        )  # fmt: skip
+        self.run(
+            prepare.cast_kernel, "cast", self.n_heads * triton.cdiv(length, CAST_ROWS),
+            t, largest, y, unit, *t.stride()[:3], heads, length, CHUNKS=chunks, **sizes,
+        )  # fmt: skip
+        return y
+
+    def cast_grad(self, grad_o: Tensor, guard: Tensor) -> tuple[Tensor, Tensor]:
+        """``guard * grad_o`` in the operands' dtype, contiguous, in units of a power of two a row; and those units."""
+        grad_o = with_unit_stride(grad_o)
+        y, unit = self.vectors(self.operand), self.rows()
+        length, d = grad_o.shape[2:]
+        self.run(
+            prepare.cast_grad_kernel, "cast", self.n_heads * triton.cdiv(length, CAST_ROWS),
+            grad_o, guard, y, unit, *grad_o.stride()[:3], grad_o.shape[1], length,
+            HEAD_DIM=d, BLOCK_D=configs.padded(d), BLOCK_M=CAST_ROWS,
+        )  # fmt: skip
+        return y, unit
+
+    def sweep(self, kernel: Any, name: str, *arguments: Any, over_keys: bool = False, **settings: Any) -> None:
+        """Launch ``kernel`` of pass ``name``, one program a tile of queries (``over_keys``: of keys) and head."""
+        length = self.problem.k_len if over_keys else self.problem.q_len
+        settings.update(self.settings, BLOCK_D=configs.padded(self.problem.head_dim))
+
+        def with_config(c: configs.Config) -> None:
+            tiles = triton.cdiv(length, c.n if over_keys else c.m)
+            self.run(
+                kernel, name, self.n_heads * tiles, *arguments,
+                BLOCK_M=c.m, BLOCK_N=c.n, num_warps=c.warps, num_stages=c.stages, **settings,
+            )  # fmt: skip
+
+        with_config(self.config(name, with_config))
+
+    def config(self, name: str, with_config: Callable[[configs.Config], None]) -> configs.Config:
+        key = (name, self.problem.head_dim, self.operand, capability(self.device))
+        if os.environ.get("FLASHLLA_AUTOTUNE") != "1" or self.device.type != "cuda":
+            return configs.config(*key)
+        if key not in _tuned:
+            _tuned[key] = fastest(configs.candidates(*key), with_config)
+        return _tuned[key]
+
+    def run(self, kernel: Any, name: str, programs: int, *arguments: Any, **settings: Any) -> None:
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        try:
+            with on_device:
+                kernel[(programs,)](*arguments, **settings)
+        except Exception as error:
+            tiles = {n: value for n, value in settings.items() if n not in ("HEAD_DIM", "CAUSAL")}
+            raise RuntimeError(
+                f"flashlla: backend 'triton' could not compile or launch its kernel {kernel.__name__} (pass {name!r}, "
+                f"head dim {self.problem.head_dim}, {self.problem.dtype}, config {tiles}) on {self.device} with Triton "
+                f"{triton.__version__}. Use another backend: flashlla.set_backend('chunked'), or FLASHLLA_BACKEND=chunked."
+            ) from error
+
+
+def with_unit_stride(t: Tensor) -> Tensor:
+    """``t``, copied only where its last dimension is not contiguous."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def fastest(configs_: list[configs.Config], with_config: Callable[[configs.Config], None]) -> configs.Config:
+    """The config that runs fastest; one that does not compile is none of them."""
+    times = {}
+    for c in configs_:
+        with contextlib.suppress(RuntimeError):
+            times[c] = triton.testing.do_bench(lambda c=c: with_config(c), warmup=5, rep=20, return_mode="median")
+    return min(times, key=times.__getitem__) if times else configs_[0]
+
+
+def tolerances(problem: Problem) -> tuple[float, float, int]:
+    """atol, rtol and cap of the solver, rtol no smaller than the dtype can make use of."""
+    solver: Any = problem.solver
+    return solver.atol, max(solver.rtol, resolution(problem.dtype) ** 2), solver.max_iters
+
+
+def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
+    """The passes of operator section 4: statistics, solve, output."""
+    at = Launcher(problem, inputs)
+    q, k, v = at.q, at.k, at.v
+    lse, omega, k_mean = at.rows(), at.rows(), at.vectors()
+    at.sweep(
+        forward_kernels.statistics_kernel, "statistics", q, k, at.units, lse, omega, k_mean,
+        *q.stride()[:3], *k.stride()[:3], *at.lengths, problem.scale,
+    )  # fmt: skip
+    probe = at.vectors()
+    iterations, residual, converged = at.rows(torch.int32), at.rows(), at.rows(torch.bool)
+    solve(at, inputs.ridge_lambda, lse, k_mean, None, None, probe, (iterations, residual, converged), preconditioner)
+    guard, o = at.rows(), empty_output(inputs.q, inputs.v)
+    o_rows = o if with_unit_stride(o) is o else torch.empty_like(o, memory_format=torch.contiguous_format)
+    at.sweep(
+        forward_kernels.output_kernel, "output", q, k, v, at.units, lse, omega, k_mean, probe, guard, o_rows,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o_rows.stride()[:3], *at.lengths,
+        problem.scale, problem.delta_eps,
+    )  # fmt: skip
+    if o_rows is not o:
+        o.copy_(o_rows)
+    return Forward(o, Residuals(lse, guard, probe, k_mean), Report(omega, iterations, residual, converged))
+
+
+def solve(
+    at: Launcher, ridge: Tensor, lse: Tensor, k_mean: Tensor, b: Tensor | None, b_size: Tensor | None, x: Tensor,
+    report: tuple[Tensor, Tensor, Tensor] | None, preconditioner: str,
+) -> None:  # fmt: skip
+    """Launch the one solve kernel; without ``b`` for the probe, with it for the adjoint probe."""
+    iterations, residual, converged = report or (lse, lse, lse)  # not touched for the adjoint
+    at.sweep(
+        solve_kernel, "solve", at.q, at.k, at.units, lse, k_mean, ridge, k_mean if b is None else b,
+        lse if b_size is None else b_size, x, iterations, residual, converged,
+        *at.q.stride()[:3], *at.k.stride()[:3], *ridge.stride(), *at.lengths, at.problem.scale, *tolerances(at.problem),
+        ADJOINT=b is not None, PRECONDITIONER=preconditioner,
+    )  # fmt: skip
+
+
+def backward(
+    problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor, preconditioner: str
+) -> Gradients:  # fmt: skip
+    """The passes of operator section 4: moments, solve, dq with dlambda, dk and dv."""
+    at = Launcher(problem, inputs)
+    q, k, v = at.q, at.k, at.v
+    lse, guard, probe, k_mean = (t.contiguous() for t in residuals)
+    do, do_unit = at.cast_grad(grad_o, guard)
+    t, t_size, g_mean = at.vectors(at.operand), at.rows(), at.rows()
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    at.sweep(
+        backward_kernels.moments_kernel, "moments", q, k, v, do, at.units, lse, k_mean, t, t_size, g_mean,
+        *strides, *at.lengths, problem.scale,
+    )  # fmt: skip
+    y_neg = at.vectors(at.operand)
+    solve(at, inputs.ridge_lambda, lse, k_mean, t, t_size, y_neg, None, preconditioner)
+    del t
+    dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
+    outs = [x if with_unit_stride(x) is x else x.new_empty(x.shape) for x in (dq, dk, dv)]
+    dridge, z, rows = at.rows(), at.vectors(at.operand), at.empty(6, at.n_heads, problem.q_len)
+    at.sweep(
+        backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, at.units, do_unit, lse, k_mean, probe, inputs.ridge_lambda,
+        g_mean, outs[0], dridge, z, rows,
+        *strides, *inputs.ridge_lambda.stride(), *outs[0].stride()[:3], *at.lengths, problem.scale,
+    )  # fmt: skip
+    at.sweep(
+        backward_kernels.dk_kernel, "dk", q, k, v, do, y_neg, z, at.units, rows, rows[5].amax(-1), outs[1], outs[2],
+        *strides, *outs[1].stride()[:3], *outs[2].stride()[:3], *at.lengths, problem.scale, over_keys=True,
+    )  # fmt: skip
+    for x, rowed in zip((dq, dk, dv), outs):
+        if rowed is not x:
+            x.copy_(rowed)
+    return Gradients(dq, dk, dv, dridge)

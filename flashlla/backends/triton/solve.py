@@ -1,0 +1,170 @@
+"""A x = b for a tile of queries by conjugate gradients, A = C + lambda I of (2.1): one kernel, for forward and backward.
+
+A is never formed: A x is one sweep over the keys, sum_j p_j (k_j.x - k_mean.x) (k_j - k_mean) + lambda x.
+"""
+
+import triton
+import triton.language as tl
+
+from flashlla.backends.triton.primitives import (
+    LOG2E,
+    WEIGHT,
+    WEIGHT_BITS,
+    head_of,
+    inverse_or_zero,
+    inverse_power,
+    load_keys,
+    load_rows,
+    load_tile,
+    rounded,
+    rows_of,
+    saturated,
+    store_rows,
+    store_tile,
+    sweep_keys,
+    tile_and_head,
+    times,
+    units_of,
+    weights,
+    zeros,
+)
+
+
+@triton.jit
+def matvec_body(
+    state, rows, keys, j, k_len, seen, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+):  # fmt: skip
+    """One tile of sum_j w_ij c_ij k_j and of sum_j w_ij c_ij, c_ij = x_i.(k_j - k_mean_i)."""
+    acc, total = state
+    q, x, x_mean, shift, factor = rows
+    k_base, k_stride = keys
+    k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
+    c = times(x, tl.trans(k), zeros(x, tl.trans(k)), PRECISION) - x_mean[:, None]  # (M, N)
+    w = weights(q, k, factor, shift, seen, PRECISION, CUT) * c
+    if CUT:
+        w = tl.where(seen, w, 0.0)  # c may be NaN where w was 0
+    w = rounded(w, k, PRECISION)
+    # The total of the rounded numbers: k_mean times it takes out what keys far from the origin made of their rounding.
+    return times(w, k_weighed, acc, PRECISION), total + tl.sum(w.to(tl.float32), 1)
+
+
+@triton.jit
+def diagonal_body(
+    state, rows, keys, j, k_len, seen, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+):  # fmt: skip
+    """One tile of sum_j w_ij (k_j - origin)^2, element by element."""
+    q, origin, shift, factor = rows
+    k_base, k_stride = keys
+    k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
+    w = rounded(weights(q, k, factor, shift, seen, PRECISION, CUT), k, PRECISION)  # (M, N)
+    moved = k_weighed.to(tl.float32) - origin[None, :]
+    return times(w, rounded(moved * moved, k, PRECISION), state, PRECISION)  # (M, D)
+
+
+@triton.jit
+def prepare_jacobi(
+    q, k_mean, ridge, shift, factor, k_base, k_stride, i, q_len, k_len,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The inverse diagonals of A, (M, D): sum_j p_j (k_j - origin)^2 - (k_mean - origin)^2 + lambda."""
+    dim = tl.arange(0, q.shape[1])
+    origin = tl.load(k_base + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)  # (D,) the first key
+    origin = tl.where((origin - origin) == 0, origin, 0.0)
+    squares = sweep_keys(
+        diagonal_body, tl.zeros([M, q.shape[1]], tl.float32), (q, origin, shift, factor), (k_base, k_stride),
+        i, q_len, k_len, HEAD_DIM, CAUSAL, PRECISION, M, N,
+    )  # fmt: skip
+    mean = k_mean - origin[None, :]
+    return 1 / (tl.maximum(squares * (1 / WEIGHT) - mean * mean, 0.0) + ridge[:, None])
+
+
+@triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len", "max_iters"])
+def solve_kernel(
+    q_ptr, k_ptr, units, lse_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, x_out,
+    iterations_out, residual_out, converged_out,
+    q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, ridge_stride_b, ridge_stride_h, ridge_stride_s,
+    n_heads, heads, q_len, k_len, scale, atol, rtol, max_iters,
+    ADJOINT: tl.constexpr, PRECONDITIONER: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Forward: the probe z of (2.1), b = k_mean - q. ADJOINT: -y of (3.1), b = t in rows of unit length, |t| beside it.
+
+    PRECONDITIONER is "none" or "jacobi". A row leaves off when |r|^2 <= max(atol, |b|^2) rtol, the tile when all its
+    rows have; a row that is NaN has left off.
+    """
+    i, head = tile_and_head(n_heads, q_len, BLOCK_M, CAUSAL)
+    q_unit, k_unit, _ = units_of(units, head, n_heads)
+    q_base = head_of(q_ptr, q_stride_b, q_stride_h, head, heads)
+    k_base = head_of(k_ptr, k_stride_b, k_stride_h, head, heads)
+    q = load_tile(q_base, q_stride_s, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
+    k_mean = load_tile(rows_of(k_mean_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    k_mean = k_mean * inverse_power(k_unit)
+    ridge_base = head_of(ridge_ptr, ridge_stride_b, ridge_stride_h, head, heads)
+    row = i + tl.arange(0, BLOCK_M)
+    ridge = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=row < q_len, other=1.0)  # (M,)
+    ridge = ridge * inverse_power(k_unit) * inverse_power(k_unit)
+    shift = load_rows(rows_of(lse_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0) * LOG2E - WEIGHT_BITS
+    factor = scale * LOG2E * q_unit * k_unit
+    if ADJOINT:
+        r = load_tile(rows_of(b_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+        r = r.to(tl.float32)
+    else:
+        r = k_mean - q.to(tl.float32) * (q_unit * inverse_power(k_unit))
+        atol = atol * inverse_power(k_unit) * inverse_power(k_unit)
+    r += (0.0 * ridge)[:, None]  # a ridge that is not finite makes its row NaN
+    if PRECONDITIONER == "jacobi":
+        inverse = prepare_jacobi(
+            q, k_mean, ridge, shift, factor, k_base, k_stride_s, i, q_len, k_len,
+            HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        inverse = 1.0
+    b2 = tl.sum(r * r, 1)  # (M,), as every scalar of the recurrence
+    threshold = tl.maximum(b2, atol) * rtol
+    solution = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    direction = r * inverse
+    r2 = b2
+    r_y = tl.sum(r * direction, 1)
+    active = r2 > threshold  # False for NaN
+    taken = tl.zeros([BLOCK_M], tl.int32)
+    sweeps = 0
+    while (sweeps < max_iters) & (tl.max(active.to(tl.int32), 0) > 0):
+        # Of unit length, so that nothing in the sweep overflows or goes subnormal; rounded first, and the rounded x is
+        # the one that moves the solution.
+        size = tl.sqrt(tl.sum(direction * direction, 1))
+        x = rounded(direction * inverse_or_zero(size)[:, None], q, PRECISION)  # (M, D)
+        x_mean = tl.sum(x.to(tl.float32) * k_mean, 1)
+        acc, total = sweep_keys(
+            matvec_body,
+            (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)),
+            (q, x, x_mean, shift, factor), (k_base, k_stride_s), i, q_len, k_len,
+            HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        x_wide = x.to(tl.float32)
+        image = (acc - k_mean * total[:, None]) * (1 / WEIGHT) + ridge[:, None] * x_wide  # A x
+        curvature = tl.sum(x_wide * image, 1)
+        active = active & (curvature > 0)
+        step = tl.where(active, tl.sum(r * x_wide, 1) / tl.where(active, curvature, 1.0), 0.0)
+        solution += step[:, None] * x_wide
+        r -= step[:, None] * image
+        taken += active.to(tl.int32)
+        y = r * inverse
+        r2 = tl.sum(r * r, 1)
+        r_y_next = tl.sum(r * y, 1)
+        turn = tl.where(active, r_y_next / tl.where(active, r_y, 1.0), 0.0) * size
+        direction = y + turn[:, None] * x_wide
+        r_y = r_y_next
+        active = active & (r2 > threshold)
+        sweeps += 1
+    out = rows_of(x_out, head, q_len, HEAD_DIM)
+    solution += (0.0 * r2)[:, None]  # NaN where the right-hand side was
+    if ADJOINT:
+        size = load_rows(rows_of(b_size_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0)
+        store_tile(out, HEAD_DIM, i, q_len, saturated(solution * -size[:, None], q), HEAD_DIM)
+    else:
+        store_tile(out, HEAD_DIM, i, q_len, solution * inverse_power(k_unit), HEAD_DIM)
+        store_rows(rows_of(iterations_out, head, q_len, 1), i, q_len, taken)
+        residual = tl.where(r2 == 0, 0.0, tl.sqrt(r2 / b2))
+        store_rows(rows_of(residual_out, head, q_len, 1), i, q_len, residual)
+        store_rows(rows_of(converged_out, head, q_len, 1), i, q_len, r2 <= threshold)

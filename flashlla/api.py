@@ -28,7 +28,7 @@ class LLAInfo(NamedTuple):
 
     @property
     def backend(self) -> str:
-        return dispatch.all_backends()[int(self.choice)].name
+        return dispatch.backend_numbered(int(self.choice)).name
 
 
 @overload
@@ -108,7 +108,18 @@ def lla_attention(  # type: ignore[misc]  # the overloads say only what return_i
         >>> o.sum().backward()
     """
     call = prepare(
-        q, k, v, ridge_lambda, qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, solver
+        q,
+        k,
+        v,
+        ridge_lambda,
+        qk_scale,
+        delta_eps,
+        cg_atol,
+        cg_rtol,
+        cg_max_iters,
+        cg_use_preconditioner,
+        solver,
+        backend,
     )
     o, *_, omega, iterations, residual, converged, choice = forward_op(*call.inputs, *call.settings, backend)
     if not return_info:
@@ -182,6 +193,17 @@ def explain(
         naive
     """
     call = prepare(
-        q, k, v, ridge_lambda, qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, solver
+        q,
+        k,
+        v,
+        ridge_lambda,
+        qk_scale,
+        delta_eps,
+        cg_atol,
+        cg_rtol,
+        cg_max_iters,
+        cg_use_preconditioner,
+        solver,
+        backend,
     )
     return dispatch.explain(describe(call.inputs, *call.settings), backend)

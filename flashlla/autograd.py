@@ -62,17 +62,11 @@ def _allocate(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     ]  # fmt: skip
 
 
-@torch.library.custom_op(
-    "flashlla::forward",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, {_SETTINGS}, str? backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def forward_op(q, k, v, ridge_lambda, scale, delta_eps, solver, solver_settings, solver_demanded, backend):  # type: ignore[no-untyped-def]
+def _forward(q, k, v, ridge_lambda, scale, delta_eps, solver, solver_settings, solver_demanded, backend):  # type: ignore[no-untyped-def]
     inputs = Inputs(q, k, v, ridge_lambda)
     problem = describe(inputs, scale, delta_eps, solver, solver_settings, solver_demanded)
     chosen = dispatch.choose(problem, backend)
-    choice = torch.tensor(dispatch.all_backends().index(chosen))
+    choice = torch.tensor(dispatch.serial(chosen))
     if problem.empty:
         return (*(t.zero_() for t in _allocate(q, k, v)[:-1]), choice)
     if q.device.type == "cpu":  # elsewhere looking at the numbers would wait for the device
@@ -83,23 +77,16 @@ def forward_op(q, k, v, ridge_lambda, scale, delta_eps, solver, solver_settings,
     return (o, *residuals, *report, choice)
 
 
-@forward_op.register_fake
-def _(q, k, v, *_):  # type: ignore[no-untyped-def]
+def _forward_fake(q, k, v, *_):  # type: ignore[no-untyped-def]
     return tuple(_allocate(q, k, v))
 
 
-@torch.library.custom_op(
-    "flashlla::backward",
-    mutates_args=(),
-    schema="(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, Tensor lse, Tensor guard, "
-    f"Tensor probe, Tensor k_mean, Tensor choice, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def backward_op(grad_o, q, k, v, ridge_lambda, lse, guard, probe, k_mean, choice, *settings):  # type: ignore[no-untyped-def]
+def _backward(grad_o, q, k, v, ridge_lambda, lse, guard, probe, k_mean, choice, *settings):  # type: ignore[no-untyped-def]
     inputs = Inputs(q, k, v, ridge_lambda)
     problem = describe(inputs, *settings)
     if problem.empty:
         return tuple(t.zero_() for t in _allocate_gradients(q, k, v, ridge_lambda))
-    chosen = dispatch.all_backends()[int(choice)]
+    chosen = dispatch.backend_numbered(int(choice))
     return tuple(chosen.backward(problem, inputs, Residuals(lse, guard, probe, k_mean), grad_o))
 
 
@@ -107,8 +94,7 @@ def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor, ridge_lambda: Tensor) -
     return [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), ridge_lambda.new_empty(ridge_lambda.shape)]
 
 
-@backward_op.register_fake
-def _(grad_o, q, k, v, ridge_lambda, *_):  # type: ignore[no-untyped-def]
+def _backward_fake(grad_o, q, k, v, ridge_lambda, *_):  # type: ignore[no-untyped-def]
     return tuple(_allocate_gradients(q, k, v, ridge_lambda))
 
 
@@ -134,10 +120,6 @@ def _refuse(ctx: Any, *_: Tensor | None) -> None:
     )
 
 
-forward_op.register_autograd(_differentiate, setup_context=_save)
-backward_op.register_autograd(_refuse)
-
-
 def _check_ridge(ridge_lambda: Tensor) -> None:
     if (bad := ridge_lambda <= 0).any():
         index = tuple(bad.nonzero()[0].tolist())
@@ -158,3 +140,34 @@ def _warn_if_stopped_early(problem: Problem, report: Report) -> None:
             f"ridge_lambda or a looser cg_rtol; return_info=True shows each query. Later calls will not say so again.",
             ConvergenceWarning,
         )
+
+
+# Defined with Library rather than custom_op, which imports the whole compiler (seconds) at an operator's first call.
+_library = torch.library.Library("flashlla", "DEF")
+
+
+def _define(name: str, arguments: str, outputs: int, kernel: Any, fake: Any) -> Any:
+    schema = f"{name}({arguments}) -> ({', '.join(['Tensor'] * outputs)})"
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashlla::{name}", fake, lib=_library)
+    return getattr(torch.ops.flashlla, name).default
+
+
+forward_op = _define(
+    "forward",
+    f"Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, {_SETTINGS}, str? backend",
+    10,
+    _forward,
+    _forward_fake,
+)
+backward_op = _define(
+    "backward",
+    "Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, Tensor lse, Tensor guard, Tensor probe, "
+    f"Tensor k_mean, Tensor choice, {_SETTINGS}",
+    4,
+    _backward,
+    _backward_fake,
+)
+torch.library.register_autograd("flashlla::forward", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd("flashlla::backward", _refuse, lib=_library)

@@ -79,7 +79,7 @@ def verify(
     """
     if rows < 1:
         raise ValueError(f"rows: got {rows}, wanted at least 1")
-    call = prepare(q, k, v, **options)
+    call = prepare(q, k, v, backend=backend, **options)
     with torch.no_grad():
         o, _, _, z, *_, choice = forward_op(*call.inputs, *call.settings, backend)
     scale, delta_eps = call.settings[:2]
@@ -99,7 +99,7 @@ def verify(
         for b, h, i in picked.tolist()
     ]
     condition, error, residual = np.array(found, dtype=np.float64).reshape(-1, 3).T
-    return Verification(picked, condition, error, residual, dispatch.all_backends()[int(choice)].name)
+    return Verification(picked, condition, error, residual, dispatch.backend_numbered(int(choice)).name)
 
 
 def _pick(shape: tuple[int, ...], rows: int, seed: int) -> NDArray[np.int64]:

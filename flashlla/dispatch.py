@@ -20,6 +20,7 @@ ENVIRONMENT_VARIABLE = "FLASHLLA_BACKEND"
 AUTO = "auto"
 
 _backends: list[Backend] = []  # in the order that "auto" tries them
+_numbered: list[Backend] = []  # in the order of registration, which never changes
 _preference: ContextVar[str | None] = ContextVar("flashlla_backend", default=None)
 _lock = Lock()
 
@@ -75,6 +76,7 @@ def register_backend(backend: Backend, *, before: str | None = None) -> None:
             raise ValueError(f"backend: got the name {backend.name!r}, wanted a new one (taken: {', '.join(names)})")
         at = len(names) if before is None else names.index(_known(before, "before", names))
         _backends.insert(at, backend)
+        _numbered.append(backend)
 
 
 def _known(name: str, argument: str, allowed: list[str]) -> str:
@@ -92,6 +94,16 @@ def check_name(name: str, argument: str) -> str:
 
 def backend_named(name: str) -> Backend:
     return next(b for b in _backends if b.name == name)
+
+
+def serial(backend: Backend) -> int:
+    """A number for ``backend`` that later registrations do not change."""
+    return _numbered.index(backend)
+
+
+def backend_numbered(number: int) -> Backend:
+    """The inverse of :func:`serial`."""
+    return _numbered[number]
 
 
 def all_backends() -> tuple[Backend, ...]:

@@ -40,9 +40,12 @@ def prepare(
     cg_max_iters: int = 32,
     cg_use_preconditioner: bool = False,
     solver: str | Solver | None = None,
+    backend: str | None = None,
 ) -> Call:
     """Check everything that can be checked without looking at the tensors' numbers; bring it to canonical form."""
     q, k, v = _check_tensors(q, k, v)
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: got {type(backend).__name__}, wanted a backend's name, 'auto' or None")
     flat = q.dim() == 3
     if flat:
         q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
@@ -136,6 +139,8 @@ def _check_solver(solver: str | Solver | None, cg_numbers: tuple[float, float, i
                 f"{name}: got {value} together with solver={solver!r}, wanted one of the two. Try "
                 f"solver=flashlla.CG(atol=..., rtol=..., max_iters=...) or flashlla.PCG(...), without cg_* arguments"
             )
+    if isinstance(solver, type) and issubclass(solver, Solver):
+        raise TypeError(f"solver: got the class {solver.__name__}, wanted an object of it; try {solver.__name__}()")
     if not isinstance(solver, (str, Solver)):
         raise TypeError(
             f"solver: got {type(solver).__name__}, wanted 'cg', 'pcg', 'direct' or a flashlla.Solver object"

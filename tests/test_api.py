@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,6 +10,14 @@ import torch
 
 import flashlla
 from flashlla import lla_attention
+
+
+@dataclass
+class Thawed(flashlla.Solver):
+    """A solver that is not hashable."""
+
+    def solve(self, systems, b):
+        raise AssertionError("refused before any work")
 
 
 def qkv(*shape, dtype=torch.float32, seed=0):
@@ -152,6 +161,11 @@ def test_empty_inputs_give_empty_outputs_and_zero_gradients(shape, backend):
         ({"cg_max_iters": 0}, ValueError, ["cg_max_iters", "0"]),
         ({"solver": "cgg"}, ValueError, ["solver", "'cgg'", "did you mean 'cg'"]),
         ({"solver": 3}, TypeError, ["solver", "int"]),
+        ({"solver": flashlla.CG}, TypeError, ["solver", "class CG", "CG()"]),
+        ({"solver": Thawed()}, TypeError, ["solver", "Thawed", "frozen=True"]),
+        ({"cg_max_iters": 2.5}, ValueError, ["cg_max_iters", "2.5"]),
+        ({"cg_rtol": "x"}, TypeError, ["cg_rtol", "str"]),
+        ({"backend": 3}, TypeError, ["backend", "int"]),
         ({"solver": "direct", "cg_rtol": 1e-3}, ValueError, ["cg_rtol", "0.001", "solver='direct'"]),
         ({"solver": flashlla.CG(), "cg_max_iters": 5}, ValueError, ["cg_max_iters", "5"]),
         ({"backend": "chunkd"}, ValueError, ["backend", "'chunkd'", "did you mean 'chunked'"]),

@@ -65,8 +65,8 @@ def by_head(t: Tensor, dtype: torch.dtype) -> Tensor:
 def shifted(k: Tensor) -> tuple[Tensor, Tensor]:
     """``k`` of (B H, S, D) about its first key, and that key.
 
-    Weights and the regression do not change when keys and query move together, so all but (3.4) is computed on keys
-    near the origin, wherever the caller's keys are.
+    Moving all keys adds the same to all logits of a query, which its weights do not see; the regression does not
+    change when the query moves along. So the digits go to what differs between keys, wherever the caller's keys are.
     """
     origin = k[:, :1].clone()
     return k - origin, origin

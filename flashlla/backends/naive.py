@@ -37,7 +37,8 @@ class Statistics(NamedTuple):
 def about_first_key(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``q`` and ``k`` moved together so that the first key is the origin, and that key.
 
-    Weights and the regression do not change, and float32 keeps its digits wherever the caller's keys are.
+    Moving all keys adds the same to all logits of a query, which its weights do not see; the regression does not
+    change when the query moves along. So float32 keeps its digits wherever the caller's keys are.
     """
     origin = k[:, :, :1]  # (B, H, 1, D)
     return q - origin, k - origin, origin

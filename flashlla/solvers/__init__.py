@@ -69,6 +69,11 @@ def encode(solver: str | Solver) -> tuple[str, list[float]]:
 
 
 def _name_object(solver: Solver) -> str:
+    if type(solver).__hash__ is None:
+        raise TypeError(
+            f"solver: got a {type(solver).__name__}, which is not hashable, wanted one that is; "
+            f"try @dataclass(frozen=True) on the class"
+        )
     with _lock:
         if solver not in _unnamed:
             name = f"{type(solver).__name__} object {len(_unnamed)}"

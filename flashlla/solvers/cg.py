@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -106,12 +107,15 @@ class PCG(CG):
 
 
 def check_tolerances(atol: float, rtol: float, max_iters: int, prefix: str = "") -> None:
-    """Raise ValueError naming the argument (``prefix`` and all) that is out of range."""
+    """Raise an error that names the argument (``prefix`` and all) which is out of range."""
+    for name, value in (("atol", atol), ("rtol", rtol), ("max_iters", max_iters)):
+        if not isinstance(value, (int, float, Real)):
+            raise TypeError(f"{prefix}{name}: got {type(value).__name__}, wanted a number")
     for name, value in (("atol", atol), ("rtol", rtol)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"{prefix}{name}: got {value}, wanted a finite number of at least 0")
-    if max_iters < 1:
-        raise ValueError(f"{prefix}max_iters: got {max_iters}, wanted at least 1")
+    if max_iters < 1 or max_iters != int(max_iters):
+        raise ValueError(f"{prefix}max_iters: got {max_iters}, wanted a whole number of at least 1")
 
 
 def conjugate_gradients(
@@ -156,4 +160,5 @@ def conjugate_gradients(
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Row by row a.b: (..., M, 1)."""
-    return torch.linalg.vecdot(a, b).unsqueeze(-1)
+    dot: Tensor = torch.linalg.vecdot(a, b)
+    return dot.unsqueeze(-1)

@@ -1,0 +1,1 @@
+"""Timings; `pytest benchmarks` for a table, the scripts for recorded figures (benchmarks/results)."""

@@ -1,0 +1,212 @@
+"""The figures of the Triton backend on one GPU: speed against torch's SDPA, accuracy, memory. Prints and records them.
+
+    python -m benchmarks.gpu_figures [--json benchmarks/results/NAME.json] [--only speed accuracy offset single memory]
+
+Accuracy is the relative error, in the Frobenius norm, to float64 on the same rounded inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+
+from benchmarks.record import circumstances
+from flashlla import CG, lla_attention
+
+EXACT = CG(atol=0.0, rtol=1e-24, max_iters=2000)
+SPEED = [(4, 16, 4096, 64, "iid"), (4, 8, 4096, 128, "iid"), (4, 16, 4096, 64, "correlated"), (4, 16, 1024, 64, "iid")]
+
+
+def make(shape: tuple[int, ...], data: str = "iid", offset: float = 0.0, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """q, k, v and grad_o; "correlated": keys and queries an AR(1) sequence (0.95, unit variance) mixed by two matrices."""
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(shape, device="cuda") for _ in range(4))
+    if data == "correlated":
+        x = q.clone()
+        for t in range(1, shape[2]):
+            x[:, :, t] = 0.95 * x[:, :, t - 1] + (1 - 0.95**2) ** 0.5 * q[:, :, t]
+        mix = torch.randn(2, shape[3], shape[3], device="cuda") / shape[3] ** 0.5
+        q, k = x @ mix[0], x @ mix[1]
+    point = torch.randn(shape[3], device="cuda")
+    point *= offset / point.norm()
+    return [t.to(dtype) for t in (q + point, k + point, v, grad)]
+
+
+def step(tensors: list[Tensor], ridge: float, **options: Any) -> dict[str, Tensor]:
+    """Output and gradients."""
+    q, k, v = (t.detach().clone().requires_grad_() for t in tensors[:3])
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lam = torch.full(q.shape[:3], ridge, dtype=wide, device=q.device).requires_grad_()
+    o = lla_attention(q, k, v, ridge_lambda=lam, **options)
+    grads = torch.autograd.grad(o, (q, k, v, lam), tensors[3].to(o.dtype))
+    return dict(zip(("o", "dq", "dk", "dv", "dridge"), (o.detach(), *grads)))
+
+
+def exact(tensors: list[Tensor], ridge: float) -> dict[str, Tensor]:
+    return step([t.double() for t in tensors], ridge, backend="chunked", solver=EXACT)
+
+
+def relative(x: Tensor, reference: Tensor) -> float:
+    return ((x.double() - reference).norm() / reference.norm()).item()
+
+
+def errors(got: dict[str, Tensor], want: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    first, later = (lambda t: t[:, :, :128]), (lambda t: t[:, :, 128:])
+    return {
+        "o_first_128": relative(first(got["o"]), first(want["o"])),
+        "o_later": relative(later(got["o"]), later(want["o"])),
+        **{name: relative(got[name], want[name]) for name in want},
+        "rounding": {name: relative(want[name].to(dtype), want[name]) for name in want},
+    }
+
+
+def milliseconds(call: Any) -> float:
+    return triton.testing.do_bench(call, warmup=20, rep=60, return_mode="median")
+
+
+def passes(tensors: list[Tensor], ridge: float) -> dict[str, float]:
+    """Milliseconds of each pass."""
+    from flashlla.backends.triton import launch
+
+    calls: list[tuple[str, Any]] = []
+    run = launch.Launcher.run
+
+    def record(self: Any, kernel: Any, name: str, programs: int, *arguments: Any, **settings: Any) -> None:
+        calls.append((name, lambda: run(self, kernel, name, programs, *arguments, **settings)))
+        run(self, kernel, name, programs, *arguments, **settings)
+
+    with mock.patch.object(launch.Launcher, "run", record):
+        step(tensors, ridge, backend="triton")
+    total: dict[str, float] = {}
+    for name, call in calls:
+        label = f"{name} again" if name == "solve" and "solve" in total else name
+        total[label] = total.get(label, 0.0) + milliseconds(call)
+    return total
+
+
+def speed() -> list[dict[str, Any]]:
+    lines = []
+    for batch, heads, length, dim, data in SPEED:
+        tensors = make((batch, heads, length, dim), data)
+        q, k, v = (t.clone().requires_grad_() for t in tensors[:3])
+        sdpa = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        o = sdpa()
+        yardstick = {
+            "forward": milliseconds(lambda: torch.nn.functional.scaled_dot_product_attention(*tensors[:3], is_causal=True)),
+            "backward": milliseconds(lambda: torch.autograd.grad(o, (q, k, v), tensors[3], retain_graph=True)),
+        }
+        for ridge in (10.0, 1.0, 0.1):
+            o, info = lla_attention(q, k, v, ridge_lambda=ridge, return_info=True)
+            line = {
+                "batch_heads": batch * heads, "length": length, "dim": dim, "data": data, "ridge": ridge,
+                "backend": info.backend, "iterations": info.iterations.float().mean().item(),
+                "converged": info.converged.float().mean().item(),
+                "forward_ms": milliseconds(lambda r=ridge: lla_attention(*tensors[:3], ridge_lambda=r)),
+                "backward_ms": milliseconds(lambda o=o: torch.autograd.grad(o, (q, k, v), tensors[3], retain_graph=True)),
+                "sdpa_forward_ms": yardstick["forward"], "sdpa_backward_ms": yardstick["backward"],
+                "passes_ms": passes(tensors, ridge),
+            }  # fmt: skip
+            line["forward_ratio"] = line["forward_ms"] / yardstick["forward"]
+            line["backward_ratio"] = line["backward_ms"] / yardstick["backward"]
+            lines.append(line)
+            print(
+                f"speed {batch * heads:>3} {length:>5} {dim:>4} {data:<11} lambda {ridge:<5}"
+                f" forward {line['forward_ms']:.3f} ms {line['forward_ratio']:.2f}x"
+                f"  backward {line['backward_ms']:.3f} ms {line['backward_ratio']:.2f}x"
+                f"  iterations {line['iterations']:.1f}  converged {line['converged']:.4f}  "
+                + " ".join(f"{n} {t:.3f}" for n, t in line["passes_ms"].items()),
+                flush=True,
+            )
+    return lines
+
+
+def show(kind: str, line: dict[str, Any]) -> dict[str, Any]:
+    numbers = " ".join(f"{n} {e:.1e}" for n, e in line.items() if isinstance(e, float) and n != "ridge")
+    rounding = " ".join(f"{n} {e:.1e}" for n, e in line["rounding"].items())
+    labels = {n: x for n, x in line.items() if n == "ridge" or not isinstance(x, (float, dict))}
+    print(kind, labels, numbers, "| rounding", rounding, flush=True)
+    return line
+
+
+def accuracy() -> list[dict[str, Any]]:
+    lines = []
+    for dim in (64, 128):
+        for dtype in (torch.bfloat16, torch.float16):
+            tensors = make((2, 2, 4096, dim), dtype=dtype)
+            for ridge in (0.1, 1.0, 10.0):
+                want = exact(tensors, ridge)
+                for backend in ("triton", "triton_pcg"):
+                    line = {"dim": dim, "dtype": str(dtype), "ridge": ridge, "backend": backend}
+                    lines.append(show("accuracy", line | errors(step(tensors, ridge, backend=backend), want, dtype)))
+    return lines
+
+
+def offset() -> list[dict[str, Any]]:
+    lines = []
+    for away in (0.0, 30.0):
+        tensors = make((2, 4, 1024, 64), offset=away)
+        line = {"offset": str(away), "dim": 64, "ridge": 1.0}
+        lines.append(show("offset", line | errors(step(tensors, 1.0, backend="triton"), exact(tensors, 1.0), torch.bfloat16)))
+    return lines
+
+
+def single() -> list[dict[str, Any]]:
+    lines = []
+    before = torch.get_float32_matmul_precision()
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        for dim in (64, 128):
+            tensors = make((1, 4, 1024, dim), dtype=torch.float32)
+            for ridge in (0.1, 10.0):
+                got, want = step(tensors, ridge, backend="triton"), exact(tensors, ridge)
+                line = {"precision": precision, "dim": dim, "ridge": ridge}
+                lines.append(show("float32", line | errors(got, want, torch.float32)))
+    torch.set_float32_matmul_precision(before)
+    return lines
+
+
+def memory() -> list[dict[str, Any]]:
+    lines = []
+    for batch, heads, length, dim in ((4, 16, 4096, 64), (4, 16, 8192, 64), (4, 8, 4096, 128)):
+        tensors = make((batch, heads, length, dim))
+        q, k, v = (t.requires_grad_() for t in tensors[:3])
+        unit = q.numel() * q.element_size()
+        lla_attention(q, k, v).backward(tensors[3])
+        q.grad = k.grad = v.grad = None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        o = lla_attention(q, k, v)
+        kept = torch.cuda.memory_allocated() - before - unit
+        o.backward(tensors[3])
+        peak = torch.cuda.max_memory_allocated() - before - 4 * unit  # o, dq, dk, dv
+        line = {"batch_heads": batch * heads, "length": length, "dim": dim, "kept": kept / unit, "peak": peak / unit}
+        print("memory, in sizes of q:", line, flush=True)
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    kinds = {"speed": speed, "accuracy": accuracy, "offset": offset, "single": single, "memory": memory}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to record")
+    parser.add_argument("--only", nargs="+", choices=kinds, default=list(kinds))
+    options = parser.parse_args()
+    result: dict[str, Any] = circumstances()
+    print(result)
+    for name in options.only:
+        result[name] = kinds[name]()
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -137,23 +137,22 @@ def conjugate_gradients(
     ry = r2 if precondition is None else _dot(r, y)
     direction = y.clone()
     iterations = torch.zeros_like(size2, dtype=torch.int32)
-    active = r2 > threshold  # False for NaN: such a row is given up, and the others go on
+    zero = b.new_zeros(())
     for _ in range(max_iters):
+        # A row that has converged takes steps of length 0; so does one that holds NaN, which compares as False.
+        active = r2 > threshold
         if not active.any():
             break
         image = systems.matvec(direction)
-        curvature = _dot(direction, image)
-        active &= curvature > 0  # exact breakdown, or a matrix that is not positive definite
-        step = torch.where(active, ry / curvature, 0)
+        step = torch.where(active, ry / _dot(direction, image), zero)
         x.addcmul_(direction, step)
         r.addcmul_(image, step, value=-1)
         iterations += active
         r2 = _dot(r, r)
         y = r if precondition is None else precondition(r)
         ry_next = r2 if precondition is None else _dot(r, y)
-        direction = torch.addcmul(y, direction, torch.where(active, ry_next / ry, 0))
+        direction = torch.addcmul(y, direction, torch.where(active, ry_next / ry, zero))
         ry = ry_next
-        active &= r2 > threshold
     residual = torch.where(r2 == 0, 0, (r2 / size2).sqrt())
     return Solution(x, iterations.squeeze(-1), residual.squeeze(-1), (r2 <= threshold).squeeze(-1))
 

@@ -39,13 +39,15 @@ POINTERS = {
 }
 
 
-def launches(head_dim: int, dtype: torch.dtype, architecture: int, precision: str) -> list[tuple[Any, str, tuple, dict]]:
+def launches(
+    head_dim: int, dtype: torch.dtype, architecture: int, precision: str
+) -> list[tuple[Any, str, tuple, dict]]:
     """(kernel, pass, arguments, settings) of each launch of a step, forward and backward, all preconditioners."""
     from flashlla.backends.triton import launch
 
     found: list[tuple[Any, str, tuple, dict]] = []
 
-    def record(self: Any, kernel: Any, name: str, programs: int, *arguments: Any, **settings: Any) -> None:
+    def record(self: Any, kernel: Any, name: str, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
         found.append((kernel, name, arguments, settings))
 
     shape = (2, 3, 512, head_dim)
@@ -72,7 +74,7 @@ def compile_launch(kernel: Any, arguments: tuple, settings: dict, architecture: 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = {name: settings[name] for name in ("num_warps", "num_stages") if name in settings}
+    options = {name: settings[name] for name in ("num_warps", "num_stages", "maxnreg") if name in settings}
     constants: dict[str, Any] = {n: v for n, v in settings.items() if n not in options}
     signature, attributes = {}, {}
     for index, param in enumerate(kernel.params):

@@ -24,7 +24,9 @@ EXACT = CG(atol=0.0, rtol=1e-24, max_iters=2000)
 SPEED = [(4, 16, 4096, 64, "iid"), (4, 8, 4096, 128, "iid"), (4, 16, 4096, 64, "correlated"), (4, 16, 1024, 64, "iid")]
 
 
-def make(shape: tuple[int, ...], data: str = "iid", offset: float = 0.0, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+def make(
+    shape: tuple[int, ...], data: str = "iid", offset: float = 0.0, dtype: torch.dtype = torch.bfloat16
+) -> list[Tensor]:
     """q, k, v and grad_o; "correlated": keys and queries an AR(1) sequence (0.95, unit variance) mixed by two matrices."""
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(shape, device="cuda") for _ in range(4))
@@ -78,9 +80,9 @@ def passes(tensors: list[Tensor], ridge: float) -> dict[str, float]:
     calls: list[tuple[str, Any]] = []
     run = launch.Launcher.run
 
-    def record(self: Any, kernel: Any, name: str, programs: int, *arguments: Any, **settings: Any) -> None:
-        calls.append((name, lambda: run(self, kernel, name, programs, *arguments, **settings)))
-        run(self, kernel, name, programs, *arguments, **settings)
+    def record(self: Any, kernel: Any, name: str, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+        calls.append((name, lambda: run(self, kernel, name, grid, *arguments, **settings)))
+        run(self, kernel, name, grid, *arguments, **settings)
 
     with mock.patch.object(launch.Launcher, "run", record):
         step(tensors, ridge, backend="triton")
@@ -99,7 +101,9 @@ def speed() -> list[dict[str, Any]]:
         sdpa = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         o = sdpa()
         yardstick = {
-            "forward": milliseconds(lambda: torch.nn.functional.scaled_dot_product_attention(*tensors[:3], is_causal=True)),
+            "forward": milliseconds(
+                lambda: torch.nn.functional.scaled_dot_product_attention(*tensors[:3], is_causal=True)
+            ),
             "backward": milliseconds(lambda: torch.autograd.grad(o, (q, k, v), tensors[3], retain_graph=True)),
         }
         for ridge in (10.0, 1.0, 0.1):
@@ -153,7 +157,9 @@ def offset() -> list[dict[str, Any]]:
     for away in (0.0, 30.0):
         tensors = make((2, 4, 1024, 64), offset=away)
         line = {"offset": str(away), "dim": 64, "ridge": 1.0}
-        lines.append(show("offset", line | errors(step(tensors, 1.0, backend="triton"), exact(tensors, 1.0), torch.bfloat16)))
+        lines.append(
+            show("offset", line | errors(step(tensors, 1.0, backend="triton"), exact(tensors, 1.0), torch.bfloat16))
+        )
     return lines
 
 

@@ -160,9 +160,13 @@ def dq_kernel(
     # The sum of dl is zero but for rounding, which k_mean takes out of keys far from the origin.
     k_mean = load_tile(k_mean_ptr + at, HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True) * inverse_power(k_unit)
     y_wide = load_tile(y_neg_ptr + at, HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True).to(tl.float32)
-    dq = (acc - k_mean * total[:, None]) * (scale * k_unit * inverse_power(gain))[:, None] - y_wide * inverse_power(k_unit)
+    dq = (acc - k_mean * total[:, None]) * (scale * k_unit * inverse_power(gain))[:, None] - y_wide * inverse_power(
+        k_unit
+    )
     unit = do_unit * v_unit
-    store_tile(head_of(dq_out, dq_stride_b, dq_stride_h, head, heads), dq_stride_s, i, q_len, dq * unit[:, None], HEAD_DIM)
+    store_tile(
+        head_of(dq_out, dq_stride_b, dq_stride_h, head, heads), dq_stride_s, i, q_len, dq * unit[:, None], HEAD_DIM
+    )
     dridge = unit * (z_y * inverse_power(k_unit) * inverse_power(k_unit))
     store_rows(rows_of(dridge_out, head, q_len, 1), i, q_len, dridge)
     store_tile(z_out + at, HEAD_DIM, i, q_len, z, HEAD_DIM)

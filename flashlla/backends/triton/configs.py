@@ -12,12 +12,18 @@ import torch
 
 
 class Config(NamedTuple):
-    """Queries and keys a tile, warps a program, tiles of the sweep in flight."""
+    """Queries and keys a tile, warps a program, tiles of the sweep in flight, cap on registers a thread."""
 
     m: int
     n: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """What Triton is told."""
+        options = {"BLOCK_M": self.m, "BLOCK_N": self.n, "num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
 PASSES = ("statistics", "solve", "output", "moments", "dq", "dk")
@@ -27,20 +33,20 @@ _HALF: dict[int, dict[str, Config]] = {
     16: dict.fromkeys(PASSES, Config(64, 64, 4, 2)),
     32: dict.fromkeys(PASSES, Config(64, 64, 4, 3)),
     64: {
-        "statistics": Config(64, 64, 4, 3),
+        "statistics": Config(64, 64, 4, 3, 96),
         "solve": Config(64, 64, 4, 3),
-        "output": Config(64, 64, 4, 3),
-        "moments": Config(64, 64, 4, 3),
-        "dq": Config(64, 64, 4, 2),
-        "dk": Config(64, 64, 4, 2),
+        "output": Config(64, 64, 4, 3, 168),
+        "moments": Config(64, 64, 4, 2, 128),
+        "dq": Config(64, 64, 4, 2, 168),
+        "dk": Config(32, 64, 4, 2, 168),
     },
     128: {
-        "statistics": Config(64, 64, 4, 3),
-        "solve": Config(64, 64, 4, 3),
+        "statistics": Config(128, 64, 8, 2, 128),
+        "solve": Config(64, 32, 4, 3),
         "output": Config(64, 64, 4, 2),
         "moments": Config(64, 64, 4, 2),
-        "dq": Config(64, 64, 4, 2),
-        "dk": Config(64, 64, 8, 2),
+        "dq": Config(128, 64, 8, 2),
+        "dk": Config(32, 64, 4, 2),
     },
     256: {
         "statistics": Config(64, 32, 8, 2),

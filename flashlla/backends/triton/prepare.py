@@ -20,33 +20,116 @@ from flashlla.backends.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["heads", "length", "chunk"])
-def largest_kernel(
+@triton.jit
+def largest_in(
     x, largest, stride_b, stride_h, stride_s, heads, length, chunk,
     HEAD_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The largest finite magnitude of each of CHUNKS runs of rows: (B H, CHUNKS)."""
+    """The largest finite magnitude of one run of rows of one tensor."""
     head, part = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
     base = head_of(x, stride_b, stride_h, head, heads)
     found = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.range(part * chunk, tl.minimum((part + 1) * chunk, length), BLOCK_M):
         tile = tl.abs(load_tile(base, stride_s, i, length, HEAD_DIM, BLOCK_M, BLOCK_D, True).to(tl.float32))  # (M, D)
         found = tl.maximum(found, tl.max(tl.where(tile < float("inf"), tile, 0.0), 1))
-    tl.store(largest + tl.program_id(0), tl.max(found, 0))
+    tl.store(largest + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.max(found, 0))
 
 
-@triton.jit(do_not_specialize=["heads", "length"])
-def cast_kernel(
-    x, largest, y, unit_out, stride_b, stride_h, stride_s, heads, length,
+@triton.jit(do_not_specialize=["heads", "length", "chunk"])
+def largest_kernel(
+    q, k, v, largest, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
+    v_stride_b, v_stride_h, v_stride_s, heads, length, chunk,
     HEAD_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y = x / unit, NaN for all that is not finite; unit the power of two under the head's largest magnitude."""
+    """The largest finite magnitude of each of CHUNKS runs of rows of each tensor: (3, B H, CHUNKS)."""
+    if tl.program_id(1) == 0:
+        largest_in(
+            q, largest, q_stride_b, q_stride_h, q_stride_s, heads, length, chunk, HEAD_DIM, CHUNKS, BLOCK_M, BLOCK_D
+        )
+    elif tl.program_id(1) == 1:
+        largest_in(
+            k, largest, k_stride_b, k_stride_h, k_stride_s, heads, length, chunk, HEAD_DIM, CHUNKS, BLOCK_M, BLOCK_D
+        )
+    else:
+        largest_in(
+            v, largest, v_stride_b, v_stride_h, v_stride_s, heads, length, chunk, HEAD_DIM, CHUNKS, BLOCK_M, BLOCK_D
+        )
+
+
+@triton.jit
+def cast_one(
+    x, largest, y, units, stride_b, stride_h, stride_s, n_heads, heads, length,
+    HEAD_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile of one tensor, divided by its head's unit."""
     tiles = tl.cdiv(length, BLOCK_M)
     head, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
-    unit = power_of_two(tl.max(tl.load(largest + head * CHUNKS + tl.arange(0, CHUNKS)), 0))
+    slot = tl.program_id(1) * n_heads + head
+    unit = power_of_two(tl.max(tl.load(largest + slot * CHUNKS + tl.arange(0, CHUNKS)), 0))
     tile = load_tile(head_of(x, stride_b, stride_h, head, heads), stride_s, i, length, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    store_tile(rows_of(y, head, length, HEAD_DIM), HEAD_DIM, i, length, with_nan(tile.to(tl.float32) * inverse_power(unit)), HEAD_DIM)
-    tl.store(unit_out + head, unit, mask=i == 0)
+    tile = with_nan(tile.to(tl.float32) * inverse_power(unit))  # (M, D)
+    store_tile(rows_of(y, slot, length, HEAD_DIM), HEAD_DIM, i, length, tile, HEAD_DIM)
+    tl.store(units + slot, unit, mask=i == 0)
+
+
+@triton.jit(do_not_specialize=["n_heads", "heads", "length"])
+def cast_kernel(
+    q, k, v, largest, y, units, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
+    v_stride_b, v_stride_h, v_stride_s, n_heads, heads, length,
+    HEAD_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y (3, B H, S, D) = x / unit, NaN for all that is not finite; units (3, B H) the powers of two under the largest."""
+    if tl.program_id(1) == 0:
+        cast_one(
+            q,
+            largest,
+            y,
+            units,
+            q_stride_b,
+            q_stride_h,
+            q_stride_s,
+            n_heads,
+            heads,
+            length,
+            HEAD_DIM,
+            CHUNKS,
+            BLOCK_M,
+            BLOCK_D,
+        )
+    elif tl.program_id(1) == 1:
+        cast_one(
+            k,
+            largest,
+            y,
+            units,
+            k_stride_b,
+            k_stride_h,
+            k_stride_s,
+            n_heads,
+            heads,
+            length,
+            HEAD_DIM,
+            CHUNKS,
+            BLOCK_M,
+            BLOCK_D,
+        )
+    else:
+        cast_one(
+            v,
+            largest,
+            y,
+            units,
+            v_stride_b,
+            v_stride_h,
+            v_stride_s,
+            n_heads,
+            heads,
+            length,
+            HEAD_DIM,
+            CHUNKS,
+            BLOCK_M,
+            BLOCK_D,
+        )
 
 
 @triton.jit(do_not_specialize=["heads", "length"])

@@ -36,7 +36,9 @@ def rows_of(pointer, head, length, width: tl.constexpr):
 
 
 @triton.jit
-def load_tile(base, stride, start, length, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, CUT: tl.constexpr):
+def load_tile(
+    base, stride, start, length, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, CUT: tl.constexpr
+):
     """Rows ``start`` to ``start + ROWS`` of a (length, HEAD_DIM) matrix: (ROWS, D), zero outside it.
 
     Not ``CUT``: all the rows are there.

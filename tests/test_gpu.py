@@ -1,0 +1,254 @@
+"""The Triton backend on a GPU: the whole matrix against float64, and what only a GPU shows.
+
+    python -m pytest -m gpu tests/test_gpu.py -n 8
+
+FLASHLLA_RECORD=FILE adds the errors of the matrix to FILE, one JSON line a case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashlla
+from flashlla import CG, PCG, lla_attention
+from tests.poison import poisoned
+
+pytestmark = pytest.mark.gpu
+
+EXACT = CG(atol=0.0, rtol=1e-24, max_iters=4000)
+NAMES = ("o", "dq", "dk", "dv", "dridge")
+RIDGES = (0.1, 1.0, 10.0, "per token")
+SOLVERS = {"cg": CG(max_iters=1000), "pcg": PCG(max_iters=1000)}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> list[Tensor]:
+    """q, k, v and grad_o, the same for all dtypes: numbers that each of them holds."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    tensors = [torch.randn(shape, generator=generator, device="cuda").bfloat16() for _ in range(4)]
+    return [torch.where(t.abs() < 1e-3, 0, t).to(dtype) for t in tensors]
+
+
+def ridges(ridge: float | str, length: int) -> Tensor:
+    if ridge == "per token":
+        return torch.logspace(-1, 1, length, device="cuda")[torch.randperm(length, device="cuda")]
+    return torch.full((length,), ridge, device="cuda")
+
+
+def step(tensors: list[Tensor], ridge: Tensor, **options: object) -> dict[str, Tensor]:
+    q, k, v = (t.detach().requires_grad_() for t in tensors[:3])
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    ridge = ridge.to(wide).expand(q.shape[:3]).clone().requires_grad_()
+    o = lla_attention(q, k, v, ridge_lambda=ridge, **options)
+    grads = torch.autograd.grad(o, (q, k, v, ridge), tensors[3].to(o.dtype))
+    return dict(zip(NAMES, (o.detach(), *grads)))
+
+
+def limits(dtype: torch.dtype, dim: int, weak: bool) -> dict[str, float]:
+    """What each result may be off by, relative, in the Frobenius norm; the largest ridge decides least."""
+    if dtype == torch.float32:
+        output, gradient = (2e-5, 1e-4) if weak else (1e-5, 5e-5)
+        growth = max(1.0, dim / 64) ** 2
+    else:
+        output, gradient = (6e-3, 1e-2) if weak else (3e-3, 5.1e-3)
+        growth = max(1.0, dim / 64) ** 1.3 if weak else 1.0 if dim <= 128 else 1.5
+    return {name: growth * (output if name == "o" else gradient * (2 if name == "dridge" else 1)) for name in NAMES}
+
+
+@pytest.mark.parametrize("length", [1, 7, 63, 64, 100, 300, 1024, 4097])
+@pytest.mark.parametrize("dim", [16, 40, 64, 80, 96, 128, 192, 256])
+def test_matrix(dim: int, length: int) -> None:
+    failures = []
+    for ridge in RIDGES:
+        lam = ridges(ridge, length)
+        want = step([t.double() for t in make((1, 2, length, dim))], lam, backend="chunked", solver=EXACT)
+        for dtype in DTYPES:
+            for solver in SOLVERS:
+                with poisoned():
+                    got = step(make((1, 2, length, dim), dtype), lam, backend="triton", solver=SOLVERS[solver])
+                allowed = limits(dtype, dim, ridge in (0.1, "per token"))
+                errors = {}
+                for name in NAMES:
+                    size = max(want[name].norm().item(), 1e-3 * want[name].numel() ** 0.5)
+                    errors[name] = (got[name].double() - want[name]).norm().item() / size
+                line = {"dim": dim, "length": length, "dtype": str(dtype), "ridge": ridge, "solver": solver, **errors}
+                if path := os.environ.get("FLASHLLA_RECORD"):
+                    with open(path, "a") as file:
+                        file.write(json.dumps(line) + "\n")
+                failures += [(line, n, allowed[n]) for n in NAMES if not errors[n] <= allowed[n]]
+    assert not failures, "\n".join(f"{n} over {a:.1e}: {line}" for line, n, a in failures)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bitwise_the_same_from_run_to_run(dtype: torch.dtype) -> None:
+    tensors, lam = make((2, 4, 1000, 64), dtype), ridges("per token", 1000)
+    first = step(tensors, lam, backend="triton")
+    for _ in range(3):
+        again = step(tensors, lam, backend="triton")
+        for name in NAMES:
+            assert torch.equal(first[name], again[name]), name
+
+
+def test_triton_is_what_auto_takes() -> None:
+    q, k, v, _ = make((1, 2, 64, 64))
+    assert flashlla.explain(q, k, v).backend == "triton"
+    assert flashlla.explain(q.double(), k.double(), v.double()).backend == "chunked"
+
+
+def test_cuda_graph_of_a_training_step() -> None:
+    shape = (2, 4, 300, 64)
+    static = make(shape)
+    leaves = [t.requires_grad_() for t in static[:3]]
+
+    def train() -> tuple[Tensor, ...]:
+        o = lla_attention(*leaves, ridge_lambda=1.0)
+        return (o, *torch.autograd.grad(o, leaves, static[3]))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        train()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = train()
+    for seed in (1, 2):
+        fresh = make(shape, seed=seed)
+        with torch.no_grad():
+            for t, new in zip(static, fresh):
+                t.copy_(new)
+        graph.replay()
+        want = train()
+        for x, y in zip(captured, want):
+            assert torch.equal(x, y)
+
+
+def test_no_synchronisation() -> None:
+    q, k, v, grad = make((1, 2, 300, 64))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    torch.autograd.grad(lla_attention(*leaves), leaves, grad)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(lla_attention(*leaves), leaves, grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v: lla_attention(q, k, v, ridge_lambda=1.0), fullgraph=True, dynamic=dynamic)
+    for length in (64, 100, 333):
+        tensors = make((1, 2, length, 64))
+        results = []
+        for call in (compiled, lambda q, k, v: lla_attention(q, k, v, ridge_lambda=1.0)):
+            leaves = [t.detach().requires_grad_() for t in tensors[:3]]
+            o = call(*leaves)
+            results.append((o, *torch.autograd.grad(o, leaves, tensors[3])))
+        for x, y in zip(*results):
+            assert torch.equal(x, y)
+
+
+def test_memory_is_linear_and_small() -> None:
+    kept, peak = {}, {}
+    for length in (2048, 4096):
+        tensors = make((2, 16, length, 64))
+        leaves = [t.requires_grad_() for t in tensors[:3]]
+        unit = leaves[0].numel() * 2
+        torch.autograd.grad(lla_attention(*leaves), leaves, tensors[3])
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        o = lla_attention(*leaves)
+        kept[length] = (torch.cuda.memory_allocated() - before) / unit - 1
+        grads = torch.autograd.grad(o, leaves, tensors[3])
+        peak[length] = (torch.cuda.max_memory_allocated() - before) / unit - 4
+        del o, grads
+    assert kept[4096] <= 5
+    assert peak[4096] <= 12
+    assert abs(kept[4096] - kept[2048]) < 0.1
+
+
+def test_more_heads_than_a_grid_axis_holds() -> None:
+    tensors, lam = make((70000, 1, 4, 16)), ridges(1.0, 4)
+    got = step(tensors, lam, backend="triton")
+    want = step([t[-3:].double() for t in tensors], lam, backend="naive")
+    for name in NAMES:
+        assert (got[name][-3:].double() - want[name]).norm() <= 1e-2 * want[name].norm(), name
+
+
+def test_offsets_beyond_32_bits() -> None:
+    shape = (1024, 260, 64, 128)  # more than 2**31 numbers
+    if torch.cuda.mem_get_info()[0] < 110 * 2**30:
+        pytest.skip("needs 110 GiB")
+    small = make((1, 1, 64, 128))
+    big = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
+    for t, x in zip(big, small):
+        t[-1, -1] = x[0, 0]
+    lam = ridges(1.0, 64)
+    q, k, v = (t.requires_grad_() for t in big[:3])
+    o = lla_attention(q, k, v, ridge_lambda=lam, backend="triton")
+    dq, dk, dv = torch.autograd.grad(o, (q, k, v), big[3])
+    want = step([t.double() for t in small], lam, backend="naive")
+    for name, x in (("o", o), ("dq", dq), ("dk", dk), ("dv", dv)):
+        assert (x[-1, -1].double() - want[name][0, 0]).norm() <= 6e-3 * want[name].norm(), name
+    del q, k, v, o, dq, dk, dv, big
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_numbers_that_are_not_finite_stay_in_their_rows(which: int) -> None:
+    tensors, lam = make((1, 2, 200, 64)), ridges(1.0, 200)
+    clean = step(tensors, lam, backend="triton")
+    tensors[which][0, 0, 100, 3] = float("nan")
+    got = step(tensors, lam, backend="triton")
+    close = lambda x, y: torch.allclose(x.float(), y.float(), rtol=2e-2, atol=2e-2)
+    for name in NAMES:
+        assert close(got[name][0, 1], clean[name][0, 1]), name
+    assert close(got["dq"][0, 0, :100], clean["dq"][0, 0, :100])
+    if which < 3:
+        assert close(got["o"][0, 0, :100], clean["o"][0, 0, :100])
+        assert got["o"][0, 0, 100].isnan().all()
+    if which in (1, 2):
+        assert got["o"][0, 0, 100:].isnan().all()
+    if which in (0, 3):
+        assert close(got["dk"][0, 0, 101:], clean["dk"][0, 0, 101:])
+        assert got["dk"][0, 0, :101].isnan().all()
+
+
+def test_float32_follows_the_matmul_precision() -> None:
+    before = torch.get_float32_matmul_precision()
+    lam = ridges(1.0, 300)
+    want = step([t.double() for t in make((1, 2, 300, 64))], lam, backend="naive")["o"]
+    errors = {}
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            got = step(make((1, 2, 300, 64), torch.float32), lam, backend="triton")["o"]
+            errors[precision] = ((got.double() - want).norm() / want.norm()).item()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert errors["highest"] < 5e-6
+    assert 1e-5 < errors["high"] < 5e-3
+
+
+def test_autotune_is_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashlla.backends.triton import launch
+
+    monkeypatch.setattr(launch, "_tuned", {})
+    tensors, lam = make((1, 2, 128, 32)), ridges(1.0, 128)
+    plain = step(tensors, lam, backend="triton")
+    assert not launch._tuned
+    monkeypatch.setenv("FLASHLLA_AUTOTUNE", "1")
+    tuned = step(tensors, lam, backend="triton")
+    assert launch._tuned
+    for name in NAMES:
+        assert (tuned[name].double() - plain[name].double()).norm() <= 5e-3 * plain[name].double().norm(), name
+    keys = set(launch._tuned)
+    step(make((1, 2, 300, 32)), ridges(1.0, 300), backend="triton")
+    assert set(launch._tuned) == keys  # no key holds the length

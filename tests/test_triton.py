@@ -1,0 +1,244 @@
+"""The Triton kernels without a GPU: in Triton's interpreter against the float64 oracle, and through its compiler.
+
+What a GPU run must show is in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashlla
+from flashlla import CG, PCG, Direct, lla_attention
+from tests.interpreter import hasten
+
+pytest.importorskip("triton")
+hasten()
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="with a GPU, test_gpu.py runs the kernels themselves"
+)
+NAMES = ("o", "dq", "dk", "dv", "dridge")
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, offset: float = 0.0) -> list[Tensor]:
+    """q, k, v, grad_o."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    q, k, v, grad = (torch.randn(shape, generator=generator) for _ in range(4))
+    point = torch.randn(shape[-1], generator=generator)
+    point *= offset / point.norm()
+    return [t.to(dtype) for t in (q + point, k + point, v, grad)]
+
+
+def step(tensors: list[Tensor], ridge: float | Tensor, **options: object) -> dict[str, Tensor]:
+    q, k, v = (t.detach().requires_grad_() for t in tensors[:3])
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    ridge = (torch.as_tensor(ridge).to(wide).expand(q.shape[:-1])).clone().requires_grad_()
+    o = lla_attention(q, k, v, ridge_lambda=ridge, **options)
+    grads = torch.autograd.grad(o, (q, k, v, ridge), tensors[3].to(o.dtype))
+    return dict(zip(NAMES, (o.detach(), *grads)))
+
+
+def check(got: dict[str, Tensor], want: dict[str, Tensor], limit: float, small: float = 0.0) -> None:
+    """Relative errors in the Frobenius norm; ``small``: what a root mean square below it counts as."""
+    for name in NAMES:
+        size = max(want[name].norm().item(), small * want[name].numel() ** 0.5)
+        error = (got[name].double() - want[name]).norm().item() / size
+        assert error <= limit, f"{name}: {error:.1e}"
+
+
+# The interpreter truncates to bfloat16 where devices round: 3.3e-3 of these limits is that.
+@interpreted
+@pytest.mark.parametrize(
+    ("dtype", "length", "dim", "ridge", "limit"),
+    [
+        (torch.float32, 1, 8, 1.0, 2e-6),
+        (torch.float32, 37, 16, 0.1, 4e-5),
+        (torch.float32, 70, 3, 10.0, 1e-5),
+        (torch.float16, 7, 16, 0.2, 8e-3),
+        (torch.float16, 100, 24, 1.0, 4e-3),
+        (torch.bfloat16, 65, 16, 0.2, 1.2e-2),
+        (torch.bfloat16, 63, 40, 10.0, 5e-3),
+    ],
+)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_gradient_against_the_oracle(
+    dtype: torch.dtype, length: int, dim: int, ridge: float, limit: float
+) -> None:
+    tensors = make((1, 2, length, dim), dtype)
+    ridges = ridge * torch.linspace(0.5, 2, length)
+    want = step([t.double() for t in tensors], ridges, backend="naive")
+    check(step(tensors, ridges, backend="triton"), want, limit, small=1e-3)
+
+
+@interpreted
+@pytest.mark.parametrize("solver", ["cg", "pcg"])
+@pytest.mark.parametrize("backend", ["triton", "triton_pcg"])
+def test_solvers(backend: str, solver: str) -> None:
+    tensors = make((1, 1, 40, 8), torch.float32)
+    if backend == "triton_pcg" and solver == "cg":
+        with pytest.raises(flashlla.UnsupportedError, match="fuses the solver PCG"):
+            step(tensors, 0.1, backend=backend, solver=solver)
+        return
+    want = step([t.double() for t in tensors], 0.1, backend="naive")
+    check(step(tensors, 0.1, backend=backend, solver=solver), want, 1e-5)
+
+
+@interpreted
+def test_what_is_refused_and_why() -> None:
+    q, k, v, _ = make((1, 1, 4, 8), torch.float32)
+    reason = lambda *x, **o: flashlla.explain(*x, backend="triton", **o).reasons["triton"]
+    assert "not Direct" in reason(q, k, v, solver=Direct())
+    assert "float64" in reason(q.double(), k.double(), v.double())
+    wide = torch.zeros(1, 1, 2, 300)
+    assert "up to 256" in reason(wide, wide, wide)
+    assert reason(q, k, v, solver=CG(rtol=1e-4)) is None
+    assert reason(q, k, v, solver=PCG()) is None
+
+
+@interpreted
+def test_keys_far_from_the_origin() -> None:
+    errors = []
+    for offset in (0.0, 30.0):
+        tensors = make((1, 1, 64, 16), torch.float16, offset)
+        want = step([t.double() for t in tensors], 1.0, backend="naive")["o"]
+        got = step(tensors, 1.0, backend="triton")["o"]
+        errors.append(((got.double() - want).norm() / want.norm()).item())
+    assert errors[1] <= 2 * errors[0] + 2e-3, errors
+
+
+@interpreted
+@pytest.mark.parametrize("size", [1e30, 1e-6])
+def test_sizes_that_float16_does_not_hold(size: float) -> None:
+    """Keys and queries of any size, values and gradients of any other."""
+    tensors = make((1, 1, 33, 8), torch.bfloat16)
+    want = step([t.double() for t in tensors], 1.0, backend="naive")
+    scaled = [tensors[0], tensors[1], (tensors[2].float() * size).bfloat16(), tensors[3]]
+    got = step(scaled, 1.0, backend="triton")
+    for name, factor in (("o", size), ("dq", size), ("dk", size), ("dv", 1.0)):
+        error = (got[name].double() / factor - want[name]).norm() / want[name].norm()
+        assert error < 1e-2, (name, error)
+    root = 2.0**40 if size > 1 else 2.0**-20
+    moved = [(t.float() * root).bfloat16() for t in tensors[:2]]
+    got = step([*moved, *tensors[2:]], root**2, backend="triton", qk_scale=8**-0.5 / root**2)
+    assert (got["o"].double() - want["o"]).norm() / want["o"].norm() < 1e-2
+    assert (got["dk"].double() * root - want["dk"]).norm() / want["dk"].norm() < 1e-2
+
+
+@interpreted
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_gradients_of_any_size_are_as_exact(size: float) -> None:
+    tensors = make((1, 1, 33, 8), torch.float32)
+    want = step([t.double() for t in tensors], 0.1, backend="naive")
+    tensors[3] = tensors[3] * size
+    got = step(tensors, 0.1, backend="triton")
+    check({n: t if n == "o" else t.double() / size for n, t in got.items()}, want, 1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["q", "k", "v", "grad"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_stay_in_their_rows(dtype: torch.dtype, which: str, bad: float) -> None:
+    tensors = make((1, 2, 40, 8), dtype)
+    clean = step(tensors, 1.0, backend="triton")
+    at = ("q", "k", "v", "grad").index(which)
+    tensors[at] = tensors[at].clone()
+    tensors[at][0, 0, 21, 3] = bad
+    got = step(tensors, 1.0, backend="triton")
+    for name in NAMES:
+        assert torch.allclose(got[name][0, 1].float(), clean[name][0, 1].float(), rtol=1e-2, atol=1e-2)
+    if which in ("k", "v"):
+        assert got["o"][0, 0, 21:].isnan().all()
+        assert got["dq"][0, 0, 21:].isnan().all()
+    elif which == "q":
+        assert got["o"][0, 0, 21].isnan().all()
+        assert got["dq"][0, 0, 21].isnan().all()
+        assert torch.allclose(got["o"][0, 0, 22:].float(), clean["o"][0, 0, 22:].float(), rtol=1e-2, atol=1e-2)
+    else:
+        assert got["dv"][0, 0, :22].isnan().all()
+    if which != "grad":
+        assert torch.allclose(got["o"][0, 0, :21].float(), clean["o"][0, 0, :21].float(), rtol=1e-2, atol=1e-2)
+    assert torch.allclose(got["dq"][0, 0, :21].float(), clean["dq"][0, 0, :21].float(), rtol=2e-2, atol=2e-2)
+    if which in ("q", "grad"):  # keys that no spoilt query sees
+        assert torch.allclose(got["dk"][0, 0, 22:].float(), clean["dk"][0, 0, 22:].float(), rtol=2e-2, atol=2e-2)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_strided_inputs(dtype: torch.dtype) -> None:
+    tensors = make((2, 3, 20, 8), dtype)
+    plain = step(tensors, 1.0, backend="triton")
+    views = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
+    views[3] = views[3].transpose(2, 3).contiguous().transpose(2, 3)  # rows that are not contiguous
+    got = step(views, 1.0, backend="triton")
+    assert got["o"].stride() == views[0].stride()
+    for name in NAMES:
+        assert torch.equal(got[name], plain[name]), name
+
+
+@interpreted
+def test_how_the_solve_went() -> None:
+    q, k, v, _ = make((1, 1, 40, 8), torch.float32)
+    _, info = lla_attention(q, k, v, ridge_lambda=0.1, backend="triton", return_info=True)
+    assert info.converged.all()
+    assert 0 < info.iterations[0, 0, -1] <= 32
+    assert info.iterations[0, 0, 0] == 1  # A = lambda I
+    assert (info.residual <= 2e-6).all()
+    _, info = lla_attention(q, k, v, ridge_lambda=0.1, backend="triton", return_info=True, cg_max_iters=2)
+    assert info.iterations.max() == 2
+    assert not info.converged.all()
+
+
+@interpreted
+def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashlla.backends.triton import launch
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("out of something")
+
+    class Broken:
+        __name__ = "solve_kernel"
+
+        def __getitem__(self, _: object) -> object:
+            return fail
+
+    monkeypatch.setattr(launch, "solve_kernel", Broken())
+    q, k, v, _ = make((1, 1, 4, 8), torch.float32)
+    with pytest.raises(RuntimeError, match=r"solve_kernel.*config.*BLOCK_M.*set_backend\('chunked'\)") as caught:
+        lla_attention(q, k, v, backend="triton")
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = "import sys, flashlla; sys.exit(any(m.split('.')[0] == 'triton' for m in sys.modules))"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    before = "import sys, torch; sys.exit(any(m.split('.')[0] == 'triton' for m in sys.modules))"
+    if subprocess.run([sys.executable, "-c", before], env=environment).returncode:
+        pytest.skip("torch itself imports Triton here")
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_every_kernel_compiles_for_three_architectures(tmp_path: Path) -> None:
+    """bf16 at D = 64 and 128, with shared memory and spills inside the limits; no GPU takes part."""
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment.pop("TRITON_INTERPRET", None)
+    table = tmp_path / "kernels.json"
+    command = [sys.executable, str(root / "benchmarks" / "compile_report.py"), "--dims", "64", "128"]
+    run = subprocess.run(
+        [*command, "--dtypes", "bfloat16", "--workers", "2", "--json", str(table)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    kernels = {(x["kernel"], x["architecture"], x["dim"]) for x in json.loads(table.read_text())["kernels"]}
+    assert len({k for k, _, _ in kernels}) == 8
+    assert {(a, d) for _, a, d in kernels} == {(a, d) for a in (80, 90, 100) for d in (64, 128)}

@@ -15,7 +15,8 @@ demo: $(READY)
 	$(BIN)/python examples/forecast_sunspots.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not gpu" -n 2 tests
+# Two processes of one thread each: on small tensors threads cost more than they bring.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" -n 2 tests
 
 check: $(READY)
 	$(BIN)/ruff check .

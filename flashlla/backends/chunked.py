@@ -142,18 +142,18 @@ class Chunked(Backend):
         dtype = accumulator(problem.dtype)
         q, k, v, ridge_lambda = (by_head(t, dtype) for t in inputs)
         do_all = by_head(grad_o, dtype)
-        guard, probe, k_mean = (t.flatten(0, 1) for t in residuals[1:])
-        k, origin = shifted(k)
+        guard, probe = residuals.guard.flatten(0, 1), residuals.probe.flatten(0, 1)
+        k, _ = shifted(k)
         dq, dridge = torch.empty_like(q), torch.empty_like(guard)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for heads, rows, keys, hidden in blocks(problem, q.device):
             at, seen = (heads, rows), (heads, keys)
             q_i, k_j, v_j, z = q[at], k[seen], v[seen], probe[at]
-            mean = k_mean[at] - origin[heads]
             do = do_all[at] * guard[at].unsqueeze(-1)
             ridge = ridge_lambda[at]
-            # The weights anew, not from lse: a large lse in float32 would cost digits that a fresh sum does not.
+            # Anew, not from lse and k_mean: where keys are far from the origin those lack digits that fresh sums have.
             p, _, _ = weights(q_i, k_j, problem.scale, hidden)
+            mean = torch.bmm(p, k_j)
             g = torch.bmm(do, v_j.mT)
             g.sub_((p * g).sum(-1, keepdim=True))
             systems = Systems(k_j, p, mean, ridge, resolution(problem.dtype), rows.start)

@@ -1,0 +1,250 @@
+"""The table of cases: what the operator is tested and timed on, by name. Tests and benchmarks share it.
+
+A case has no dtype and no device: ``case.make(dtype, device)`` gives its numbers, rounded to a dtype, and
+``case.arrange(leaves)`` the views of them that the operator is called with. To add a case, add a line to ``CASES``.
+A new argument of ``lla_attention`` goes into ``Case.options`` and, where it changes shapes or which keys a query sees,
+into ``Case.shapes`` and ``Case.visible``; the oracle follows them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """How the caller's tensors lie in memory: ``pack`` makes them from (B, H, S, D), ``view`` is what is passed on."""
+
+    pack: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+    view: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor, Tensor]]
+    one_head: bool = False
+
+
+def _separate(pack: Callable[[Tensor], Tensor], view: Callable[[Tensor], Tensor], one_head: bool = False) -> Layout:
+    """q, k and v each a tensor of its own, all treated alike."""
+    return Layout(
+        lambda q, k, v: {"q": pack(q), "k": pack(k), "v": pack(v)},
+        lambda leaves: (view(leaves["q"]), view(leaves["k"]), view(leaves["v"])),
+        one_head,
+    )
+
+
+def _scatter(t: Tensor) -> Tensor:
+    """``t`` at every second place of a tensor that holds NaN elsewhere: whoever reads there shows it."""
+    b, h, s, d = t.shape
+    wide = t.new_full((b, h, 2 * s + 1, 2 * d + 1), float("nan"))
+    wide[:, :, 1::2, 1::2] = t
+    return wide
+
+
+LAYOUTS = {
+    "bhsd": _separate(lambda t: t, lambda t: t),
+    "bsd": _separate(lambda t: t.squeeze(1), lambda t: t, one_head=True),
+    "transposed": _separate(lambda t: t.transpose(1, 2).contiguous(), lambda t: t.transpose(1, 2)),
+    "bsd_transposed": _separate(lambda t: t[:, 0].mT.contiguous(), lambda t: t.mT, one_head=True),
+    "sliced": _separate(_scatter, lambda t: t[:, :, 1::2, 1::2]),
+    "packed": Layout(
+        lambda q, k, v: {"qkv": torch.stack([t.transpose(1, 2) for t in (q, k, v)], dim=2).contiguous()},
+        lambda leaves: leaves["qkv"].permute(2, 0, 3, 1, 4).unbind(0),  # (B, S, 3, H, D) -> three (B, H, S, D)
+    ),
+    "shared_keys": Layout(  # heads share keys and values: a stride of zero
+        lambda q, k, v: {"q": q, "k": k[:, :1].contiguous(), "v": v[:, :1].contiguous()},
+        lambda leaves: (
+            leaves["q"],
+            leaves["k"].expand(leaves["q"].shape),
+            leaves["v"].expand(leaves["q"].shape),
+        ),
+    ),
+    "shared_queries": Layout(  # sequences share queries
+        lambda q, k, v: {"q": q[:1].contiguous(), "k": k, "v": v},
+        lambda leaves: (leaves["q"].expand(leaves["k"].shape), leaves["k"], leaves["v"]),
+    ),
+}
+
+
+def _iid(rng: np.random.Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    return rng.standard_normal(shape), rng.standard_normal(shape)
+
+
+def _offset(rng: np.random.Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Normal, about a common point at a distance of 30."""
+    q, k = _iid(rng, shape)
+    point = rng.standard_normal(shape[-1])
+    point *= 30 / np.linalg.norm(point)
+    return q + point, k + point
+
+
+def _correlated(rng: np.random.Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """AR(1) in time, coefficient 0.95 and unit variance, mixed to q and k by two random matrices."""
+    steps = rng.standard_normal(shape)
+    x = np.empty(shape)
+    x[..., 0, :] = steps[..., 0, :]
+    for t in range(1, shape[-2]):
+        x[..., t, :] = 0.95 * x[..., t - 1, :] + np.sqrt(1 - 0.95**2) * steps[..., t, :]
+    mix = rng.standard_normal((2, shape[-1], shape[-1])) / np.sqrt(shape[-1])
+    return x @ mix[0], x @ mix[1]
+
+
+def _power_law(rng: np.random.Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviations that fall as 1 / index in a random basis, about a common point."""
+    q, k = _iid(rng, shape)
+    d = shape[-1]
+    basis, _ = np.linalg.qr(rng.standard_normal((d, d)))
+    spread = 1 / np.arange(1, d + 1)
+    spread *= np.sqrt(d) / np.linalg.norm(spread)
+    point = rng.standard_normal(d)
+    return (q * spread) @ basis + point, (k * spread) @ basis + point
+
+
+def _sharp(rng: np.random.Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Normal, with queries three times as long: few keys hold nearly all of the weight."""
+    q, k = _iid(rng, shape)
+    return 3 * q, k
+
+
+DATA = {"iid": _iid, "offset": _offset, "correlated": _correlated, "power_law": _power_law, "sharp": _sharp}
+
+# Shapes of a ridge given as a tensor, from (B, H, S); None: a number.
+RIDGES: dict[str, Callable[[int, int, int], Shape] | None] = {
+    "number": None,
+    "scalar": lambda b, h, s: (),
+    "per_head": lambda b, h, s: (h, 1),
+    "per_token": lambda b, h, s: (s,),
+    "per_sequence_and_token": lambda b, h, s: (b, 1, s),
+    "per_head_and_token": lambda b, h, s: (b, h, s),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the operator, but for dtype and device.
+
+    ridge_lambda: the number, or the middle of the numbers (from a third of it to three times it) of a tensor.
+    small: fit for backends that run slowly, such as kernels in an interpreter.
+    options: further keyword arguments of ``lla_attention``.
+    """
+
+    name: str
+    batch: int = 1
+    heads: int = 1
+    length: int = 17
+    dim: int = 16
+    data: str = "iid"
+    ridge_lambda: float = 1.0
+    ridge: str = "number"
+    scale: float | None = None
+    delta_eps: float = 1e-12
+    layout: str = "bhsd"
+    expanded_grad: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert not (LAYOUTS[self.layout].one_head and self.heads > 1), f"{self.name}: {self.layout} has no heads"
+
+    @property
+    def small(self) -> bool:
+        return self.batch * self.heads * self.length**2 * self.dim <= 2**19
+
+    def shapes(self) -> tuple[Shape, Shape, Shape]:
+        """Of q, k and v, with heads."""
+        shape = (self.batch, self.heads, self.length, self.dim)
+        return shape, shape, shape
+
+    def visible(self) -> Tensor:
+        """(queries, keys), True where the query sees the key."""
+        (_, _, queries, _), (_, _, keys, _), _ = self.shapes()
+        return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+    def make(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The caller's tensors, none requiring a gradient: leaves of q, k, v; "ridge_lambda" unless it is a number,
+        in float32 at least; and "grad_o" of the operator's output. Always the same for the same case."""
+        rng = np.random.default_rng(zlib.crc32(self.name.encode()))
+        q_shape, k_shape, v_shape = self.shapes()
+        q, k = DATA[self.data](rng, q_shape if q_shape == k_shape else k_shape)
+        q = q[..., : q_shape[-2], :]
+        v, grad_o = rng.standard_normal(v_shape), rng.standard_normal((*q_shape[:-1], v_shape[-1]))
+        leaves = LAYOUTS[self.layout].pack(*(torch.from_numpy(t).to(device, dtype) for t in (q, k, v)))
+        shape_of = RIDGES[self.ridge]
+        if shape_of is not None:
+            one_head = LAYOUTS[self.layout].one_head
+            shape = shape_of(self.batch, self.heads, self.length)
+            if one_head and len(shape) == 3:
+                shape = (shape[0], shape[2])
+            ridge = self.ridge_lambda * 3.0 ** rng.uniform(-1, 1, shape)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            leaves["ridge_lambda"] = torch.from_numpy(np.asarray(ridge)).to(device, wide)
+        grad = torch.from_numpy(grad_o).to(device, dtype)
+        if LAYOUTS[self.layout].one_head:
+            grad = grad.squeeze(1)
+        leaves["grad_o"] = grad[..., :1, :1].expand(grad.shape) if self.expanded_grad else grad
+        return leaves
+
+    def arrange(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v as the operator is called with them: views of ``leaves``."""
+        return LAYOUTS[self.layout].view(leaves)
+
+    def keywords(self, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The other arguments of ``lla_attention``, but the solver and the backend."""
+        ridge = leaves.get("ridge_lambda", self.ridge_lambda)
+        return {"ridge_lambda": ridge, "qk_scale": self.scale, "delta_eps": self.delta_eps, **self.options}
+
+
+CASES = (
+    # lengths
+    Case("one_token", length=1, dim=8),
+    Case("one_token_weak", batch=2, heads=3, length=1, dim=16, ridge_lambda=0.1, ridge="per_head_and_token"),
+    Case("two_tokens", length=2, dim=4, ridge_lambda=0.1),
+    Case("length_7", batch=2, heads=2, length=7, dim=16, ridge_lambda=0.1),
+    Case("length_17", batch=2, length=17, dim=8, layout="bsd"),
+    Case("length_63", heads=2, length=63, dim=16, ridge_lambda=0.1),
+    Case("length_64", length=64, dim=64, ridge_lambda=10.0, layout="bsd"),
+    Case("length_111", length=111, dim=16, ridge_lambda=10.0),
+    Case("length_129", heads=2, length=129, dim=16, ridge_lambda=0.1),
+    Case("length_300", heads=2, length=300, dim=16, ridge_lambda=1.0, ridge="per_head_and_token"),
+    Case("length_193_wide", length=193, dim=64, ridge_lambda=0.1),
+    # head dims
+    Case("dim_1", heads=2, length=63, dim=1, ridge_lambda=0.1),
+    Case("dim_3", batch=2, length=33, dim=3, ridge_lambda=0.1, layout="bsd"),
+    Case("dim_60", length=111, dim=60),
+    Case("dim_64", heads=2, length=63, dim=64, ridge_lambda=0.1),
+    Case("dim_100", length=63, dim=100),
+    # data
+    Case("offset", length=64, dim=16, data="offset"),
+    Case("offset_wide", length=111, dim=64, data="offset"),
+    Case("correlated", heads=2, length=129, dim=16, data="correlated", ridge_lambda=0.1),
+    Case("power_law", length=111, dim=16, data="power_law", ridge_lambda=0.1),
+    Case("sharp", length=63, dim=16, data="sharp", ridge_lambda=0.1),
+    # ridge
+    Case("ridge_scalar", length=17, dim=8, ridge="scalar"),
+    Case("ridge_per_head", batch=2, heads=3, length=17, dim=8, ridge="per_head"),
+    Case("ridge_per_token", heads=2, length=50, dim=16, ridge="per_token"),
+    Case("ridge_per_token_flat", batch=2, length=50, dim=16, ridge="per_sequence_and_token", layout="bsd"),
+    Case("ridge_per_sequence", batch=2, heads=2, length=17, dim=8, ridge="per_sequence_and_token"),
+    Case("ridge_strong", length=63, dim=16, ridge_lambda=1e4, ridge="per_head_and_token"),
+    Case("ridge_weak", length=63, dim=8, ridge_lambda=1e-3),
+    # scale and guard
+    Case("scale_tiny", length=63, dim=8, scale=1e-9, ridge_lambda=0.1),
+    Case("scale_large", length=33, dim=8, scale=1.5),
+    Case("scale_negative", length=33, dim=8, scale=-0.3),
+    Case("guard", batch=2, length=33, dim=8, delta_eps=1e-3, ridge_lambda=0.1, layout="bsd"),
+    Case("guard_large", heads=2, length=17, dim=8, delta_eps=1.0),
+    # layouts
+    Case("transposed", batch=2, heads=3, length=17, dim=16, layout="transposed"),
+    Case("transposed_flat", batch=2, length=17, dim=16, layout="bsd_transposed"),
+    Case("sliced", batch=2, heads=2, length=17, dim=8, layout="sliced"),
+    Case("packed", batch=2, heads=3, length=17, dim=16, layout="packed"),
+    Case("shared_keys", batch=2, heads=3, length=17, dim=8, layout="shared_keys"),
+    Case("shared_queries", batch=3, heads=2, length=17, dim=8, layout="shared_queries"),
+    Case("expanded_grad", batch=2, heads=2, length=17, dim=8, expanded_grad=True),
+)
+
+BY_NAME = {case.name: case for case in CASES}
+assert len(BY_NAME) == len(CASES), "two cases share a name"

@@ -1,0 +1,60 @@
+"""Short ways to call backends, for tests of every kind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashlla
+from flashlla.autograd import describe
+from flashlla.backends.base import Backend
+from flashlla.dispatch import all_backends
+from flashlla.problem import Inputs, Problem
+from flashlla.validation import prepare
+from tests.interpreter import hasten
+
+BACKENDS = [pytest.param(backend, id=backend.name) for backend in all_backends()]
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+DTYPES = [
+    pytest.param(dtype, id=str(dtype).removeprefix("torch."))
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+]
+
+
+def interpreted(backend: Backend) -> bool:
+    """Whether its kernels run in Triton's interpreter: right, but a thousand times slower."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and "triton" in type(backend).__module__
+
+
+if any(interpreted(backend) and backend.unavailable() is None for backend in all_backends()):
+    hasten()
+
+
+def refusal(backend: Backend, q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> str | None:
+    """Why ``backend`` cannot take the call; None where it can."""
+    return flashlla.explain(q, k, v, **keywords, backend=backend.name).reasons[backend.name]
+
+
+def skip_if_refused(backend: Backend, q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> None:
+    if reason := refusal(backend, q, k, v, **keywords):
+        pytest.skip(f"{backend.name}: {reason}")
+
+
+def problem_of(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> tuple[Problem, Inputs]:
+    """What a backend is called with."""
+    call = prepare(q, k, v, **keywords)
+    return describe(call.inputs, *call.settings), call.inputs
+
+
+def differentiable(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of ``leaves`` that want gradients, all but "grad_o"."""
+    return {name: t.detach().clone().requires_grad_() if name != "grad_o" else t.detach() for name, t in leaves.items()}
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)

@@ -1,0 +1,61 @@
+"""The operator from its definition, in float64, with gradients by automatic differentiation.
+
+It shares nothing with the package, neither code nor form: each query's regression about the query itself (the
+published text form), where the package solves the centred systems and differentiates by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.cases import Case
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, ridge: Tensor, scale: float, delta_eps: float, visible: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``(o, omega)``; q: (B, H, Sq, D), k: (B, H, Sk, D), v: (B, H, Sk, Dv), ridge: broadcasts to (B, H, Sq),
+    visible: (Sq, Sk), each row with a True."""
+    logits = (scale * (q @ k.mT)).masked_fill(~visible, -torch.inf)
+    w = (logits - logits.detach().amax(-1, keepdim=True)).exp()  # (B, H, Sq, Sk)
+    omega = w.sum(-1)
+    from_query = k.unsqueeze(-3) - q.unsqueeze(-2)  # (B, H, Sq, Sk, D)
+    mu = (w.unsqueeze(-1) * from_query).sum(-2)
+    sigma = (w.unsqueeze(-1) * from_query).mT @ from_query
+    sigma = sigma + ((ridge * omega)[..., None, None] * torch.eye(q.shape[-1], dtype=q.dtype, device=q.device))
+    rho = torch.linalg.solve(sigma, mu)
+    denominator = omega - (mu * rho).sum(-1)
+    weights = w * (1 - (from_query @ rho.unsqueeze(-1)).squeeze(-1))
+    guard = denominator / (denominator + delta_eps)  # held constant in gradients
+    return (weights @ v) * (guard.detach() / denominator).unsqueeze(-1), omega
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a backend should give: ``o`` and ``gradients`` (by leaf) with the caller's shapes, ``omega`` (B, H, S)."""
+
+    o: Tensor
+    gradients: Mapping[str, Tensor]
+    omega: Tensor
+
+
+def reference(case: Case, leaves: Mapping[str, Tensor]) -> Reference:
+    """The exact result on ``leaves`` as they are, rounded to whatever dtype they have."""
+    exact = {name: t.detach().cpu().double().requires_grad_(name != "grad_o") for name, t in leaves.items()}
+    q, k, v = case.arrange(exact)
+    ridge = exact.get("ridge_lambda", torch.tensor(case.ridge_lambda, dtype=torch.float64))
+    flat = q.dim() == 3
+    if flat:
+        q, k, v = (t.unsqueeze(1) for t in (q, k, v))
+        ridge = ridge.expand(q.shape[0], q.shape[2]).unsqueeze(1)
+    scale = 1 / math.sqrt(q.shape[-1]) if case.scale is None else case.scale
+    o, omega = attention(q, k, v, ridge, scale, case.delta_eps, case.visible())
+    o = o.squeeze(1) if flat else o
+    names = [name for name in exact if name != "grad_o"]
+    gradients = torch.autograd.grad(o, [exact[name] for name in names], exact["grad_o"])
+    return Reference(o.detach(), dict(zip(names, gradients, strict=True)), omega.detach())

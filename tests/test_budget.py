@@ -1,0 +1,64 @@
+"""The yardsticks themselves: the oracle against the other form, the budget against plain evaluations, the poison."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import cases
+from tests.budget import EXACT, budget, disturbed, reference_of, row_norm
+from tests.cases import BY_NAME, CASES, Case
+from tests.poison import poisoned
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+def test_two_forms_agree(case: Case) -> None:
+    """The definition under automatic differentiation, and the centred form with its gradients: docs/math.md."""
+    exact = reference_of(case.name, torch.float64)
+    centred = disturbed(case, case.make(torch.float64), EXACT)
+    for mine, its in zip(centred, [exact.o, *exact.gradients.values()], strict=True):
+        apart = row_norm(mine - its).max()
+        assert apart <= 1e-10 * max(1.0, float(row_norm(its).max())), f"{apart:.1e} apart"
+
+
+def test_budget_is_no_blank_cheque() -> None:
+    """Where the problem is well conditioned, what is allowed is a small multiple of the precision."""
+    for dtype, size in ((torch.float64, 1e-13), (torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
+        allowed = budget("length_64", dtype, iterative=True)
+        assert float(allowed.o.norm() / allowed.reference.o.norm()) < size
+        for name, gradient in allowed.reference.gradients.items():
+            assert float(allowed.gradients[name].norm() / gradient.norm()) < size
+
+
+@pytest.mark.parametrize("error", [0.01, float("nan"), float("inf")])
+def test_budget_sees_one_bad_row(error: float) -> None:
+    allowed = budget("length_64", torch.float32, iterative=True)
+    gradients = {name: t.clone() for name, t in allowed.reference.gradients.items()}
+    assert all(excess.ratio == 0 for excess in allowed.worst(allowed.reference.o, gradients).values())
+    gradients["k"][0, -1] *= 1 + error  # the smallest row: one query sees it
+    assert allowed.worst(allowed.reference.o, gradients)["k"].ratio > 1
+
+
+def test_poison_covers_allocators() -> None:
+    with poisoned():
+        like = torch.zeros(3)
+        for t in (torch.empty(3), torch.empty_like(like), like.new_empty(3), torch.empty_strided((3,), (1,))):
+            assert t.isnan().all()
+        assert (torch.empty(3, dtype=torch.int32) > 10**6).all()
+        assert torch.empty(3, dtype=torch.bool).all()
+    assert torch.empty.__module__ != "tests.poison"
+
+
+def test_table() -> None:
+    """Every layout, kind of data and kind of ridge has a case; making one twice gives the same numbers."""
+    for kinds, used in (
+        (cases.LAYOUTS, {case.layout for case in CASES}),
+        (cases.DATA, {case.data for case in CASES}),
+        (cases.RIDGES, {case.ridge for case in CASES}),
+    ):
+        assert set(kinds) == used
+    once, again = (BY_NAME["packed"].make(torch.float32) for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    scattered = BY_NAME["sliced"].make(torch.float32)["q"]
+    assert scattered.isnan().any()
+    assert all(not t.is_contiguous() for t in BY_NAME["sliced"].arrange(BY_NAME["sliced"].make(torch.float32)))

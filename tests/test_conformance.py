@@ -1,0 +1,134 @@
+"""Every backend, with every solver, over the one table of cases, against the oracle and the error budget.
+
+A backend or a case is added without a line here. A backend may refuse a case, and says why; it may not refuse all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashlla
+from flashlla import CG, PCG, Direct
+from flashlla.backends.base import Backend
+from flashlla.problem import accumulator, resolution
+from tests.budget import ALLOWANCE, OPERAND, budget
+from tests.cases import CASES, Case
+from tests.helpers import BACKENDS, DEVICES, DTYPES, differentiable, interpreted, refusal, skip_if_refused
+
+# Tolerances are raised to what the dtype resolves; the caps are out of reach.
+SOLVERS: dict[str, dict[str, Any]] = {
+    "default": {"cg_atol": 0.0, "cg_rtol": 0.0, "cg_max_iters": 1000},
+    "cg": {"solver": CG(atol=0.0, rtol=0.0, max_iters=1000)},
+    "pcg": {"solver": PCG(atol=0.0, rtol=0.0, max_iters=1000)},
+    "direct": {"solver": Direct()},
+}
+DTYPE_ORDER = (torch.float32, torch.bfloat16, torch.float16)
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("error::flashlla.ConvergenceWarning", "error::flashlla.FallbackWarning"),
+]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_oracle(backend: Backend, device: str, solver: str, dtype: torch.dtype, case: Case) -> None:
+    if interpreted(backend) and not (case.small and solver == "default" and dtype == _turn(backend, case)):
+        pytest.skip("too many for the interpreter: small cases, one dtype each")
+    leaves = differentiable(case.make(dtype, device))
+    keywords = {**case.keywords(leaves), **SOLVERS[solver]}
+    skip_if_refused(backend, *case.arrange(leaves), **keywords)
+
+    q, k, v = case.arrange(leaves)
+    o, info = flashlla.lla_attention(q, k, v, **keywords, backend=backend.name, return_info=True)
+    o.backward(leaves["grad_o"])
+
+    assert o.dtype == dtype
+    assert o.device.type == device
+    gradients = {name: _gradient(leaf) for name, leaf in leaves.items() if name != "grad_o"}
+    allowed = budget(case.name, dtype, iterative=solver != "direct")
+    worst = allowed.worst(o, gradients)
+    over = {name: str(excess) for name, excess in worst.items() if not excess.ratio <= 1}
+    assert not over, f"error over budget: {over}"
+    _check_info(info, backend.name, q, dtype, solver, allowed.reference.omega, case)
+
+
+def _turn(backend: Backend, case: Case) -> torch.dtype | None:
+    """The dtype whose turn it is at this case; None at every other case, which are those of a sibling backend."""
+    at, sibling = CASES.index(case), [param.id for param in BACKENDS].index(backend.name)
+    return DTYPE_ORDER[at // 2 % len(DTYPE_ORDER)] if (at + sibling) % 2 else None
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    assert leaf.grad.dtype == leaf.dtype
+    return leaf.grad
+
+
+def _check_info(
+    info: flashlla.LLAInfo, name: str, q: Tensor, dtype: torch.dtype, solver: str, omega: Tensor, case: Case
+) -> None:
+    rows = q.shape[:-1]
+    assert info.backend == name
+    assert [t.shape for t in info[:4]] == [rows] * 4
+    dtypes = [info.iterations.dtype, info.residual.dtype, info.converged.dtype, info.omega.dtype]
+    assert dtypes == [torch.int32, accumulator(dtype), torch.bool, accumulator(dtype)]
+    assert info.converged.all()
+    assert (info.iterations >= 0).all()
+    if solver == "direct":
+        assert (info.iterations == 0).all()
+    else:
+        assert (info.iterations < 1000).all()
+        assert (info.residual >= 0).all()
+    # A direct solver's residual is about |A| |z| / |d| roundings, which a weak ridge makes many. Kernels may stop a
+    # factor of two earlier on 16-bit inputs: the budget, which knows nothing of it, is the judge.
+    slack = 2 if dtype in (torch.bfloat16, torch.float16) else 1
+    assert (info.residual <= (slack * resolution(dtype) if info.iterations.any() else 1e-3)).all()
+    # A logit's error is some roundings of |q| |k|, and a weight's relative error is that.
+    omega = omega.reshape(rows)
+    scale = abs(q.shape[-1] ** -0.5 if case.scale is None else case.scale)
+    _, k, _ = case.arrange(case.make(dtype))
+    longest = q.detach().double().norm(dim=-1).amax() * k.double().norm(dim=-1).amax()
+    allowed = ALLOWANCE * OPERAND[dtype] * (1 + scale * float(longest)) * rows[-1] ** 0.5
+    error = ((info.omega.cpu().double() - omega) / omega).abs().max()
+    assert error <= allowed, f"omega: relative error {error:.1e}, allowed {allowed:.1e}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_some_case_is_taken(backend: Backend) -> None:
+    if reason := backend.unavailable():
+        pytest.skip(f"{backend.name}: {reason}")
+    reasons = set()
+    for case, dtype, keywords in itertools.product(CASES, DTYPE_ORDER, SOLVERS.values()):
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            leaves = case.make(dtype, device)
+            reason = refusal(backend, *case.arrange(leaves), **case.keywords(leaves), **keywords)
+            if reason is None:
+                return
+            reasons.add(reason)
+    pytest.fail(f"{backend.name} refuses every case: {reasons}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_asked_for(backend: Backend) -> None:
+    """With all arguments at their defaults, and no gradient wanted of some."""
+    case = next(c for c in CASES if c.name == "length_17")
+    leaves = case.make(torch.float32)
+    q, k, v = case.arrange(leaves)
+    skip_if_refused(backend, q, k, v)
+    v.requires_grad_()
+    with flashlla.set_backend(backend.name):
+        o = flashlla.lla_attention(q, k, v, ridge_lambda=case.ridge_lambda)
+    o.backward(leaves["grad_o"])
+    assert q.grad is None
+    exact = budget(case.name, torch.float32, iterative=True)
+    assert exact.worst(o, {"q": torch.zeros_like(q), "k": torch.zeros_like(k), "v": v.grad})["v"].ratio <= 1
+    assert exact.worst(o, {"q": torch.zeros_like(q), "k": torch.zeros_like(k), "v": v.grad})["o"].ratio <= 1

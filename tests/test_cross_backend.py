@@ -1,0 +1,101 @@
+"""Any backend runs the backward of any other's forward: what forward leaves has one meaning for all."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashlla.backends.base import Backend
+from flashlla.problem import Inputs, Problem, Residuals, accumulator
+from flashlla.solvers import CG
+from tests.budget import ALLOWANCE, OPERAND, Excess, budget
+from tests.cases import BY_NAME, LAYOUTS
+from tests.helpers import BACKENDS, DTYPES, interpreted, problem_of
+
+# Several heads, odd lengths, a strong guard, keys far from the origin; all with q, k and v apart, as (B, H, S, D).
+NAMES = ("length_7", "guard_large", "offset", "one_token_weak")
+CASES = [BY_NAME[name] for name in NAMES]
+SOLVER = CG(atol=0.0, rtol=0.0, max_iters=1000)
+
+
+def _call(name: str, dtype: torch.dtype) -> tuple[Problem, Inputs, Tensor]:
+    case = BY_NAME[name]
+    assert case.layout in ("bhsd", "transposed")
+    leaves = case.make(dtype)
+    problem, inputs = problem_of(*case.arrange(leaves), **case.keywords(leaves), solver=SOLVER)
+    return problem, inputs, leaves["grad_o"]
+
+
+def _skip_unless_both(problem: Problem, *backends: Backend) -> None:
+    for backend in backends:
+        if reason := backend.unavailable() or backend.unsupported(problem):
+            pytest.skip(f"{backend.name}: {reason}")
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backward", BACKENDS)
+@pytest.mark.parametrize("forward", BACKENDS)
+def test_backward_of_anothers_forward(forward: Backend, backward: Backend, dtype: torch.dtype, name: str) -> None:
+    problem, inputs, grad_o = _call(name, dtype)
+    if any(map(interpreted, (forward, backward))) and (dtype != torch.float32 or name == "offset"):
+        pytest.skip("too many for the interpreter")
+    _skip_unless_both(problem, forward, backward)
+    o, residuals, _ = forward.forward(problem, inputs)
+    gradients = backward.backward(problem, inputs, residuals, grad_o)
+    allowed = budget(name, dtype, iterative=True)
+    found = allowed.worst(
+        o, {"q": gradients.q, "k": gradients.k, "v": gradients.v, "ridge_lambda": gradients.ridge_lambda}
+    )
+    over = {key: str(excess) for key, excess in found.items() if not excess.ratio <= 1}
+    assert not over, f"forward by {forward.name}, backward by {backward.name}: {over}"
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_residuals_have_one_layout(backend: Backend, dtype: torch.dtype, name: str) -> None:
+    problem, inputs, _ = _call(name, dtype)
+    if interpreted(backend) and (dtype != torch.float32 or name == "offset"):
+        pytest.skip("too many for the interpreter")
+    _skip_unless_both(problem, backend)
+    _, residuals, _ = backend.forward(problem, inputs)
+    rows = (problem.batch, problem.q_heads, problem.q_len)
+    shapes = [rows, rows, (*rows, problem.head_dim), (*rows, problem.head_dim)]
+    assert [tuple(t.shape) for t in residuals] == shapes
+    assert all(t.dtype == accumulator(dtype) for t in residuals)
+    exact = _residuals(problem, inputs)
+    q, k = inputs.q.double().norm(dim=-1).amax(), inputs.k.double().norm(dim=-1).amax()
+    # Logits err by roundings of |s| |q| |k|, weights by that much of themselves, a mean of keys by that much of a key.
+    logit = 1 + abs(problem.scale) * float(q * k)
+    rounding = ALLOWANCE * OPERAND[dtype] * math.sqrt(problem.k_len)
+    assert (residuals.lse.double() - exact.lse).abs().max() <= rounding * logit
+    assert (residuals.k_mean.double() - exact.k_mean).norm(dim=-1).max() <= rounding * logit * float(k)
+    # The probe and the guard: as the output and its gradient show, which the budget judges; here that they are theirs.
+    assert Excess.of(residuals.probe, exact.probe, 0.1 * exact.probe.norm(dim=-1) + 0.1).ratio <= 1
+    assert (residuals.guard.double() - exact.guard).abs().max() <= 0.01
+
+
+def _residuals(problem: Problem, inputs: Inputs) -> Residuals:
+    """By their definitions, in float64."""
+    q, k, _, ridge = (t.double() for t in inputs)
+    visible = torch.ones(problem.q_len, problem.k_len, dtype=torch.bool).tril(problem.k_len - problem.q_len)
+    logits = (problem.scale * (q @ k.mT)).masked_fill(~visible, -torch.inf)
+    p = logits.softmax(-1)
+    k_mean = p @ k
+    centred = k.unsqueeze(-3) - k_mean.unsqueeze(-2)
+    a = (p.unsqueeze(-1) * centred).mT @ centred + ridge[..., None, None] * torch.eye(problem.head_dim).double()
+    d = k_mean - q
+    z = torch.linalg.solve(a, d)
+    omega = (logits - logits.amax(-1, keepdim=True)).exp().sum(-1)
+    guard = 1 / (1 + problem.delta_eps * (1 + (d * z).sum(-1)) / omega)
+    return Residuals(logits.logsumexp(-1), guard, z, k_mean)
+
+
+def test_cases_have_their_heads_apart() -> None:
+    assert all(not LAYOUTS[case.layout].one_head for case in CASES)

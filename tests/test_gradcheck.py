@@ -1,0 +1,87 @@
+"""Gradients against finite differences, in float64, through every way that tensors can be handed over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashlla
+from flashlla import CG, PCG, Direct
+from flashlla.backends.base import Backend
+from tests.helpers import BACKENDS, normal, skip_if_refused
+
+# A finite difference needs the function itself to 1e-12 or so.
+SOLVERS = {
+    "cg": CG(atol=0.0, rtol=1e-29, max_iters=200),
+    "pcg": PCG(atol=0.0, rtol=1e-29, max_iters=200),
+    "direct": Direct(),
+}
+
+# name: (shapes of what is differentiated, how q, k, v and the ridge are made of it)
+Views = Callable[..., tuple[Tensor, Tensor, Tensor, "Tensor | float"]]
+ARRANGEMENTS: dict[str, tuple[list[tuple[int, ...]], Views]] = {
+    "bsd": ([(2, 5, 3)] * 3 + [(2, 5)], lambda q, k, v, r: (q, k, v, r)),
+    "bhsd": ([(1, 2, 6, 3)] * 3 + [(1, 2, 6)], lambda q, k, v, r: (q, k, v, r)),
+    "ridge_scalar": ([(1, 6, 3)] * 3 + [()], lambda q, k, v, r: (q, k, v, r)),
+    "ridge_per_head": ([(2, 2, 4, 3)] * 3 + [(2, 1)], lambda q, k, v, r: (q, k, v, r)),
+    "ridge_per_token": ([(2, 2, 4, 3)] * 3 + [(4,)], lambda q, k, v, r: (q, k, v, r)),
+    "number": ([(1, 7, 3)] * 3, lambda q, k, v: (q, k, v, 0.3)),
+    "transposed": (
+        [(1, 5, 2, 3)] * 3 + [(5, 2)],
+        lambda q, k, v, r: (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), r.mT),
+    ),
+    "strided": (
+        [(1, 2, 9, 5)] * 3 + [(2, 9)],
+        lambda q, k, v, r: (q[:, :, ::2, 1::2], k[:, :, ::2, 1::2], v[:, :, ::2, ::3], r[:, ::2]),
+    ),
+    "expanded": (
+        [(1, 1, 5, 3), (2, 1, 5, 3), (1, 2, 5, 3), (1,)],
+        lambda q, k, v, r: (q.expand(2, 2, 5, 3), k.expand(2, 2, 5, 3), v.expand(2, 2, 5, 3), r.expand(2, 2, 5)),
+    ),
+    "one_tensor": ([(1, 6, 3), (1, 6)], lambda x, r: (x, x, x, r)),
+    "one_token": ([(1, 2, 1, 3)] * 3 + [(1, 2, 1)], lambda q, k, v, r: (q, k, v, r)),
+}
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend: Backend, solver: str, arrangement: str) -> None:
+    shapes, arrange = ARRANGEMENTS[arrangement]
+    leaves = [normal(*shape, seed=i) for i, shape in enumerate(shapes)]
+    if arrangement != "number":
+        leaves[-1] = leaves[-1].mul(0.3).exp()  # the ridge
+    leaves = [t.requires_grad_() for t in leaves]
+    options: dict[str, Any] = {"solver": SOLVERS[solver], "delta_eps": 0.0}
+    *tensors, ridge = arrange(*leaves)
+    skip_if_refused(backend, *tensors, ridge_lambda=ridge, **options)
+
+    def attention(*given: Tensor) -> Tensor:
+        q, k, v, ridge = arrange(*given)
+        return flashlla.lla_attention(q, k, v, ridge_lambda=ridge, backend=backend.name, **options)
+
+    assert torch.autograd.gradcheck(attention, leaves, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_is_wanted(backend: Backend) -> None:
+    """One differentiable input of the four at a time gets the gradient that it gets together with the others."""
+    leaves = [normal(1, 2, 9, 4, seed=i, dtype=torch.float32) for i in range(3)]
+    leaves.append(normal(2, 9, seed=3, dtype=torch.float32).exp())
+    grad_o = normal(1, 2, 9, 4, seed=4, dtype=torch.float32)
+    skip_if_refused(backend, *leaves[:3], ridge_lambda=leaves[3])
+
+    def gradients(wanted: set[int]) -> list[Tensor | None]:
+        given = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(leaves)]
+        flashlla.lla_attention(*given[:3], ridge_lambda=given[3], backend=backend.name).backward(grad_o)
+        return [t.grad for t in given]
+
+    together = gradients({0, 1, 2, 3})
+    for i in range(4):
+        alone = gradients({i})
+        assert [g is not None for g in alone] == [j == i for j in range(4)]
+        torch.testing.assert_close(alone[i], together[i])

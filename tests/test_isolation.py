@@ -1,0 +1,119 @@
+"""NaN and inf stay in the sequence, head and rows that they belong to; later tokens change nothing earlier."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashlla
+from flashlla.backends.base import Backend
+from tests.helpers import BACKENDS, interpreted, normal, skip_if_refused
+
+B, H, S, D = 2, 2, 21, 8
+BAD = (1, 0)  # the sequence and head that something is wrong in
+AT = 9  # and the token
+NAMES = ("q", "k", "v", "ridge_lambda", "grad_o")
+DTYPE = torch.float32
+
+
+def inputs() -> dict[str, Tensor]:
+    made = {name: normal(B, H, S, D, seed=i, dtype=DTYPE) for i, name in enumerate(NAMES)}
+    made["ridge_lambda"] = made["ridge_lambda"][..., 0].exp()
+    return made
+
+
+def run(backend: Backend, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The output and the gradients by name."""
+    leaves = {name: given[name].clone().requires_grad_() for name in NAMES[:4]}
+    q, k, v, ridge = leaves.values()
+    skip_if_refused(backend, q, k, v, ridge_lambda=ridge)
+    o = flashlla.lla_attention(q, k, v, ridge_lambda=ridge, backend=backend.name)
+    o.backward(given["grad_o"])
+    return {"o": o.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_reaches_another_head_or_an_earlier_row(backend: Backend, where: str, value: float) -> None:
+    if where == "ridge_lambda" and value < 0:
+        pytest.skip("a ridge below zero is refused")
+    if interpreted(backend) and value == float("-inf"):
+        pytest.skip("too many for the interpreter")
+    clean, given = run(backend, inputs()), inputs()
+    given[where][(*BAD, AT)] = value
+    spoilt = run(backend, given)
+    others = torch.ones(B, H, dtype=torch.bool)
+    others[BAD] = False
+    for name, t in spoilt.items():
+        torch.testing.assert_close(t[others], clean[name][others], msg=lambda m, name=name: f"{name}: {m}")
+    # A key or a value is seen from its own row on; the rest belongs to one row. What a row before it gives, and its
+    # own gradients, are as they were.
+    for name in ("o", "q", "ridge_lambda"):
+        torch.testing.assert_close(
+            spoilt[name][BAD][:AT], clean[name][BAD][:AT], msg=lambda m, name=name: f"{name}: {m}"
+        )
+    rows = spoilt["o"][BAD].isnan().all(-1)
+    if where in ("k", "v"):
+        assert rows[AT:].all(), "a row that sees it must say so"
+    elif where != "grad_o":
+        assert rows[AT]
+        assert not rows[AT + 1 :].any()
+    else:
+        assert not rows.any()
+        assert spoilt["q"][BAD][AT].isnan().all()
+
+
+@pytest.mark.parametrize("where", NAMES)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.id in ("naive", "chunked")])
+def test_gradients_are_nan_where_a_bad_query_sees(backend: Backend, where: str) -> None:
+    clean, given = run(backend, inputs()), inputs()
+    given[where][(*BAD, AT)] = float("nan")
+    spoilt = run(backend, given)
+    if where in ("k", "v"):  # every later query is bad, and the last one sees all keys
+        assert all(spoilt[name][BAD][AT:].isnan().all() for name in ("q", "ridge_lambda"))
+        assert all(spoilt[name][BAD].isnan().all() for name in ("k", "v"))
+    else:  # one query is bad, and sees the keys up to itself
+        for name in ("k", "v"):
+            assert spoilt[name][BAD][: AT + 1].isnan().all()
+            torch.testing.assert_close(spoilt[name][BAD][AT + 1 :], clean[name][BAD][AT + 1 :])
+        for name in ("q", "ridge_lambda"):
+            assert spoilt[name][BAD][AT].isnan().all()
+            torch.testing.assert_close(spoilt[name][BAD][AT + 1 :], clean[name][BAD][AT + 1 :])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", ["other", "large", "nan"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_later_tokens_never_change_earlier_output(backend: Backend, change: str, dtype: torch.dtype) -> None:
+    """Bit for bit under naive; elsewhere to rounding, which 1e4 times larger tokens would show."""
+    if interpreted(backend) and dtype != torch.float32:
+        pytest.skip("too many for the interpreter")
+    q, k, v = (normal(1, 2, 150, D, seed=i, dtype=dtype) for i in range(3))
+    skip_if_refused(backend, q, k, v)
+    cuts = (1, 77) if interpreted(backend) else (1, 64, 77, 128, 149)
+    for cut in cuts:
+        before = flashlla.lla_attention(q, k, v, ridge_lambda=0.5, backend=backend.name)
+        later = [t.clone() for t in (q, k, v)]
+        for i, t in enumerate(later):
+            fresh = normal(1, 2, 150 - cut, D, seed=10 + i, dtype=dtype)
+            t[:, :, cut:] = {"other": fresh, "large": 1e4 * fresh, "nan": fresh * float("nan")}[change]
+        after = flashlla.lla_attention(*later, ridge_lambda=0.5, backend=backend.name)
+        if backend.name == "naive":
+            assert torch.equal(after[:, :, :cut], before[:, :, :cut])
+        else:
+            torch.testing.assert_close(after[:, :, :cut], before[:, :, :cut])
+        if change == "nan":
+            assert after[:, :, cut:].isnan().all()
+        else:
+            assert not torch.equal(after[:, :, cut:], before[:, :, cut:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_numbers_everywhere_are_no_error(backend: Backend) -> None:
+    q, k, v = (torch.full((1, 1, 5, 4), float("nan"), dtype=DTYPE) for _ in range(3))
+    skip_if_refused(backend, q, k, v)
+    o, info = flashlla.lla_attention(q, k, v, backend=backend.name, return_info=True)
+    assert o.isnan().all()
+    assert not info.converged.any()

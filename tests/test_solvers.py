@@ -1,0 +1,294 @@
+"""Solvers on systems of their own, against SciPy; the stopping rule; solvers of the user's; solvers that stop early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+import flashlla
+from flashlla import CG, PCG, Direct, Preconditioner, Solution, Solver
+from flashlla.covariance import Systems
+from flashlla.problem import resolution
+from tests.helpers import normal
+
+D, M, N = 12, 9, 40
+
+
+def systems_of(dtype: torch.dtype = torch.float64, ridge: float = 0.1, seed: int = 0) -> tuple[Systems, Tensor]:
+    """Two heads' systems and a right-hand side, made without the package; keys of very different sizes by direction."""
+    k = normal(2, N, D, seed=seed) * torch.linspace(0.2, 3, D, dtype=torch.float64) + 1
+    p = (normal(2, M, D, seed=seed + 1) @ k.mT * D**-0.5).softmax(-1)
+    ridges = ridge * normal(2, M, seed=seed + 2).mul(0.3).exp()
+    b = normal(2, M, D, seed=seed + 3)
+    k, p, ridges, b = (t.to(dtype) for t in (k, p, ridges, b))
+    return Systems(k, p, p @ k, ridges, resolution(dtype)), b
+
+
+def matrices(systems: Systems) -> np.ndarray:
+    """The A_i, by NumPy from the definition."""
+    k, p, mean, ridge = (t.double().numpy() for t in (systems.k, systems.p, systems.k_mean, systems.ridge))
+    centred = k[:, None] - mean[:, :, None]  # (2, M, N, D)
+    return np.einsum("hij,hijd,hije->hide", p, centred, centred) + ridge[..., None, None] * np.eye(k.shape[-1])
+
+
+def each_row() -> list[tuple[int, int]]:
+    return [(h, i) for h in range(2) for i in range(M)]
+
+
+def test_systems_are_what_they_say() -> None:
+    systems, b = systems_of()
+    a = matrices(systems)
+    np.testing.assert_allclose(systems.dense().numpy(), a, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(systems.diagonal().numpy(), np.diagonal(a, axis1=-2, axis2=-1), rtol=1e-12)
+    np.testing.assert_allclose(
+        systems.matvec(b).numpy(), np.einsum("hide,hie->hid", a, b.numpy()), rtol=1e-11, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize(
+    "solver", [CG(atol=0, rtol=1e-28, max_iters=200), PCG(atol=0, rtol=1e-28, max_iters=200), Direct()]
+)
+def test_against_scipy_cho_solve(solver: Solver) -> None:
+    systems, b = systems_of()
+    a, solution = matrices(systems), solver.solve(systems, b)
+    assert solution.converged.all()
+    for row in each_row():
+        exact = scipy.linalg.cho_solve(scipy.linalg.cho_factor(a[row]), b[row].numpy())
+        np.testing.assert_allclose(solution.x[row].numpy(), exact, rtol=1e-10, atol=1e-10)
+        residual = np.linalg.norm(a[row] @ solution.x[row].numpy() - b[row].numpy()) / np.linalg.norm(b[row].numpy())
+        assert residual < 1e-12
+        assert float(solution.residual[row]) < 1e-12
+
+
+@pytest.mark.parametrize("preconditioned", [False, True], ids=["cg", "pcg"])
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-8])
+def test_iterates_as_scipy_cg(preconditioned: bool, tolerance: float) -> None:
+    """The same recurrence with the same rule takes the same steps: row by row, count and solution."""
+    systems, b = systems_of()
+    solver = (PCG if preconditioned else CG)(atol=0, rtol=tolerance**2, max_iters=200)
+    a, solution = matrices(systems), solver.solve(systems, b)
+    for row in each_row():
+        steps: list[Any] = []
+        jacobi = np.diag(1 / np.diag(a[row])) if preconditioned else None
+        x, failed = scipy.sparse.linalg.cg(
+            a[row], b[row].numpy(), rtol=tolerance, atol=0, maxiter=200, M=jacobi, callback=steps.append
+        )
+        assert not failed
+        assert abs(int(solution.iterations[row]) - len(steps)) <= 1
+        if int(solution.iterations[row]) == len(steps):
+            # Rounding makes the two drift apart; another step would be off by some times the tolerance.
+            assert np.linalg.norm(solution.x[row].numpy() - x) <= (0.1 * tolerance + 1e-8) * np.linalg.norm(x)
+        residual = np.linalg.norm(a[row] @ solution.x[row].numpy() - b[row].numpy()) / np.linalg.norm(b[row].numpy())
+        assert residual <= tolerance * 1.0001
+        assert float(solution.residual[row]) == pytest.approx(residual, rel=1e-3)
+
+
+def test_iteration_counts() -> None:
+    """At most the number of different eigenvalues: D in general, one where the ridge is all there is."""
+    systems, b = systems_of()
+    assert CG(atol=0, rtol=1e-20, max_iters=200).solve(systems, b).iterations.max() <= D + 3
+    strong, b = systems_of(ridge=1e9)
+    assert (CG().solve(strong, b).iterations == 1).all()
+    assert (Direct().solve(systems, b).iterations == 0).all()
+
+
+def test_atol_is_a_floor_under_the_right_hand_side() -> None:
+    systems, b = systems_of()
+    size2 = b.square().sum(-1)
+    # |r|^2 <= max(atol, |b|^2) rtol: with atol = 4 max |b|^2 and rtol = 1/4 nothing has to be done.
+    done = CG(atol=float(4 * size2.max()), rtol=0.25).solve(systems, b)
+    assert done.converged.all()
+    assert (done.iterations == 0).all()
+    assert (done.x == 0).all()
+    assert (done.residual == 1).all()
+    # An atol under |b|^2 changes nothing.
+    small, none = (CG(atol=atol, rtol=1e-8).solve(systems, b) for atol in (float(size2.min()) / 2, 0.0))
+    assert torch.equal(small.x, none.x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_tolerance_below_the_resolution_is_raised(dtype: torch.dtype) -> None:
+    systems, b = systems_of(dtype)
+    raised, asked = (CG(atol=0, rtol=r, max_iters=300).solve(systems, b) for r in (0.0, resolution(dtype) ** 2))
+    assert torch.equal(raised.x, asked.x)
+    assert torch.equal(raised.iterations, asked.iterations)
+    assert raised.converged.all()
+    looser = CG(atol=0, rtol=100 * resolution(dtype) ** 2, max_iters=300).solve(systems, b)
+    assert looser.iterations.sum() < asked.iterations.sum()
+
+
+@pytest.mark.parametrize(("dtype", "reached"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-3), (torch.float32, 1e-6)])
+def test_resolution_is_the_inputs_dtypes(dtype: torch.dtype, reached: float) -> None:
+    """The systems of 16-bit inputs are float32, but iterate only to what 16 bits can use."""
+    q, k, v = (normal(1, 60, 16, seed=i, dtype=dtype) for i in range(3))
+    options = {"ridge_lambda": 0.1, "backend": "chunked", "cg_max_iters": 300, "return_info": True}
+    (o, info), (same, _) = (flashlla.lla_attention(q, k, v, cg_rtol=r, **options) for r in (1e-30, reached**2))
+    assert torch.equal(o, same)
+    assert (info.residual <= reached).all()
+    _, looser = flashlla.lla_attention(q, k, v, cg_rtol=1e3 * reached**2, **options)
+    assert looser.iterations.sum() < info.iterations.sum()
+
+
+@pytest.mark.parametrize("solver", [CG(max_iters=2), PCG(max_iters=2)])
+def test_early_stop_says_so(solver: Solver) -> None:
+    q, k, v = (normal(1, 60, 16, seed=i, dtype=torch.float32) for i in range(3))
+    with pytest.warns(flashlla.ConvergenceWarning, match="direct") as given:
+        o, info = flashlla.lla_attention(q, k, v, ridge_lambda=0.01, solver=solver, backend="chunked", return_info=True)
+    assert len(given) == 1
+    assert not info.converged.all()
+    assert info.converged[0, 0]  # one key: the system is lambda I
+    assert o.isfinite().all()
+    assert (info.residual[~info.converged] > 1e-6).all()
+    assert (info.residual[info.converged] <= 1e-6).all()
+    assert (info.iterations <= 2).all()
+
+
+def test_direct_names_the_row_that_is_not_positive_definite() -> None:
+    # Query 1 sees the keys 2 (1, 1) and -2 (1, 1) with equal weights: C = 4 [[1, 1], [1, 1]], which has no rank to
+    # spare, and the ridge vanishes beside it.
+    k = torch.tensor([[2.0, 2.0], [-2.0, -2.0], [0.5, 0.1]])[None, None]
+    q, k, v = torch.zeros(2, 1, 3, 2), k.repeat(2, 1, 1, 1), torch.ones(2, 1, 3, 2)
+    k[0] = normal(1, 3, 2, dtype=torch.float32)
+    k[0, 0, 1] = k[0, 0, 0] + torch.tensor([1.0, 0.0])
+    ridge = torch.tensor([1.0, 1e-30])[:, None, None]
+    with pytest.raises(torch.linalg.LinAlgError, match=r"query 1\b.*\(1,") as error:
+        flashlla.lla_attention(q, k, v, ridge_lambda=ridge, solver="direct", backend="chunked")
+    for word in ("float32", "ridge_lambda", "float64"):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("solver", ["cg", "pcg", "direct"])
+def test_gradients_do_not_depend_on_the_size_of_grad_o(solver: str, dtype: torch.dtype) -> None:
+    """An absolute tolerance must not decide how exact a gradient is: 2^-40 is 1e-12, and its products are exact."""
+    leaves = [normal(2, 30, 8, seed=i, dtype=dtype) for i in range(3)]
+    ridge = torch.full((30,), 0.3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    grad_o = normal(2, 30, 8, seed=3, dtype=dtype)
+
+    def gradients(size: float) -> list[Tensor]:
+        given = [t.clone().requires_grad_() for t in (*leaves, ridge)]
+        o = flashlla.lla_attention(*given[:3], ridge_lambda=given[3], solver=solver, backend="chunked")
+        o.backward(grad_o * size)
+        return [t.grad / size for t in given]
+
+    for tiny, whole in zip(gradients(2.0**-40), gradients(1.0), strict=True):
+        torch.testing.assert_close(tiny, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [CG(max_iters=200), PCG(max_iters=200), Direct()])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_bad_row_does_not_stop_the_others(solver: Solver, value: float) -> None:
+    systems, b = systems_of(torch.float32)
+    clean = solver.solve(systems, b)
+    bad = b.clone()
+    bad[1, 3, 2] = value
+    solution = solver.solve(systems, bad)
+    others = torch.ones(2, M, dtype=torch.bool)
+    others[1, 3] = False
+    assert not solution.converged[1, 3]
+    assert solution.converged[others].all()
+    torch.testing.assert_close(solution.x[others], clean.x[others], rtol=1e-4, atol=1e-5)
+
+
+def test_direct_answers_a_bad_matrix_with_nan() -> None:
+    systems, b = systems_of(torch.float32)
+    clean = Direct().solve(systems, b)
+    systems.ridge[0, 2] = float("nan")
+    solution = Direct().solve(systems, b)
+    assert solution.x[0, 2].isnan().all()
+    torch.testing.assert_close(solution.x[1], clean.x[1])
+    torch.testing.assert_close(solution.x[0, 3:], clean.x[0, 3:])
+
+
+@pytest.mark.parametrize("solver", [CG(), PCG(), Direct()])
+def test_zero_right_hand_side(solver: Solver) -> None:
+    systems, b = systems_of()
+    solution = solver.solve(systems, torch.zeros_like(b))
+    assert (solution.x == 0).all()
+    assert (solution.residual == 0).all()
+    assert solution.converged.all()
+    assert (solver.solve_scale_free(systems, torch.zeros_like(b)).x == 0).all()
+
+
+@dataclass(frozen=True)
+class Exact(Preconditioner):
+    """The inverse itself."""
+
+    def prepare(self, systems: Systems) -> Callable[[Tensor], Tensor]:
+        inverse = torch.linalg.inv(systems.dense())
+        return lambda r: (inverse @ r.unsqueeze(-1)).squeeze(-1)
+
+
+def test_preconditioner_of_ones_own() -> None:
+    systems, b = systems_of()
+    plain = CG(rtol=1e-20, max_iters=200).solve(systems, b)
+    exact = PCG(rtol=1e-20, max_iters=200, preconditioner=Exact()).solve(systems, b)
+    assert (exact.iterations <= 2).all()
+    assert plain.iterations.min() > 5
+    torch.testing.assert_close(exact.x, plain.x, rtol=1e-8, atol=1e-8)
+    q, k, v = (normal(1, 30, 8, seed=i) for i in range(3))
+    o, info = flashlla.lla_attention(
+        q, k, v, ridge_lambda=0.1, solver=PCG(rtol=1e-20, preconditioner=Exact()), backend="chunked", return_info=True
+    )
+    assert (info.iterations <= 2).all()
+    torch.testing.assert_close(o, flashlla.lla_attention(q, k, v, ridge_lambda=0.1, solver="direct"))
+
+
+def test_jacobi_is_right_at_once_where_a_is_diagonal() -> None:
+    """Keys along the axes about the mean: A is diagonal, and Jacobi its inverse."""
+    k = torch.cat([torch.diag(torch.arange(1.0, 5.0)), -torch.diag(torch.arange(1.0, 5.0))]).double()
+    systems = Systems(k, torch.full((1, 8), 0.125).double(), torch.zeros(1, 4).double(), torch.ones(1).double(), 1e-15)
+    b = torch.ones(1, 4, dtype=torch.float64)
+    assert PCG(rtol=1e-24).solve(systems, b).iterations.tolist() == [1]
+    assert CG(rtol=1e-24).solve(systems, b).iterations.tolist() == [4]
+
+
+# A solver of the user's, in ten lines.
+@dataclass(frozen=True)
+class Richardson(Solver):
+    steps: int = 3000
+
+    def solve(self, systems: Systems, b: Tensor) -> Solution:
+        step = 1 / systems.diagonal().sum(-1, keepdim=True)
+        x = torch.zeros_like(b)
+        for _ in range(self.steps):
+            x = x + step * (b - systems.matvec(x))
+        return Solution.check(systems, b, x, iterations=self.steps, tolerance=1e-8)
+
+
+def test_solver_of_ones_own() -> None:
+    leaves = [normal(1, 2, 9, 3, seed=i) for i in range(3)]
+
+    def run(solver: str | Solver) -> list[Tensor]:
+        given = [t.clone().requires_grad_() for t in leaves]
+        o, info = flashlla.lla_attention(*given, ridge_lambda=1.0, solver=solver, return_info=True)
+        assert info.converged.all()
+        assert info.backend == "chunked"
+        assert (info.iterations == (0 if solver == "direct" else 3000)).all()
+        return [o, *torch.autograd.grad(o.square().sum(), given)]
+
+    exact = run("direct")
+    for got, wanted in zip(run(Richardson()), exact, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-7)
+    flashlla.register_solver("richardson", Richardson())
+    for got, wanted in zip(run("richardson"), exact, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-7)
+    with pytest.warns(flashlla.ConvergenceWarning, match="Richardson"):
+        flashlla.lla_attention(*leaves, ridge_lambda=1.0, solver=Richardson(steps=3))
+
+
+def test_names_are_the_objects_at_their_defaults() -> None:
+    q, k, v = (normal(1, 40, 8, seed=i, dtype=torch.float32) for i in range(3))
+    for name, solver in (("cg", CG()), ("pcg", PCG()), ("direct", Direct())):
+        named, given = (flashlla.lla_attention(q, k, v, solver=s, backend="chunked") for s in (name, solver))
+        assert torch.equal(named, given)
+    asked = flashlla.lla_attention(q, k, v, cg_use_preconditioner=True, cg_rtol=1e-4, backend="chunked")
+    assert torch.equal(asked, flashlla.lla_attention(q, k, v, solver=PCG(rtol=1e-4), backend="chunked"))

@@ -83,9 +83,10 @@ def weights(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None) -> tuple[
     return p.div_(omega), m, omega
 
 
-def centred(x: Tensor, k: Tensor, k_mean: Tensor) -> Tensor:
-    """x_i.(k_j - k_mean_i) for all pairs of a block: (G, M, N)."""
-    return torch.baddbmm(-(x * k_mean).sum(-1, keepdim=True), x, k.mT)
+def linear_weights(p: Tensor, z: Tensor, k: Tensor, k_mean: Tensor) -> Tensor:
+    """p_ij (1 - a_ij), what (2.3) weighs values by: (G, M, N)."""
+    one_minus_a = torch.baddbmm(1 + (z * k_mean).sum(-1, keepdim=True), z, k.mT, alpha=-1)  # (2.2)
+    return one_minus_a.mul_(p)
 
 
 def gather(w: Tensor, k: Tensor, k_mean: Tensor) -> Tensor:
@@ -118,9 +119,8 @@ class Chunked(Backend):
             d = mean - (q_i - origin[heads])
             systems = Systems(k_j, p, mean, ridge_lambda[at], resolution(problem.dtype), rows.start)
             solution = problem.solver.solve(systems, d)  # (2.1)
-            a = centred(solution.x, k_j, mean)  # (2.2)
             damping = 1 / (1 + problem.delta_eps * (1 + (d * solution.x).sum(-1, keepdim=True)) / total)
-            o[at] = torch.bmm(a.neg_().add_(1).mul_(p), v_j).mul_(damping)  # (2.3)
+            o[at] = torch.bmm(linear_weights(p, solution.x, k_j, mean), v_j).mul_(damping)  # (2.3)
             z[at], k_mean[at] = solution.x, mean + origin[heads]
             m = m + problem.scale * (q_i * origin[heads]).sum(-1, keepdim=True)
             lse[at], omega[at] = (m + total.log()).squeeze(-1), total.squeeze(-1)
@@ -158,8 +158,8 @@ class Chunked(Backend):
             g.sub_((p * g).sum(-1, keepdim=True))
             systems = Systems(k_j, p, mean, ridge, resolution(problem.dtype), rows.start)
             y = problem.solver.solve_scale_free(systems, gather(p * g, k_j, mean)).x  # (3.1)
-            e = g.sub_(centred(y, k_j, mean))  # (3.2)
-            pa = centred(z, k_j, mean).neg_().add_(1).mul_(p)  # p (1 - a), from (2.2)
+            e = g.baddbmm_(y, k_j.mT, alpha=-1).add_((y * mean).sum(-1, keepdim=True))  # (3.2)
+            pa = linear_weights(p, z, k_j, mean)
             dridge[at] = (z * y).sum(-1)  # (3.6)
             dl = (pa * e).addcmul_(p, (ridge * dridge[at]).unsqueeze(-1))
             dq[at] = gather(dl, k_j, mean).mul_(problem.scale).add_(y)  # (3.3)

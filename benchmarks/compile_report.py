@@ -26,9 +26,10 @@ from flashlla.problem import Inputs, Problem, Residuals
 from flashlla.solvers import CG
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Bytes a thread of stack, which is what spilled registers live in. A few dozen registers stored around a sweep, not
-# inside it, cost nothing that can be measured; more do.
-STACK_LIMIT = 512
+# Spilled registers (loads and stores of local memory) as a share of a sweep's instructions: of the tiles seen whole, and
+# of the few that the mask cuts. Spills between sweeps cost nothing that can be measured; capping registers to make
+# room for another program buys more than they cost.
+SPILLS, SPILLS_CUT = 0.10, 0.30
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 POINTERS = {
     torch.float16: "*fp16",
@@ -94,18 +95,41 @@ def compile_launch(kernel: Any, arguments: tuple, settings: dict, architecture: 
     return {"shared": compiled.metadata.shared, **resources(compiled.asm["cubin"])}
 
 
-def resources(cubin: bytes) -> dict[str, int]:
+def _tool(*arguments: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> dict[str, Any]:
+    """Registers, bytes of stack, and the share of spills in each sweep's loop, the shortest loop first."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {
-        name.lower(): int(found.group(1)) if (found := re.search(rf"\b{name}:(\d+)", text)) else -1
+        usage, listing = _tool("-res-usage", file.name), _tool("-sass", file.name)
+    found = {
+        name.lower(): int(number.group(1)) if (number := re.search(rf"\b{name}:(\d+)", usage)) else -1
         for name in ("REG", "STACK")
     }
+    return {**found, "spills": spills(listing)}
+
+
+def spills(listing: str) -> list[float]:
+    """Of each innermost loop that multiplies matrices, the share of its instructions that spill."""
+    code = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", listing)]
+    ends = [
+        (int(target[1], 16), place)
+        for place, text in code
+        if "BRA" in text and (target := re.search(r"0x([0-9a-f]+)", text)) and int(target[1], 16) < place
+    ]
+    inner = [(a, b) for a, b in ends if not any((a, b) != (c, d) and a <= c and d <= b for c, d in ends)]
+    loops = []
+    for start, stop in inner:
+        body = [text for place, text in code if start <= place <= stop]
+        if any(re.search(r"\b(HGMMA|HMMA|QGMMA|UTCHMMA|UTC\w*MMA)", text) for text in body):
+            loops.append((len(body), sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in body) / len(body)))
+    return [round(share, 3) for _, share in sorted(loops)]
 
 
 def report(task: tuple[int, str, int, str]) -> list[dict[str, Any]]:
@@ -122,7 +146,8 @@ def report(task: tuple[int, str, int, str]) -> list[dict[str, Any]]:
         try:
             line |= compile_launch(kernel, arguments, settings, architecture)
             too_much = line["shared"] > SHARED_LIMIT[architecture]
-            line["verdict"] = "shared memory" if too_much else "spills" if line["stack"] > STACK_LIMIT else "ok"
+            heavy = line["spills"] and (line["spills"][0] > SPILLS or max(line["spills"]) > SPILLS_CUT)
+            line["verdict"] = "shared memory" if too_much else "spills" if heavy else "ok"
         except Exception as error:
             line["verdict"] = f"failed: {type(error).__name__}: {str(error)[:300]}"
         lines.append(line)
@@ -153,6 +178,7 @@ def main() -> int:
                     f"sm_{x['architecture']:<4}{x['dtype']:<9}{x['precision']:<8}D={x['dim']:<4}{x['kernel']:<18}"
                     f"{x['preconditioner']:<7}{x['adjoint']!s:<6}{x['config']!s:<18}"
                     f"shared {x.get('shared', -1):>7}  registers {x.get('reg', -1):>4}  stack {x.get('stack', -1):>5}"
+                    f"  spills {' '.join(f'{100 * share:.0f}%' for share in x.get('spills', [])):<8}"
                     f"  {x['verdict']}",
                     flush=True,
                 )

@@ -196,6 +196,7 @@ def memory() -> list[dict[str, Any]]:
         line = {"batch_heads": batch * heads, "length": length, "dim": dim, "kept": kept / unit, "peak": peak / unit}
         print("memory, in sizes of q:", line, flush=True)
         lines.append(line)
+        del o, q, k, v, tensors
     return lines
 
 

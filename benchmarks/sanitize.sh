@@ -20,5 +20,5 @@ print("ran")
 '
 for tool in memcheck racecheck; do
     echo "== $tool"
-    compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-regex kns=_kernel "$python" -c "$program"
+    compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name kns=_kernel "$python" -c "$program"
 done

@@ -38,8 +38,8 @@ from flashlla.backends.triton.primitives import (
 def moments_body(
     state, rows, keys, j, k_len, seen, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
-    """One tile of sum_j w_ij g_ij k_j and of sum_j w_ij g_ij."""
-    acc, total = state
+    """One tile of sum_j w_ij g_ij k_j, of sum_j w_ij g_ij as rounded for it, and of the same sum unrounded."""
+    acc, weighed, total = state
     q, do, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
     k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
@@ -48,8 +48,9 @@ def moments_body(
     w = weights(q, k, factor, shift, seen, PRECISION, CUT) * g
     if CUT:
         w = tl.where(seen, w, 0.0)
+    total += tl.sum(w, 1)
     w = rounded(w, k, PRECISION)
-    return times(w, k_weighed, acc, PRECISION), total + tl.sum(w.to(tl.float32), 1)
+    return times(w, k_weighed, acc, PRECISION), weighed + tl.sum(w.to(tl.float32), 1), total
 
 
 @triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len"])
@@ -70,15 +71,20 @@ def moments_kernel(
     do = load_tile(rows_of(do_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     shift = load_rows(rows_of(lse_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0) * LOG2E - WEIGHT_BITS
     factor = scale * LOG2E * q_unit * k_unit
-    acc, total = sweep_keys(
+    nothing = tl.zeros([BLOCK_M], tl.float32)
+    acc, weighed, total = sweep_keys(
         moments_body,
-        (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)),
+        (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), nothing, nothing),
         (q, do, shift, factor), (k_base, k_stride_s, v_base, v_stride_s), i, q_len, k_len,
         HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     k_mean = load_tile(rows_of(k_mean_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    t = (acc - k_mean * inverse_power(k_unit) * total[:, None]) * (1 / WEIGHT)
+    k_mean = k_mean * inverse_power(k_unit)
+    t = (acc - k_mean * weighed[:, None]) * (1 / WEIGHT)
     t_size = tl.sqrt(tl.sum(t * t, 1))
+    # What is no longer than the rounding of its two halves is rounding: the first query's t is zero.
+    halves = tl.abs(weighed) * (1 / WEIGHT) * tl.sqrt(tl.sum(k_mean * k_mean, 1))
+    t_size = tl.where(t_size < 1e-6 * halves, 0.0, t_size)
     t = t * inverse_or_zero(t_size)[:, None]
     store_tile(rows_of(t_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, t, HEAD_DIM)
     store_rows(rows_of(t_size_out, head, q_len, 1), i, q_len, t_size)

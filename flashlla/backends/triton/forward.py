@@ -36,7 +36,7 @@ def statistics_body(
     state, rows, keys, j, k_len, seen, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of the running maximum m, total and weighted sum of keys."""
-    m, total, acc = state
+    m, total, weighed, acc = state
     q, factor = rows
     k_base, k_stride = keys
     k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
@@ -44,12 +44,15 @@ def statistics_body(
     if CUT:
         s = tl.where(seen, s, float("-inf"))
     m_next = tl.maximum(m, tl.max(s, 1))  # (M,)
-    w = rounded(tl.exp2(s - (m_next - WEIGHT_BITS)[:, None]), k, PRECISION)  # (M, N)
+    w = tl.exp2(s - (m_next - WEIGHT_BITS)[:, None])  # (M, N)
     fade = tl.exp2(m - m_next)
-    # The total of the rounded weights: then k_mean is a mean of keys exactly, wherever their origin is.
-    total = total * fade + tl.sum(w.to(tl.float32), 1)
+    # omega is the total of the weights; k_mean divides by that of the rounded weights, which makes it a mean of keys
+    # exactly, wherever their origin is.
+    total = total * fade + tl.sum(w, 1)
+    w = rounded(w, k, PRECISION)
+    weighed = weighed * fade + tl.sum(w.to(tl.float32), 1)
     acc = times(w, k_weighed, acc * fade[:, None], PRECISION)  # (M, D)
-    return m_next, total, acc
+    return m_next, total, weighed, acc
 
 
 @triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len"])
@@ -68,14 +71,14 @@ def statistics_kernel(
     q = load_tile(q_base, q_stride_s, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
     factor = scale * LOG2E * q_unit * k_unit
     nothing = tl.zeros([BLOCK_M], tl.float32)
-    state = (nothing - float("inf"), nothing, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
-    m, total, acc = sweep_keys(
+    state = (nothing - float("inf"), nothing, nothing, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
+    m, total, weighed, acc = sweep_keys(
         statistics_body, state, (q, factor), (k_base, k_stride_s), i, q_len, k_len,
         HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     store_rows(rows_of(lse_out, head, q_len, 1), i, q_len, (m + (tl.log2(total) - WEIGHT_BITS)) * LN2)
     store_rows(rows_of(omega_out, head, q_len, 1), i, q_len, total * (1 / WEIGHT))
-    k_mean = with_nan(acc / total[:, None]) * k_unit
+    k_mean = with_nan(acc / weighed[:, None]) * k_unit
     store_tile(rows_of(k_mean_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, k_mean, HEAD_DIM)
 
 
@@ -136,5 +139,7 @@ def output_kernel(
     guard = 1 / (1 + delta_eps * (1 + d_z) / omega)
     store_rows(rows_of(guard_out, head, q_len, 1), i, q_len, guard)
     o_base = head_of(o_out, o_stride_b, o_stride_h, head, heads)
-    o = with_nan(acc) * (guard * v_unit * inverse_power(gain))[:, None]
+    acc = with_nan(acc)
+    acc += (0.0 * tl.sum(acc, 1))[:, None]  # a query that sees one number that is not has none in its output
+    o = acc * (guard * v_unit * inverse_power(gain))[:, None]
     store_tile(o_base, o_stride_s, i, q_len, o, HEAD_DIM)

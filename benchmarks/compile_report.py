@@ -59,8 +59,8 @@ def launches(
     inputs = Inputs(x, x, x, rows)
     with (
         mock.patch.object(launch.Launcher, "run", record),
-        mock.patch.object(launch, "capability", lambda _: divmod(architecture, 10)),
-        mock.patch.object(torch, "get_float32_matmul_precision", lambda: precision),
+        mock.patch.object(launch, "capability", return_value=divmod(architecture, 10)),
+        mock.patch.object(torch, "get_float32_matmul_precision", return_value=precision),
     ):
         launch.forward(problem, inputs, "none")
         launch.backward(problem, inputs, Residuals(rows, rows, vectors, vectors), x, "none")

@@ -5,6 +5,7 @@
 Accuracy is the relative error, in the Frobenius norm, to float64 on the same rounded inputs.
 """
 
+# ruff: noqa: B023 (what is timed runs before the loop goes on)
 from __future__ import annotations
 
 import argparse

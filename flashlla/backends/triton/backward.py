@@ -1,6 +1,7 @@
 """The backward pass around the solve: the right-hand side of (3.1) before it, the gradients after it.
 
-The adjoint probe comes as -y: then e = g - g_mean - b is the sum of two products in one accumulator, and the products with
+The adjoint probe comes as -y: then e = g - g_mean - b is the sum of two products in one accumulator,
+and the products with
 y in (3.4) are sums too. All of a query is in units of its row of grad_o (prepare.py) times v_unit.
 """
 
@@ -36,7 +37,8 @@ from flashlla.backends.triton.primitives import (
 
 @triton.jit
 def moments_body(
-    state, rows, keys, j, k_len, seen, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    state, rows, keys, j, k_len, seen,
+    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j w_ij g_ij k_j, of sum_j w_ij g_ij as rounded for it, and of the same sum unrounded."""
     acc, weighed, total = state
@@ -93,7 +95,8 @@ def moments_kernel(
 
 @triton.jit
 def dq_body(
-    state, rows, keys, j, k_len, seen, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    state, rows, keys, j, k_len, seen,
+    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j dl_ij k_j and of sum_j dl_ij."""
     acc, total = state
@@ -193,7 +196,8 @@ def dq_kernel(
 
 @triton.jit
 def dk_body(
-    state, keys, rows, i, q_len, seen, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, CUT: tl.constexpr
+    state, keys, rows, i, q_len, seen,
+    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of the sums over queries in (3.4) and (3.5). Weights stand transposed, (N, M): keys are their rows."""
     dk, dv = state

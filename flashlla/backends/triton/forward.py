@@ -33,7 +33,8 @@ from flashlla.backends.triton.primitives import (
 
 @triton.jit
 def statistics_body(
-    state, rows, keys, j, k_len, seen, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    state, rows, keys, j, k_len, seen,
+    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of the running maximum m, total and weighted sum of keys."""
     m, total, weighed, acc = state
@@ -84,7 +85,8 @@ def statistics_kernel(
 
 @triton.jit
 def output_body(
-    state, rows, keys, j, k_len, seen, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    state, rows, keys, j, k_len, seen,
+    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j p_ij (1 - a_ij) v_j, (2.3)."""
     q, z, z_size, a_mean, shift, factor = rows

@@ -79,7 +79,8 @@ class Launcher:
             heads, length, chunk, **sizes,
         )  # fmt: skip
         self.run(
-            prepare.cast_kernel, "cast", (self.n_heads * triton.cdiv(length, CAST_ROWS), 3), *tensors, largest, y, self.units,
+            prepare.cast_kernel, "cast", (self.n_heads * triton.cdiv(length, CAST_ROWS), 3), *tensors, largest, y,
+            self.units,
             *strides, self.n_heads, heads, length, **sizes,
         )  # fmt: skip
         return y.unbind(0)
@@ -125,7 +126,8 @@ class Launcher:
             raise RuntimeError(
                 f"flashlla: backend 'triton' could not compile or launch its kernel {kernel.__name__} (pass {name!r}, "
                 f"head dim {self.problem.head_dim}, {self.problem.dtype}, config {tiles}) on {self.device} with Triton "
-                f"{triton.__version__}. Use another backend: flashlla.set_backend('chunked'), or FLASHLLA_BACKEND=chunked."
+                f"{triton.__version__}. Use another backend: flashlla.set_backend('chunked'),
+                or FLASHLLA_BACKEND=chunked."
             ) from error
 
 
@@ -146,7 +148,8 @@ def fastest(configs_: list[configs.Config], with_config: Callable[[configs.Confi
 def tolerances(problem: Problem, adjoint: bool) -> tuple[float, float, int]:
     """atol, rtol and cap of the solver, rtol no smaller than the dtype can make use of.
 
-    Of 16-bit inputs the probe needs half the digits of the adjoint probe: the output is rounded after it, and is as exact
+    Of 16-bit inputs the probe needs half the digits of the adjoint probe: the output is rounded after it,
+    and is as exact
     with 2e-3 as with 1e-3 within a tenth of that rounding; docs/performance.md has the measurement.
     """
     solver: Any = problem.solver
@@ -187,7 +190,8 @@ def solve(
     at.sweep(
         solve_kernel, "solve", at.q, at.k, at.units, lse, k_mean, ridge, k_mean if b is None else b,
         lse if b_size is None else b_size, x, iterations, residual, converged,
-        *at.q.stride()[:3], *at.k.stride()[:3], *ridge.stride(), *at.lengths, at.problem.scale, *tolerances(at.problem, b is not None),
+        *at.q.stride()[:3], *at.k.stride()[:3], *ridge.stride(), *at.lengths, at.problem.scale,
+        *tolerances(at.problem, b is not None),
         ADJOINT=b is not None, PRECONDITIONER=preconditioner,
     )  # fmt: skip
 
@@ -213,7 +217,8 @@ def backward(
     outs = [x if with_unit_stride(x) is x else x.new_empty(x.shape) for x in (dq, dk, dv)]
     dridge, z, rows = at.rows(), at.vectors(at.operand), at.empty(6, at.n_heads, problem.q_len)
     at.sweep(
-        backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, at.units, do_unit, lse, k_mean, probe, inputs.ridge_lambda,
+        backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, at.units, do_unit, lse, k_mean, probe,
+        inputs.ridge_lambda,
         g_mean, outs[0], dridge, z, rows,
         *strides, *inputs.ridge_lambda.stride(), *outs[0].stride()[:3], *at.lengths, problem.scale,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Operands: one cast before the kernels instead of one for each tile that they load.
 
-q, k and v become float16, divided by a power of two a head; grad_o, times the guard, by a power of two a row. All of it is
+q, k and v become float16, divided by a power of two a head; grad_o, times the guard,
+by a power of two a row. All of it is
 decided on the device.
 """
 

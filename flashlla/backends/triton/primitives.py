@@ -5,7 +5,8 @@ two of at least 16. Operands of products are float16 or float32; all else is flo
 
 Units. Operands come divided by powers of two, one for each head and tensor (prepare.py's), so that their largest number
 lies in [1, 2): nothing finite overflows float16, and nothing that matters falls under it. The kernels compute in the
-units of the keys, where keys, k_mean and d are smaller by k_unit, probes larger by it, and ridges smaller by its square:
+units of the keys, where keys, k_mean and d are smaller by k_unit, probes larger by it,
+and ridges smaller by its square:
 the equations of docs/math.md hold as they stand.
 """
 

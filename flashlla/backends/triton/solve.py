@@ -1,4 +1,4 @@
-"""A x = b for a tile of queries by conjugate gradients, A = C + lambda I of (2.1): one kernel, for forward and backward.
+"""A x = b for a tile of queries by conjugate gradients, A = C + lambda I of (2.1): one kernel for both directions.
 
 A is never formed: A x is one sweep over the keys, sum_j p_j (k_j.x - k_mean.x) (k_j - k_mean) + lambda x.
 """
@@ -32,7 +32,8 @@ from flashlla.backends.triton.primitives import (
 
 @triton.jit
 def matvec_body(
-    state, rows, keys, j, k_len, seen, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    state, rows, keys, j, k_len, seen,
+    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j w_ij c_ij k_j and of sum_j w_ij c_ij, c_ij = x_i.(k_j - k_mean_i)."""
     acc, total = state
@@ -50,7 +51,8 @@ def matvec_body(
 
 @triton.jit
 def diagonal_body(
-    state, rows, keys, j, k_len, seen, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    state, rows, keys, j, k_len, seen,
+    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j w_ij (k_j - origin)^2, element by element."""
     q, origin, shift, factor = rows
@@ -82,7 +84,8 @@ def prepare_jacobi(
 def solve_kernel(
     q_ptr, k_ptr, units, lse_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, x_out,
     iterations_out, residual_out, converged_out,
-    q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, ridge_stride_b, ridge_stride_h, ridge_stride_s,
+    q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, ridge_stride_b, ridge_stride_h,
+    ridge_stride_s,
     n_heads, heads, q_len, k_len, scale, atol, rtol, max_iters,
     ADJOINT: tl.constexpr, PRECONDITIONER: tl.constexpr,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,

@@ -26,8 +26,8 @@ from flashlla.problem import Inputs, Problem, Residuals
 from flashlla.solvers import CG
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Spilled registers (loads and stores of local memory) as a share of a sweep's instructions: of the tiles seen whole, and
-# of the few that the mask cuts. Spills between sweeps cost nothing that can be measured; capping registers to make
+# Spilled registers (loads and stores of local memory) as a share of a sweep's instructions: of the tiles seen whole,
+# and of the few that the mask cuts. Spills between sweeps cost nothing that can be measured; capping registers to make
 # room for another program buys more than they cost.
 SPILLS, SPILLS_CUT = 0.10, 0.30
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

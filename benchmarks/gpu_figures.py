@@ -28,7 +28,7 @@ SPEED = [(4, 16, 4096, 64, "iid"), (4, 8, 4096, 128, "iid"), (4, 16, 4096, 64, "
 def make(
     shape: tuple[int, ...], data: str = "iid", offset: float = 0.0, dtype: torch.dtype = torch.bfloat16
 ) -> list[Tensor]:
-    """q, k, v and grad_o; "correlated": keys and queries an AR(1) sequence (0.95, unit variance) mixed by two matrices."""
+    """q, k, v and grad_o; "correlated": keys and queries an AR(1) sequence (0.95, variance 1) mixed by two matrices."""
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(shape, device="cuda") for _ in range(4))
     if data == "correlated":
@@ -114,7 +114,7 @@ def speed() -> list[dict[str, Any]]:
                 "backend": info.backend, "iterations": info.iterations.float().mean().item(),
                 "converged": info.converged.float().mean().item(),
                 "forward_ms": milliseconds(lambda r=ridge: lla_attention(*tensors[:3], ridge_lambda=r)),
-                "backward_ms": milliseconds(lambda o=o: torch.autograd.grad(o, (q, k, v), tensors[3], retain_graph=True)),
+                "backward_ms": milliseconds(lambda: torch.autograd.grad(o, (q, k, v), tensors[3], retain_graph=True)),
                 "sdpa_forward_ms": yardstick["forward"], "sdpa_backward_ms": yardstick["backward"],
                 "passes_ms": passes(tensors, ridge),
             }  # fmt: skip

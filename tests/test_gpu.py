@@ -52,8 +52,8 @@ def step(tensors: list[Tensor], ridge: Tensor, **options: object) -> dict[str, T
 def limits(dtype: torch.dtype, dim: int, length: int, weak: bool, solver: str) -> dict[str, float]:
     """What each result may be off by, relative, in the Frobenius norm; the smallest ridge decides.
 
-    With fewer keys than dimensions a weak ridge alone fixes most of the probe, which is long there (|d| / lambda), and the
-    gradients are small differences of long vectors: the solver's tolerance shows in them.
+    With fewer keys than dimensions a weak ridge alone fixes most of the probe, which is long there (|d| / lambda), and
+    the gradients are small differences of long vectors: the solver's tolerance shows in them.
     """
     if dtype == torch.float32:
         output, gradient = (2e-5, 1e-4) if weak else (1e-5, 5e-5)

@@ -126,8 +126,8 @@ class Launcher:
             raise RuntimeError(
                 f"flashlla: backend 'triton' could not compile or launch its kernel {kernel.__name__} (pass {name!r}, "
                 f"head dim {self.problem.head_dim}, {self.problem.dtype}, config {tiles}) on {self.device} with Triton "
-                f"{triton.__version__}. Use another backend: flashlla.set_backend('chunked'),
-                or FLASHLLA_BACKEND=chunked."
+                f"{triton.__version__}. Use another backend: flashlla.set_backend('chunked'), "
+                f"or FLASHLLA_BACKEND=chunked."
             ) from error
 
 
@@ -148,9 +148,8 @@ def fastest(configs_: list[configs.Config], with_config: Callable[[configs.Confi
 def tolerances(problem: Problem, adjoint: bool) -> tuple[float, float, int]:
     """atol, rtol and cap of the solver, rtol no smaller than the dtype can make use of.
 
-    Of 16-bit inputs the probe needs half the digits of the adjoint probe: the output is rounded after it,
-    and is as exact
-    with 2e-3 as with 1e-3 within a tenth of that rounding; docs/performance.md has the measurement.
+    Of 16-bit inputs the probe may be coarser than the adjoint probe: dlambda, the most sensitive gradient, is off by as
+    much as the adjoint probe is. docs/performance.md has the measurement.
     """
     solver: Any = problem.solver
     floor = resolution(problem.dtype) * (1 if adjoint or problem.dtype == torch.float32 else PROBE_SLACK)

@@ -79,7 +79,7 @@ def cast_kernel(
     v_stride_b, v_stride_h, v_stride_s, n_heads, heads, length,
     HEAD_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y (3, B H, S, D) = x / unit, NaN for all that is not finite; units (3, B H) the powers of two under the largest."""
+    """y (3, B H, S, D) = x / unit, NaN for all that is not finite; units (3, B H): powers of two under the largest."""
     if tl.program_id(1) == 0:
         cast_one(
             q,

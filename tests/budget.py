@@ -198,8 +198,12 @@ def _smooth(spread: Tensor) -> Tensor:
 
 
 @functools.cache
-def budget(name: str, dtype: torch.dtype, iterative: bool) -> Budget:
-    """The budget of the case of that name; ``iterative``: for a solver that stops at a tolerance."""
+def budget(name: str, dtype: torch.dtype, iterative: bool, truncates: bool = False) -> Budget:
+    """The budget of the case of that name.
+
+    iterative: for a solver that stops at a tolerance. truncates: where results are cut to bfloat16, not rounded, as
+    Triton's interpreter does.
+    """
     exact = reference_of(name, dtype)
     spreads = _spreads(name)
     sizes = {"operand": OPERAND[dtype], "sum": _SUM[dtype], "residual": resolution(dtype) if iterative else 0.0}
@@ -209,7 +213,8 @@ def budget(name: str, dtype: torch.dtype, iterative: bool) -> Budget:
         size = row_norm(result)
         error = error + _SUM[dtype] * size.square().mean().sqrt()  # for rows whose own size vanishes
         error = error + spreads["oracle"][i]
-        allowed.append(ALLOWANCE * error + _RESULT[dtype] * size)
+        result_rounding = _RESULT[dtype] * (2 if truncates and dtype == torch.bfloat16 else 1)
+        allowed.append(ALLOWANCE * error + result_rounding * size)
     return Budget(exact, allowed[0], dict(zip(exact.gradients, allowed[1:], strict=True)))
 
 

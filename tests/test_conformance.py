@@ -54,7 +54,7 @@ def test_against_oracle(backend: Backend, device: str, solver: str, dtype: torch
     assert o.dtype == dtype
     assert o.device.type == device
     gradients = {name: _gradient(leaf) for name, leaf in leaves.items() if name != "grad_o"}
-    allowed = budget(case.name, dtype, iterative=solver != "direct")
+    allowed = budget(case.name, dtype, iterative=solver != "direct", truncates=interpreted(backend))
     worst = allowed.worst(o, gradients)
     over = {name: str(excess) for name, excess in worst.items() if not excess.ratio <= 1}
     assert not over, f"error over budget: {over}"

@@ -95,9 +95,10 @@ def test_float64(backend: Backend, solver: str, case: str, figure: Callable[[str
 
 @pytest.mark.parametrize("case", GOLDEN)
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [param for param in BACKENDS if param.id in ("naive", "chunked")])
 def test_float32(backend: Backend, solver: str, case: str, figure: Callable[[str], None]) -> None:
-    """Against the float64 evaluation on the same rounded inputs."""
+    """Against the float64 evaluation on the same rounded inputs: a promise of the two that compute in PyTorch; what
+    other backends owe in float32, the error budget says."""
     exact = _evaluate(case)
     errors = {name: _relative(t, exact[name]) for name, t in _run(case, backend, solver, torch.float32).items()}
     figure(f"golden float32  {case:<21} {backend.name:<11} {solver:<7} " + _show(errors))

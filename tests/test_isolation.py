@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ def run(backend: Backend, given: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_nothing_reaches_another_head_or_an_earlier_row(backend: Backend, where: str, value: float) -> None:
     if where == "ridge_lambda" and value < 0:
         pytest.skip("a ridge below zero is refused")
-    if interpreted(backend) and value == float("-inf"):
+    if interpreted(backend) and not (value > 0 if where in ("q", "v") else math.isnan(value)):
         pytest.skip("too many for the interpreter")
     clean, given = run(backend, inputs()), inputs()
     given[where][(*BAD, AT)] = value
@@ -88,16 +90,17 @@ def test_gradients_are_nan_where_a_bad_query_sees(backend: Backend, where: str) 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_later_tokens_never_change_earlier_output(backend: Backend, change: str, dtype: torch.dtype) -> None:
     """Bit for bit under naive; elsewhere to rounding, which 1e4 times larger tokens would show."""
-    if interpreted(backend) and dtype != torch.float32:
+    if interpreted(backend) and (dtype != torch.float32 or change == "other"):
         pytest.skip("too many for the interpreter")
-    q, k, v = (normal(1, 2, 150, D, seed=i, dtype=dtype) for i in range(3))
+    # Under, at and over the edge of a block or tile of queries.
+    length, cuts = (70, (33,)) if interpreted(backend) else (150, (1, 64, 77, 128, 149))
+    q, k, v = (normal(1, 2, length, D, seed=i, dtype=dtype) for i in range(3))
     skip_if_refused(backend, q, k, v)
-    cuts = (1, 77) if interpreted(backend) else (1, 64, 77, 128, 149)
     for cut in cuts:
         before = flashlla.lla_attention(q, k, v, ridge_lambda=0.5, backend=backend.name)
         later = [t.clone() for t in (q, k, v)]
         for i, t in enumerate(later):
-            fresh = normal(1, 2, 150 - cut, D, seed=10 + i, dtype=dtype)
+            fresh = normal(1, 2, length - cut, D, seed=10 + i, dtype=dtype)
             t[:, :, cut:] = {"other": fresh, "large": 1e4 * fresh, "nan": fresh * float("nan")}[change]
         after = flashlla.lla_attention(*later, ridge_lambda=0.5, backend=backend.name)
         if backend.name == "naive":

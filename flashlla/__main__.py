@@ -32,7 +32,11 @@ def info() -> int:
         print(f"cuda:{i}    {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
     if not torch.cuda.is_available():
         print("cuda      no device")
-    print(f"backend   {flashlla.get_backend()} (in the order that auto tries them:)")
+    try:
+        preferred = flashlla.get_backend()
+    except ValueError as error:
+        preferred = str(error)
+    print(f"backend   {preferred} (in the order that auto tries them:)")
     backends = dispatch.all_backends()
     width = max(len(b.name) for b in backends)
     for backend in backends:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, overload
 
+import torch
 from torch import Tensor
 
 from flashlla import dispatch
@@ -157,13 +158,16 @@ class LLAFunction:
     ) -> tuple[Tensor, Tensor]:
         """``(o, omega)``: the output, and the sum of the softmax weights, (B, S, 1) in float32 at least.
 
-        Arguments, errors and gradients as in :func:`lla_attention`; omega carries no gradient.
+        Arguments, errors and gradients as in :func:`lla_attention`. A gradient of omega is refused with
+        NotImplementedError, not dropped; under torch.compile omega is detached.
         """
         call = prepare(
             q, k, v, ridge_lambda, qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, None
         )
         o, _, _, _, _, omega, *_ = forward_op(*call.inputs, *call.settings, None)
-        return call.restore(o), call.restore(omega.detach()).unsqueeze(-1)
+        if torch.compiler.is_compiling():
+            omega = omega.detach()
+        return call.restore(o), call.restore(omega).unsqueeze(-1)
 
 
 def explain(

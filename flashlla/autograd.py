@@ -7,6 +7,7 @@ CPU among the saved tensors.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flashlla import dispatch, solvers
-from flashlla.notices import ConvergenceWarning, warn_once
+from flashlla.nonfinite import isolate
 from flashlla.problem import (
     Inputs,
     Problem,
@@ -23,6 +24,7 @@ from flashlla.problem import (
     accumulator,
     empty_output,
 )
+from flashlla.solvers.base import warn_unconverged
 
 # Everything about a call that is not a tensor, in the order both operators take it.
 _SETTINGS = "float scale, float delta_eps, str solver, float[] solver_settings, bool solver_demanded"
@@ -50,6 +52,14 @@ def describe(
     )
 
 
+def _no_autocast(problem: Problem) -> contextlib.AbstractContextManager[Any]:
+    """Inside an operator the dtypes are the backend's affair: autocast has done its part on the inputs."""
+    device = problem.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
 def _allocate(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """Uninitialised outputs of the forward operator: o, residuals, report, choice."""
     dtype, rows = accumulator(q.dtype), q.shape[:-1]
@@ -71,10 +81,11 @@ def _forward(q, k, v, ridge_lambda, scale, delta_eps, solver, solver_settings, s
         return (*(t.zero_() for t in _allocate(q, k, v)[:-1]), choice)
     if q.device.type == "cpu":  # elsewhere looking at the numbers would wait for the device
         _check_ridge(ridge_lambda)
-    o, residuals, report = chosen.forward(problem, inputs)
+    with _no_autocast(problem):
+        o, residuals, report = chosen.forward(problem, inputs)
     if q.device.type == "cpu":
-        _warn_if_stopped_early(problem, report)
-    return (o, *residuals, *report, choice)
+        _warn_if_stopped_early(problem, inputs, report)
+    return (o, *(t.contiguous() for t in (*residuals, *report)), choice)  # laid out as the fake says
 
 
 def _forward_fake(q, k, v, *_):  # type: ignore[no-untyped-def]
@@ -87,7 +98,9 @@ def _backward(grad_o, q, k, v, ridge_lambda, lse, guard, probe, k_mean, choice, 
     if problem.empty:
         return tuple(t.zero_() for t in _allocate_gradients(q, k, v, ridge_lambda))
     chosen = dispatch.backend_numbered(int(choice))
-    return tuple(chosen.backward(problem, inputs, Residuals(lse, guard, probe, k_mean), grad_o))
+    with _no_autocast(problem):
+        dq, dk, dv, dridge = chosen.backward(problem, inputs, Residuals(lse, guard, probe, k_mean), grad_o)
+    return dq, dk, dv, dridge.contiguous()
 
 
 def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor, ridge_lambda: Tensor) -> list[Tensor]:
@@ -106,7 +119,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad_o: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_o: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    if any(grad is not None for grad in others):
+        raise NotImplementedError(
+            "flashlla: omega has no gradient, and a loss was made of it; try omega.detach(), or "
+            "torch.logsumexp of your own logits"
+        )
     if grad_o is None:
         return (None,) * 10
     return (*backward_op(grad_o, *ctx.saved_tensors, *ctx.settings), *(None,) * 6)
@@ -122,24 +140,19 @@ def _refuse(ctx: Any, *_: Tensor | None) -> None:
 
 def _check_ridge(ridge_lambda: Tensor) -> None:
     if (bad := ridge_lambda <= 0).any():
-        index = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(
-            f"ridge_lambda: got {ridge_lambda[index].item()} at (batch, head, query) {index}, wanted numbers above 0"
-        )
+        batch, head, query = bad.nonzero()[0].tolist()
+        number = ridge_lambda[batch, head, query].item()
+        raise ValueError(f"ridge_lambda: got {number} at batch {batch}, head {head}, query {query}, wanted above 0")
 
 
-def _warn_if_stopped_early(problem: Problem, report: Report) -> None:
-    # A row whose residual is NaN has NaN in its inputs: its output says so itself.
-    early = ~report.converged & ~report.residual.isnan()
-    if early.any():
-        solver = type(problem.solver).__name__
-        warn_once(
-            f"{solver} stopped early",
-            f"{solver} stopped early on {int(early.sum())} of {early.numel()} queries, relative residual up to "
-            f"{report.residual[early].max().item():.1e}. Try a larger cg_max_iters, solver='direct', a larger "
-            f"ridge_lambda or a looser cg_rtol; return_info=True shows each query. Later calls will not say so again.",
-            ConvergenceWarning,
-        )
+def _warn_if_stopped_early(problem: Problem, inputs: Inputs, report: Report) -> None:
+    early = ~report.converged
+    if not early.any():
+        return
+    poison = isolate(problem, inputs)[2]
+    if poison is not None:  # NaN where the inputs are not finite says itself what it comes from
+        early &= ~poison.queries
+    warn_unconverged(problem.solver, report.residual[early], early.numel())
 
 
 # Defined with Library rather than custom_op, which imports the whole compiler (seconds) at an operator's first call.

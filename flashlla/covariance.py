@@ -64,7 +64,12 @@ class Systems:
         a.diagonal(dim1=-2, dim2=-1).add_(self.ridge.unsqueeze(-1))
         return a
 
-    def name_row(self, index: tuple[int, ...]) -> str:
-        """``index`` into ``ridge`` as a user counts: which sequence and head, which query."""
+    def not_definite(self, index: tuple[int, ...], who: str, instead: str) -> Exception:
+        """The error for the system at ``index`` (into ``ridge``), which ``who`` found singular or not definite."""
         *lead, row = index
-        return f"query {self.first_row + row} of sequence and head {tuple(lead)}"
+        dtype = str(self.k.dtype).removeprefix("torch.")
+        return torch.linalg.LinAlgError(  # type: ignore[attr-defined,no-any-return]
+            f"{who}: the system of query {self.first_row + row} of sequence and head {tuple(lead)} is not positive "
+            f"definite in {dtype} (ridge_lambda there is {self.ridge[index].item():.3g}). Try a larger ridge_lambda, "
+            f"float64 inputs, or {instead}."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`verify` found; arrays with one entry a checked query. Prints as a short table.
+    """What :func:`verify` found; arrays with one entry a checked query, NaN where its inputs are not finite. Prints as a short table.
 
     ``row``: (rows, 3) integers, (batch, head, query). ``condition``: condition number of A. ``error``: error of the
     backend's output, \\|o - o_ref\\| / \\|o_ref\\|. ``residual``: \\|A z - d\\| / \\|d\\| of the backend's probe z.
@@ -77,8 +78,10 @@ def verify(
         >>> bool(report.error.max() < 1e-4)
         True
     """
-    if rows < 1:
-        raise ValueError(f"rows: got {rows}, wanted at least 1")
+    if not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"rows: got {rows}, wanted a whole number of at least 1")
+    if unknown := set(options) - set(inspect.signature(prepare).parameters):
+        raise TypeError(f"verify() got an unexpected keyword argument {sorted(unknown)[0]!r}")
     call = prepare(q, k, v, backend=backend, **options)
     with torch.no_grad():
         o, _, _, z, *_, choice = forward_op(*call.inputs, *call.settings, backend)
@@ -115,6 +118,8 @@ def _check_row(
     """Condition number, output error and residual of one query; k: (N, D), v: (N, Dv), q and z: (D,), o: (Dv,)."""
     from scipy.linalg import cho_factor, cho_solve
 
+    if not all(np.isfinite(t).all() for t in (k, v, q, ridge)):
+        return float("nan"), float("nan"), float("nan")
     logits = scale * (k @ q)
     w = np.exp(logits - logits.max())
     omega = w.sum()

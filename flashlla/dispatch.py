@@ -70,6 +70,9 @@ def register_backend(backend: Backend, *, before: str | None = None) -> None:
     """
     if not isinstance(backend, Backend):
         raise TypeError(f"backend: got {type(backend).__name__}, wanted a flashlla.Backend object")
+    name = getattr(backend, "name", None)
+    if not isinstance(name, str):
+        raise TypeError(f"backend: {type(backend).__name__}.name is {name!r}, wanted a string")
     with _lock:
         names = [b.name for b in _backends]
         if not backend.name or backend.name in (*names, AUTO):
@@ -98,7 +101,7 @@ def backend_named(name: str) -> Backend:
 
 def serial(backend: Backend) -> int:
     """A number for ``backend`` that later registrations do not change."""
-    return _numbered.index(backend)
+    return next(i for i, b in enumerate(_numbered) if b is backend)
 
 
 def backend_numbered(number: int) -> Backend:
@@ -150,8 +153,8 @@ class set_backend:
     """Prefer a backend from here on, or within a ``with`` block.
 
     Works as ``torch.set_grad_enabled`` does: the call takes effect at once, and a ``with`` block restores what was
-    before. It holds for the current thread and asyncio task; the environment variable FLASHLLA_BACKEND holds for the
-    process. A call that the preferred backend cannot run falls back to the next that can, with one warning a reason;
+    before. It holds for the current thread and asyncio task, and not for threads started from there; the environment
+    variable FLASHLLA_BACKEND holds for the process. A call that the preferred backend cannot run falls back to the next that can, with one warning a reason;
     ``lla_attention(..., backend=...)`` demands instead, and raises. Backward passes run on the backend their forward
     pass ran on.
 
@@ -191,14 +194,15 @@ class set_backend:
 
 def explain(problem: Problem, demand: str | None = None) -> Explanation:
     """Which backend would run ``problem``, and every backend's reason; nothing runs."""
-    reasons = {b.name: b.unavailable() or b.unsupported(problem) for b in _backends}
+    backends = all_backends()
+    reasons = {b.name: b.unavailable() or b.unsupported(problem) for b in backends}
     if demand is not None and demand != AUTO:
         name, asked = check_name(demand, "backend"), f"backend={demand!r}"
         return Explanation(name if reasons[name] is None else None, reasons, asked)
     name, asked = (AUTO, "backend='auto'") if demand == AUTO else _preferred()
     if reasons.get(name, "auto is not a backend") is None:
         return Explanation(name, reasons, asked)
-    choice = next((b.name for b in _backends if reasons[b.name] is None and not b.emulated()), None)
+    choice = next((b.name for b in backends if reasons[b.name] is None and not b.emulated()), None)
     return Explanation(choice, reasons, asked)
 
 

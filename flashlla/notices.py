@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from threading import Lock
 
@@ -23,7 +24,15 @@ def warn_once(reason: str, message: str, category: type[Warning]) -> None:
         if reason in _given:
             return
         _given.add(reason)
-    warnings.warn(f"flashlla: {message}", category, stacklevel=3)
+    warnings.warn(f"flashlla: {message}", category, stacklevel=_caller())
+
+
+def _caller() -> int:
+    """The stack level, seen from `warn_once`, of the first frame outside this package and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("flashlla", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def forget() -> None:

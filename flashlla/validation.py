@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from flashlla.problem import SUPPORTED_DTYPES, Inputs, accumulator
 from flashlla.solvers import Solver, encode
 from flashlla.solvers.cg import check_tolerances
 
+# Asked once: torch.compile cannot trace the question before torch 2.12.
+_AUTOCAST = frozenset(d for d in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(d))
 _CG_DEFAULTS = {"cg_atol": 1e-12, "cg_rtol": 1e-12, "cg_max_iters": 32, "cg_use_preconditioner": False}
 
 
@@ -44,6 +46,7 @@ def prepare(
 ) -> Call:
     """Check everything that can be checked without looking at the tensors' numbers; bring it to canonical form."""
     q, k, v = _check_tensors(q, k, v)
+    _refuse_forward_mode(q, k, v, ridge_lambda)
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: got {type(backend).__name__}, wanted a backend's name, 'auto' or None")
     flat = q.dim() == 3
@@ -61,9 +64,12 @@ def prepare(
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: got {type(t).__name__}, wanted a torch.Tensor")
+            raise TypeError(f"{name}: got {type(t).__name__}, wanted a torch.Tensor; try torch.as_tensor({name})")
+        if t.layout != torch.strided or t.is_nested:
+            raise TypeError(f"{name}: got a sparse or nested tensor, wanted a dense one; try {name}.to_dense()")
         if t.dim() not in (3, 4):
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted (B, S, D) or (B, H, S, D)")
+            hint = f"; try {name}.unsqueeze(0)" if t.dim() == 2 else ""
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted (B, S, D) or (B, H, S, D){hint}")
         if t.shape != q.shape:
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {tuple(q.shape)}, the shape of q")
         if t.device != q.device:
@@ -75,17 +81,30 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
     q, k, v = _autocast(q, k, v)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dtype not in SUPPORTED_DTYPES:
+            hint = "" if t.is_complex() else f"; try {name}.float()"
             wanted = ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED_DTYPES)
-            raise TypeError(f"{name}: got dtype {t.dtype}, wanted one of {wanted}; try {name}.float()")
+            raise TypeError(f"{name}: got dtype {t.dtype}, wanted one of {wanted}{hint}")
         if t.dtype != q.dtype:
             raise TypeError(f"{name}: got dtype {t.dtype}, wanted {q.dtype}, the dtype of q; try {name}.to(q.dtype)")
     return q, k, v
 
 
+def _refuse_forward_mode(*arguments: Any) -> None:
+    """Operators with a backward formula only would drop a tangent in silence."""
+    if torch.compiler.is_compiling():
+        return
+    for t in arguments:
+        if isinstance(t, Tensor) and torch.autograd.forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(
+                "flashlla: lla_attention has no forward-mode derivative (torch.func.jvp, forward_ad); "
+                "try torch.autograd.grad or backward()"
+            )
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, what scaled_dot_product_attention does: floating inputs but float64 go to the autocast dtype."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
@@ -98,6 +117,12 @@ def _check_ridge(ridge_lambda: float | Tensor, q: Tensor, flat: bool) -> Tensor:
         number = _check_number(ridge_lambda, "ridge_lambda")
         if number <= 0:
             raise ValueError(f"ridge_lambda: got {ridge_lambda}, wanted a number above 0")
+        least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+        if not least <= number <= most:
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"ridge_lambda: got {ridge_lambda}, wanted one that {name} holds: {least:.1e} to {most:.1e}"
+            )
         return torch.full((), number, dtype=dtype, device=q.device).expand(rows)
     if not ridge_lambda.is_floating_point():
         raise TypeError(
@@ -120,8 +145,9 @@ def _check_ridge(ridge_lambda: float | Tensor, q: Tensor, flat: bool) -> Tensor:
 
 
 def _check_number(value: float, name: str) -> float:
-    if not isinstance(value, (int, float)) and not isinstance(value, Real):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        hint = " or a tensor; try torch.as_tensor" if name == "ridge_lambda" else ""
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number{hint}")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: got {value}, wanted a finite number")
     return float(value)
@@ -129,9 +155,14 @@ def _check_number(value: float, name: str) -> float:
 
 def _check_solver(solver: str | Solver | None, cg_numbers: tuple[float, float, int, bool]) -> tuple[str, list[float]]:
     """The solver as a name and numbers, from either way of asking for one."""
+    atol, rtol, max_iters, preconditioned = cg_numbers
+    check_tolerances(atol, rtol, max_iters, prefix="cg_")
+    if not isinstance(preconditioned, bool):
+        raise TypeError(
+            f"cg_use_preconditioner: got {preconditioned!r}, wanted True or False; for a preconditioner by name or object "
+            f"try solver=flashlla.PCG(preconditioner=...)"
+        )
     if solver is None:
-        atol, rtol, max_iters, preconditioned = cg_numbers
-        check_tolerances(atol, rtol, max_iters, prefix="cg_")
         return ("pcg" if preconditioned else "cg"), [float(atol), float(rtol), float(max_iters)]
     for (name, default), value in zip(_CG_DEFAULTS.items(), cg_numbers):
         if value != default:

@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import flashlla
-from flashlla import lla_attention
+from flashlla import Solution, lla_attention
 
 
 @dataclass
@@ -69,10 +70,11 @@ def test_lla_function_is_the_published_call():
     assert torch.equal(o, expected)
     assert omega.shape == (2, 9, 1)
     assert torch.equal(omega.squeeze(-1), info.omega)
-    assert not omega.requires_grad  # its gradient is not lost in silence: there is none
-    o.sum().backward()
+    o.sum().backward(retain_graph=True)
     assert ridge.grad is not None
     assert q.grad is not None
+    with pytest.raises(NotImplementedError, match="omega has no gradient"):
+        (o.sum() + omega.sum()).backward()
 
 
 def test_published_naive_functions():
@@ -85,6 +87,7 @@ def test_published_naive_functions():
         o, rho, denom, m = lla_forward_naive(q, k, v, 0.4, ridge, eps)
         expected = lla_attention(q, k, v, qk_scale=0.4, ridge_lambda=ridge, delta_eps=eps, backend="naive")
         torch.testing.assert_close(o, expected, rtol=1e-12, atol=1e-12)
+        assert o.requires_grad
         # The text form, from its definition.
         logits = (0.4 * q @ k.mT).masked_fill(torch.ones(11, 11).triu(1).bool(), float("-inf"))
         torch.testing.assert_close(m, logits.amax(-1, keepdim=True), rtol=1e-12, atol=1e-12)
@@ -148,12 +151,18 @@ def test_empty_inputs_give_empty_outputs_and_zero_gradients(shape, backend):
         ({"ridge_lambda": 0.0}, ValueError, ["ridge_lambda", "0.0", "above 0"]),
         ({"ridge_lambda": -1}, ValueError, ["ridge_lambda", "-1"]),
         ({"ridge_lambda": float("nan")}, ValueError, ["ridge_lambda", "nan"]),
+        ({"ridge_lambda": 1e300}, ValueError, ["ridge_lambda", "1e+300", "float32"]),
+        ({"ridge_lambda": 1e-50}, ValueError, ["ridge_lambda", "1e-50", "float32"]),
+        ({"ridge_lambda": True}, TypeError, ["ridge_lambda", "bool"]),
+        ({"ridge_lambda": np.ones(9)}, TypeError, ["ridge_lambda", "ndarray", "torch.as_tensor"]),
+        ({"cg_use_preconditioner": "jacobi"}, TypeError, ["cg_use_preconditioner", "jacobi", "PCG"]),
+        ({"k": torch.randn(2, 9, 4).to_sparse()}, TypeError, ["k:", "sparse"]),
         ({"ridge_lambda": "big"}, TypeError, ["ridge_lambda", "str"]),
         ({"ridge_lambda": torch.ones(3)}, ValueError, ["ridge_lambda", "(3,)", "(B, S)", "(2, 9)"]),
         ({"ridge_lambda": torch.ones(2, 9, 1)}, ValueError, ["ridge_lambda", "(2, 9, 1)"]),
         ({"ridge_lambda": torch.ones(9, dtype=torch.int32)}, TypeError, ["ridge_lambda", "int32"]),
         ({"ridge_lambda": torch.ones(9, device="meta")}, ValueError, ["ridge_lambda", "meta"]),
-        ({"ridge_lambda": -torch.ones(9)}, ValueError, ["ridge_lambda", "-1.0", "(0, 0, 0)"]),
+        ({"ridge_lambda": -torch.ones(9)}, ValueError, ["ridge_lambda", "-1.0", "query 0"]),
         ({"qk_scale": float("nan")}, ValueError, ["qk_scale", "nan"]),
         ({"qk_scale": torch.tensor(0.5)}, TypeError, ["qk_scale", "Tensor"]),
         ({"delta_eps": float("inf")}, ValueError, ["delta_eps", "inf"]),
@@ -185,6 +194,87 @@ def test_numpy_numbers_are_numbers():
     q, k, v = qkv(1, 5, 4)
     o = lla_attention(q, k, v, ridge_lambda=np.float32(2.0), qk_scale=np.float64(0.5))
     assert torch.equal(o, lla_attention(q, k, v, ridge_lambda=2.0, qk_scale=0.5))
+
+
+def test_forward_mode_is_refused():
+    q, k, v = qkv(1, 5, 4)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda q: lla_attention(q, k, v), (q,), (q,))
+
+
+class Wrong(flashlla.Solver):
+    """Returns ``what`` instead of a solution."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def solve(self, systems, b):
+        return self.what(systems, b)
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "words"),
+    [
+        (lambda systems, b: b, TypeError, "Wrong.solve returned Tensor"),
+        (
+            lambda systems, b: Solution.check(systems, b, b, iterations=0, tolerance=1)._replace(x=b[..., :1]),
+            ValueError,
+            "shape",
+        ),
+    ],
+)
+def test_a_solver_that_returns_no_solution_is_named(what, error, words):
+    with pytest.raises(error, match=words):
+        lla_attention(*qkv(1, 5, 4), solver=Wrong(what))
+
+
+@pytest.mark.parametrize(("backend", "solver"), [("naive", None), ("chunked", "direct"), ("chunked", None)])
+def test_a_solution_that_is_none_is_not_called_converged(backend, solver):
+    """Keys of very unequal spread and a tiny ridge: more than float32 can do, whoever solves."""
+    q, k, v = qkv(1, 60, 8)
+    k = k * torch.logspace(2, -2, 8)
+    with pytest.warns(flashlla.ConvergenceWarning, match="stopped early"):
+        _, info = lla_attention(
+            q, k, v, ridge_lambda=1e-4, qk_scale=1e-6, solver=solver, backend=backend, return_info=True
+        )
+    assert not info.converged.all()
+    assert info.residual[~info.converged].max() > 1e-6
+
+
+def test_nan_from_finite_inputs_is_not_silent():
+    q, k, v = qkv(1, 9, 4)
+    with pytest.warns(flashlla.ConvergenceWarning, match="NaN on"):
+        o = lla_attention(q, k, v, ridge_lambda=torch.full((9,), 1e-38), qk_scale=1e20, solver="cg", backend="chunked")
+    assert not o.isfinite().all()
+
+
+def test_backward_says_that_it_stopped_early():
+    q, k, v = (t.requires_grad_() for t in qkv(1, 60, 16))
+    with torch.no_grad():
+        needed = (
+            lla_attention(q, k, v, ridge_lambda=0.01, cg_max_iters=200, return_info=True)[1].iterations.max().item()
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        o = lla_attention(q, k, v, ridge_lambda=0.01, cg_max_iters=needed, backend="chunked")
+    hard = torch.ones_like(o) + 10 * torch.randn(o.shape, generator=torch.Generator().manual_seed(1))
+    with pytest.warns(flashlla.ConvergenceWarning, match="in the backward pass"):
+        o.backward(hard)
+
+
+def test_a_huge_later_value_does_not_reach_an_earlier_row():
+    for backend in ("naive", "chunked"):
+        q, k, v = (t.requires_grad_() for t in qkv(1, 9, 4))
+        changed_k, changed_v = k.detach().clone(), v.detach().clone()
+        changed_k[:, -1], changed_v[:, -1] = 1e38, 1e38
+        changed_k.requires_grad_(), changed_v.requires_grad_()
+        grad_o = torch.full((1, 9, 4), 10.0)
+        grad_o[:, -1] = 0
+        expected = lla_attention(q, k, v, backend=backend)
+        got = lla_attention(q, changed_k, changed_v, backend=backend)
+        assert torch.equal(got[:, :-1], expected[:, :-1])
+        (a,), (b,) = torch.autograd.grad(expected, q, grad_o), torch.autograd.grad(got, q, grad_o)
+        torch.testing.assert_close(b[:, :-1], a[:, :-1])
 
 
 def test_a_second_derivative_is_refused():

@@ -89,6 +89,19 @@ def test_compile_with_numbers_info_and_a_registered_solver():
         assert told.backend == expected.backend
 
 
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
+def test_layouts_are_those_of_the_fakes(backend):
+    """A projection's layout, (B, S, H, D) seen as (B, H, S, D), where B = 1 makes more of it a view."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 9, 3, 4, generator=generator).transpose(1, 2).requires_grad_() for _ in range(3))
+    ridge = torch.ones(1, 3, 9)
+    settings = (0.3, 1e-12, "cg", [1e-12, 1e-12, 32.0], True)
+    torch.library.opcheck(forward_op, (q, k, v, ridge, *settings, backend))
+    with torch.no_grad():
+        o, *residuals, _, _, _, _, choice = forward_op(q, k, v, ridge, *settings, backend)
+    torch.library.opcheck(backward_op, (*(t.detach() for t in (o, q, k, v, ridge, *residuals)), choice, *settings))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(reentrant):
     arguments = inputs(9)
@@ -108,6 +121,8 @@ def test_autocast_follows_sdpa(dtype):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         o = flashlla.lla_attention(q, k, v, ridge_lambda=ridge)
         assert o.dtype == torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype
-    o.sum().backward()
+        o.float().sum().backward()  # inside: autocast is on while the operators run, and must not reach into them
     assert q.grad.dtype == dtype
     assert ridge.grad.dtype == torch.float64
+    plain = q.dtype if dtype == torch.float64 else torch.bfloat16
+    assert torch.equal(o, flashlla.lla_attention(*(t.to(plain) for t in (q, k, v)), ridge_lambda=ridge))

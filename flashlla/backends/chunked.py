@@ -22,6 +22,7 @@ from flashlla.problem import (
     empty_output,
     resolution,
 )
+from flashlla.solvers.base import warn_unconverged
 
 # Queries a block. Larger blocks waste more of the causal triangle and wait longer for their slowest row; smaller ones
 # give the matrix products less to do.
@@ -43,7 +44,7 @@ def blocks(problem: Problem, device: torch.device) -> Iterator[Block]:
     """All blocks; those of the same heads follow one another."""
     n_heads = problem.batch * problem.q_heads
     budget = _BLOCK_WEIGHTS.get(device.type, _BLOCK_WEIGHTS["cuda"])
-    step = max(1, budget // (BLOCK_M * problem.k_len))
+    step = max(1, budget // (BLOCK_M * (problem.k_len + problem.solver.workspace(problem.head_dim))))
     for h in range(0, n_heads, step):
         for i in range(0, problem.q_len, BLOCK_M):
             rows = range(i, min(i + BLOCK_M, problem.q_len))
@@ -118,7 +119,7 @@ class Chunked(Backend):
             mean = torch.bmm(p, k_j)
             d = mean - (q_i - origin[heads])
             systems = Systems(k_j, p, mean, ridge_lambda[at], resolution(problem.dtype), rows.start)
-            solution = problem.solver.solve(systems, d)  # (2.1)
+            solution = problem.solver.solve_checked(systems, d)  # (2.1)
             damping = 1 / (1 + problem.delta_eps * (1 + (d * solution.x).sum(-1, keepdim=True)) / total)
             o[at] = torch.bmm(linear_weights(p, solution.x, k_j, mean), v_j).mul_(damping)  # (2.3)
             z[at], k_mean[at] = solution.x, mean + origin[heads]
@@ -146,6 +147,7 @@ class Chunked(Backend):
         k, _ = shifted(k)
         dq, dridge = torch.empty_like(q), torch.empty_like(guard)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        early: list[Tensor] = []  # residuals of the queries whose adjoint probe did not converge
         for heads, rows, keys, hidden in blocks(problem, q.device):
             at, seen = (heads, rows), (heads, keys)
             q_i, k_j, v_j, z = q[at], k[seen], v[seen], probe[at]
@@ -155,9 +157,13 @@ class Chunked(Backend):
             p, _, _ = weights(q_i, k_j, problem.scale, hidden)
             mean = torch.bmm(p, k_j)
             g = torch.bmm(do, v_j.mT)
+            if hidden is not None:
+                g.masked_fill_(hidden, 0)  # a hidden value may be too large for the product
             g.sub_((p * g).sum(-1, keepdim=True))
             systems = Systems(k_j, p, mean, ridge, resolution(problem.dtype), rows.start)
-            y = problem.solver.solve_scale_free(systems, gather(p * g, k_j, mean)).x  # (3.1)
+            solution = problem.solver.solve_scale_free(systems, gather(p * g, k_j, mean))  # (3.1)
+            y = solution.x
+            early.append(solution.residual[~solution.converged])
             e = g.baddbmm_(y, k_j.mT, alpha=-1).add_((y * mean).sum(-1, keepdim=True))  # (3.2)
             pa = linear_weights(p, z, k_j, mean)
             dridge[at] = (z * y).sum(-1)  # (3.6)
@@ -168,6 +174,7 @@ class Chunked(Backend):
             dk[seen].baddbmm_(pa.mT, y, alpha=-1)
             dv[seen].baddbmm_(pa.mT, do)  # (3.5)
         split = lambda t: t.unflatten(0, (problem.batch, -1))
+        warn_unconverged(problem.solver, torch.cat(early), dridge.numel(), " in the backward pass")
         like = lambda t, g: torch.empty_like(t).copy_(split(g))
         result = Gradients(like(inputs.q, dq), like(inputs.k, dk), like(inputs.v, dv), split(dridge))
         return result if poison is None else poison.backward(result)

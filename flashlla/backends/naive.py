@@ -22,6 +22,7 @@ from flashlla.problem import (
     resolution,
 )
 from flashlla.solvers import CG, Direct
+from flashlla.solvers.base import SOUND
 
 
 class Statistics(NamedTuple):
@@ -58,8 +59,11 @@ def statistics(q: Tensor, k: Tensor, ridge_lambda: Tensor, problem: Problem) -> 
     return Statistics(p, m, omega, k_mean, systems)
 
 
-def solve(a: Tensor, b: Tensor) -> Tensor:
-    x: Tensor = torch.linalg.solve(a, b.unsqueeze(-1))
+def solve(systems: Systems, b: Tensor) -> Tensor:
+    x, info = torch.linalg.solve_ex(systems.dense(), b.unsqueeze(-1))
+    if (info != 0).any():
+        index = tuple(int(i) for i in (info != 0).nonzero()[0])
+        raise systems.not_definite(index, "backend 'naive'", "backend='chunked'")
     return x.squeeze(-1)
 
 
@@ -82,7 +86,7 @@ class Naive(Backend):
         moved_q, k, origin = about_first_key(q, k)
         p, m, omega, k_mean, systems = statistics(q, k, ridge_lambda, problem)
         d = k_mean - moved_q
-        z = solve(systems.dense(), d)  # (2.1)
+        z = solve(systems, d)  # (2.1)
         error = (systems.matvec(z) - d).norm(dim=-1)
         a = z @ k.mT - (z * k_mean).sum(-1, keepdim=True)  # (2.2)
         guard = 1 / (1 + problem.delta_eps * (1 + (d * z).sum(-1)) / omega)
@@ -91,7 +95,7 @@ class Naive(Backend):
         residual = torch.where(error == 0, 0, error / d.norm(dim=-1))
         steps = torch.zeros_like(residual, dtype=torch.int32)
         m = m + problem.scale * (q * origin).sum(-1)
-        report = Report(omega, steps, residual, residual.isfinite())
+        report = Report(omega, steps, residual, residual <= SOUND)
         result = Forward(o, Residuals(m + omega.log(), guard, z, k_mean + origin), report)
         return result if poison is None else poison.forward(result)
 
@@ -104,10 +108,10 @@ class Naive(Backend):
         z = residuals.probe.nan_to_num()
         p, _, _, k_mean, systems = statistics(q, k, ridge_lambda, problem)
         a = z @ k.mT - (z * k_mean).sum(-1, keepdim=True)  # (2.2)
-        g = do @ v.mT
+        g = (do @ v.mT).where(p > 0, 0)  # a hidden value may be too large for the product
         g = g - (p * g).sum(-1, keepdim=True)
         about = lambda w: w @ k - w.sum(-1, keepdim=True) * k_mean  # sum_j w_ij (k_j - k_mean_i)
-        y = solve(systems.dense(), about(p * g))  # (3.1)
+        y = solve(systems, about(p * g))  # (3.1)
         e = g - (y @ k.mT - (y * k_mean).sum(-1, keepdim=True))  # (3.2)
         dridge = (z * y).sum(-1)  # (3.6)
         dl = p * ((1 - a) * e + (ridge_lambda * dridge).unsqueeze(-1))

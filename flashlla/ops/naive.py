@@ -9,19 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashlla.autograd import describe
+from flashlla.autograd import describe, forward_op
 from flashlla.backends.naive import Naive, statistics
-from flashlla.problem import Inputs, Problem, Residuals
+from flashlla.problem import Residuals
 from flashlla.validation import prepare
 
 __all__ = ["lla_backward_naive", "lla_forward_naive"]
-
-
-def _problem(
-    q: Tensor, k: Tensor, v: Tensor, qk_scale: float | None, ridge_lambda: float | Tensor, delta_eps: float
-) -> tuple[Problem, Inputs]:
-    call = prepare(q, k, v, ridge_lambda, qk_scale, delta_eps, solver="direct")
-    return describe(call.inputs, *call.settings), call.inputs
 
 
 def lla_forward_naive(
@@ -41,7 +34,7 @@ def lla_forward_naive(
         delta_eps: added to the denominator. Default 1e-12.
 
     Returns:
-        o: (B, S, D), dtype of q. rho: (B, S, D), Sigma^-1 mu. denom: (B, S, 1), omega - mu.rho + delta_eps.
+        o: (B, S, D), dtype of q, differentiable. rho: (B, S, D), Sigma^-1 mu. denom: (B, S, 1), omega - mu.rho + delta_eps.
         m: (B, S, 1), the row maximum of s q.k. The last three in float32 (float64 for float64 inputs).
 
     Raises:
@@ -55,14 +48,13 @@ def lla_forward_naive(
         >>> q, k, v = torch.randn(3, 1, 20, 8).unbind(0)
         >>> o, rho, denom, m = lla_forward_naive(q, k, v, 8**-0.5, 10.0, 1e-12)
     """
-    problem, inputs = _problem(q, k, v, qk_scale, ridge_lambda, delta_eps)
+    call = prepare(q, k, v, ridge_lambda, qk_scale, delta_eps, solver="direct")
+    o, lse, _, z, k_mean, omega, *_ = forward_op(*call.inputs, *call.settings, "naive")
     with torch.no_grad():
-        o, (lse, _, z, k_mean), report = Naive().forward(problem, inputs)
-        d = k_mean - inputs.q
-        spike = 1 + (d * z).sum(-1, keepdim=True)  # (B, 1, S, 1)
-        omega = report.omega.unsqueeze(-1)
+        spike = 1 + ((k_mean - call.inputs.q) * z).sum(-1, keepdim=True)  # (B, 1, S, 1)
+        omega = omega.unsqueeze(-1)
         rho, denom, m = z / spike, omega / spike + delta_eps, lse.unsqueeze(-1) - omega.log()
-    return o.squeeze(1), rho.squeeze(1), denom.squeeze(1), m.squeeze(1)
+    return call.restore(o), call.restore(rho), call.restore(denom), call.restore(m)
 
 
 def lla_backward_naive(
@@ -98,13 +90,16 @@ def lla_backward_naive(
         >>> o, rho, denom, m = lla_forward_naive(q, k, v, None, 10.0, 1e-12)
         >>> dq, dk, dv = lla_backward_naive(q, k, v, rho, denom, m, grad_o, None, 10.0)
     """
-    problem, inputs = _problem(q, k, v, qk_scale, ridge_lambda, 0.0)
+    call = prepare(q, k, v, ridge_lambda, qk_scale, solver="direct")
+    problem, inputs = describe(call.inputs, *call.settings), call.inputs
+    if problem.empty:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     with torch.no_grad():
         dtype = rho.dtype
-        rho, denom, m = rho.unsqueeze(1), denom[..., 0].unsqueeze(1), m[..., 0].unsqueeze(1)
+        rho, denom, m, grad_o = (t.unsqueeze(1) if call.flat else t for t in (rho, denom, m, grad_o))
         _, _, omega, k_mean, _ = statistics(inputs.q.to(dtype), inputs.k.to(dtype), inputs.ridge_lambda, problem)
         spike = 1 / (1 - ((k_mean - inputs.q) * rho).sum(-1))  # 1 + d.z, since rho = z / (1 + d.z)
-        guard = omega / spike / denom
-        residuals = Residuals(m + omega.log(), guard, rho * spike.unsqueeze(-1), k_mean)
-        dq, dk, dv, _ = Naive().backward(problem, inputs, residuals, grad_o.unsqueeze(1))
-    return dq.squeeze(1), dk.squeeze(1), dv.squeeze(1)
+        guard = omega / spike / denom.squeeze(-1)
+        residuals = Residuals(m.squeeze(-1) + omega.log(), guard, rho * spike.unsqueeze(-1), k_mean)
+        dq, dk, dv, _ = Naive().backward(problem, inputs, residuals, grad_o)
+    return call.restore(dq), call.restore(dk), call.restore(dv)

@@ -37,7 +37,8 @@ _lock = Lock()
 def register_solver(name: str, solver: Solver) -> None:
     """Make ``solver`` known as ``solver=name``.
 
-    An object works as ``solver=`` without it; a name is what ``torch.compile`` can carry for a solver of your own.
+    An object works as ``solver=`` without it; a name is what ``torch.compile(fullgraph=True)`` can carry for a solver
+    of your own. Either way it is kept as long as the process runs: make one and use it again.
 
     Raises:
         ValueError: the name is empty or taken.
@@ -49,6 +50,8 @@ def register_solver(name: str, solver: Solver) -> None:
     """
     if not isinstance(solver, Solver):
         raise TypeError(f"solver: got {type(solver).__name__}, wanted a flashlla.Solver object")
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {type(name).__name__}, wanted a string")
     with _lock:
         if not name or name in _makers:
             raise ValueError(f"name: got {name!r}, wanted a new name (taken: {', '.join(_makers)})")
@@ -61,7 +64,7 @@ def encode(solver: str | Solver) -> tuple[str, list[float]]:
         return solver, []
     if type(solver) is CG:
         return "cg", [solver.atol, solver.rtol, float(solver.max_iters)]
-    if type(solver) is PCG and solver.preconditioner == "jacobi":
+    if type(solver) is PCG and solver.preconditioner in ("jacobi", Jacobi()):
         return "pcg", [solver.atol, solver.rtol, float(solver.max_iters)]
     if type(solver) is Direct:
         return "direct", []
@@ -69,11 +72,13 @@ def encode(solver: str | Solver) -> tuple[str, list[float]]:
 
 
 def _name_object(solver: Solver) -> str:
-    if type(solver).__hash__ is None:
+    try:
+        hash(solver)
+    except TypeError as error:
         raise TypeError(
             f"solver: got a {type(solver).__name__}, which is not hashable, wanted one that is; "
-            f"try @dataclass(frozen=True) on the class"
-        )
+            f"try @dataclass(frozen=True) on the class and tuples for lists"
+        ) from error
     with _lock:
         if solver not in _unnamed:
             name = f"{type(solver).__name__} object {len(_unnamed)}"

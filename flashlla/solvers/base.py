@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashlla.covariance import Systems
+from flashlla.notices import ConvergenceWarning, warn_once
+
+# Above this relative residual, computed afresh, a solution is wrong whatever the solver's own account of it.
+SOUND = 1e-3
 
 
 class Solution(NamedTuple):
@@ -52,17 +56,54 @@ class Solver(ABC):
         torch.Size([1, 20, 4])
     """
 
+    advice: ClassVar[str] = "another solver"  # what to try where it stops early
+
     @abstractmethod
     def solve(self, systems: Systems, b: Tensor) -> Solution:
         """Solve ``A_i x_i = b_i``; b: (..., M, D), the dtype of ``systems.k``."""
 
+    def workspace(self, head_dim: int) -> int:
+        """Numbers that :meth:`solve` holds a query, beyond a few vectors; blocks of queries are sized by it."""
+        return 0
+
+    def solve_checked(self, systems: Systems, b: Tensor) -> Solution:
+        """:meth:`solve`, and an error that names this solver where what it returns is no solution."""
+        solution = self.solve(systems, b)
+        if not isinstance(solution, Solution):
+            raise TypeError(
+                f"solver: {type(self).__name__}.solve returned {type(solution).__name__}, wanted a flashlla.Solution; "
+                f"try Solution.check(systems, b, x, iterations=..., tolerance=...)"
+            )
+        if solution.x.shape != b.shape:
+            raise ValueError(
+                f"solver: {type(self).__name__}.solve returned x of shape {tuple(solution.x.shape)}, wanted "
+                f"{tuple(b.shape)}, the shape of b"
+            )
+        return solution
+
     def solve_scale_free(self, systems: Systems, b: Tensor) -> Solution:
-        """As :meth:`solve`, with ``b`` scaled to unit rows first.
+        """As :meth:`solve_checked`, with ``b`` scaled to unit rows first.
 
         A right-hand side made of gradients may be of any size (a loss averaged over a million tokens makes it
         1e-6); an absolute tolerance must not decide how exact a gradient is.
         """
         size = b.norm(dim=-1, keepdim=True)
         unit = torch.where(size > 0, b / size, b)
-        solution = self.solve(systems, unit)
+        solution = self.solve_checked(systems, unit)
         return solution._replace(x=solution.x * size)
+
+
+def warn_unconverged(solver: Solver, residuals: Tensor, total: int, where: str = "") -> None:
+    """Say once that ``solver`` left ``residuals`` (one number a query that has not converged) of ``total`` queries."""
+    if not residuals.numel():
+        return
+    name = type(solver).__name__
+    nans = int(residuals.isnan().sum())
+    worst = residuals.nan_to_num(0).max().item()
+    found = f"relative residual up to {worst:.1e}" + (f", NaN on {nans}" if nans else "")
+    warn_once(
+        f"{name} stopped early{where}",
+        f"{name} stopped early{where} on {residuals.numel()} of {total} queries, {found}. Try {solver.advice}, a larger "
+        f"ridge_lambda or float64 inputs; return_info=True shows each query. Later calls will not say so again.",
+        ConvergenceWarning,
+    )

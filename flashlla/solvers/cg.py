@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from flashlla.covariance import Systems
-from flashlla.solvers.base import Solution, Solver
+from flashlla.solvers.base import SOUND, Solution, Solver
 
 
 class Preconditioner(ABC):
@@ -54,6 +55,10 @@ class CG(Solver):
         >>> q, k, v = torch.randn(3, 1, 20, 4, dtype=torch.float64).unbind(0)
         >>> o = flashlla.lla_attention(q, k, v, solver=flashlla.CG(rtol=1e-26, max_iters=100))
     """
+
+    advice: ClassVar[str] = (
+        "more iterations (cg_max_iters, or max_iters of the solver object), a looser cg_rtol, solver='direct'"
+    )
 
     atol: float = 1e-12
     rtol: float = 1e-12
@@ -144,7 +149,9 @@ def conjugate_gradients(
         if not active.any():
             break
         image = systems.matvec(direction)
-        step = torch.where(active, ry / _dot(direction, image), zero)
+        curvature = _dot(direction, image)
+        active &= curvature > 0  # rounding has taken the matrix's definiteness: no step helps
+        step = torch.where(active, ry / curvature, zero)
         x.addcmul_(direction, step)
         r.addcmul_(image, step, value=-1)
         iterations += active
@@ -153,8 +160,11 @@ def conjugate_gradients(
         ry_next = r2 if precondition is None else _dot(r, y)
         direction = torch.addcmul(y, direction, torch.where(active, ry_next / ry, zero))
         ry = ry_next
-    residual = torch.where(r2 == 0, 0, (r2 / size2).sqrt())
-    return Solution(x, iterations.squeeze(-1), residual.squeeze(-1), (r2 <= threshold).squeeze(-1))
+    # The recurrence's r drifts from the true residual, by much where the system is ill-conditioned for its precision.
+    error2 = (systems.matvec(x) - b).square().sum(-1, keepdim=True)
+    residual = torch.where(error2 == 0, 0, (error2 / size2).sqrt())
+    converged = (r2 <= threshold) & (error2 <= torch.maximum(SOUND**2 * size2, 4 * threshold))
+    return Solution(x, iterations.squeeze(-1), residual.squeeze(-1), converged.squeeze(-1))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from flashlla.covariance import Systems
-from flashlla.solvers.base import Solution, Solver
+from flashlla.solvers.base import SOUND, Solution, Solver
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Direct(Solver):
         >>> o = flashlla.lla_attention(q, k, v, ridge_lambda=1e-4, solver=flashlla.Direct())
     """
 
+    advice: ClassVar[str] = "solver='cg'"
+
+    def workspace(self, head_dim: int) -> int:
+        return 3 * head_dim**2  # A, its finite copy, its factor
+
     def solve(self, systems: Systems, b: Tensor) -> Solution:
         a = systems.dense()  # (..., M, D, D)
         # A row that holds NaN or inf is answered with NaN; it must not stop the others.
@@ -37,12 +43,8 @@ class Direct(Solver):
         factor, info = torch.linalg.cholesky_ex(a)
         if (info != 0).any():
             index = tuple(int(i) for i in (info != 0).nonzero()[0])
-            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-                f"solver 'direct': the system of {systems.name_row(index)} is not positive definite in "
-                f"{str(a.dtype).removeprefix('torch.')} (ridge_lambda there is {systems.ridge[index].item():.3g}). "
-                f"Try a larger ridge_lambda, float64 inputs, or solver='cg'."
-            )
+            raise systems.not_definite(index, "solver 'direct'", "solver='cg'")
         x = torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
         x = torch.where(usable.unsqueeze(-1), x, float("nan"))
         # Backward stable, so a larger residual than this means the precision is too small for the conditioning.
-        return Solution.check(systems, b, x, iterations=0, tolerance=1e-3)
+        return Solution.check(systems, b, x, iterations=0, tolerance=SOUND)

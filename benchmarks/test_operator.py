@@ -1,4 +1,4 @@
-"""Forward and backward time of each backend and solver: `make bench`, or `pytest benchmarks --benchmark-columns=median`.
+"""Forward and backward time of each backend and solver: `make bench`.
 
 The cases are of the kind the tests use (tests/cases.py), longer. A backend that cannot take one is skipped with its
 reason; one that runs in an emulator here is not timed.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashlla import dispatch
-from flashlla.autograd import describe, forward_op
+from flashlla.autograd import WithoutGradient, describe, forward_op
 from flashlla.solvers import Solver
 from flashlla.validation import prepare
 
@@ -165,8 +165,7 @@ class LLAFunction:
             q, k, v, ridge_lambda, qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, None
         )
         o, _, _, _, _, omega, *_ = forward_op(*call.inputs, *call.settings, None)
-        if torch.compiler.is_compiling():
-            omega = omega.detach()
+        omega = omega.detach() if torch.compiler.is_compiling() else WithoutGradient.apply(omega)
         return call.restore(o), call.restore(omega).unsqueeze(-1)
 
 

@@ -119,12 +119,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad_o: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    if any(grad is not None for grad in others):
-        raise NotImplementedError(
-            "flashlla: omega has no gradient, and a loss was made of it; try omega.detach(), or "
-            "torch.logsumexp of your own logits"
-        )
+def _differentiate(ctx: Any, grad_o: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_o is None:
         return (None,) * 10
     return (*backward_op(grad_o, *ctx.saved_tensors, *ctx.settings), *(None,) * 6)
@@ -136,6 +131,21 @@ def _refuse(ctx: Any, *_: Tensor | None) -> None:
         "(create_graph=True, torch.autograd.functional.hessian, a gradient penalty). Try finite differences of the "
         "gradient, or detach it."
     )
+
+
+class WithoutGradient(torch.autograd.Function):
+    """The identity on omega; a gradient that arrives at it is refused, not dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, omega: Tensor) -> Tensor:
+        return omega.view_as(omega)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError(
+            "flashlla: omega has no gradient, and a loss was made of it; try omega.detach(), or torch.logsumexp of the "
+            "logits themselves"
+        )
 
 
 def _check_ridge(ridge_lambda: Tensor) -> None:

@@ -20,7 +20,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`verify` found; arrays with one entry a checked query, NaN where its inputs are not finite. Prints as a short table.
+    """What :func:`verify` found: arrays with one entry a checked query, NaN where its inputs are not finite.
+    Prints as a short table.
 
     ``row``: (rows, 3) integers, (batch, head, query). ``condition``: condition number of A. ``error``: error of the
     backend's output, \\|o - o_ref\\| / \\|o_ref\\|. ``residual``: \\|A z - d\\| / \\|d\\| of the backend's probe z.

@@ -159,8 +159,8 @@ def _check_solver(solver: str | Solver | None, cg_numbers: tuple[float, float, i
     check_tolerances(atol, rtol, max_iters, prefix="cg_")
     if not isinstance(preconditioned, bool):
         raise TypeError(
-            f"cg_use_preconditioner: got {preconditioned!r}, wanted True or False; for a preconditioner by name or object "
-            f"try solver=flashlla.PCG(preconditioner=...)"
+            f"cg_use_preconditioner: got {preconditioned!r}, wanted True or False; for a preconditioner by name or "
+            f"object try solver=flashlla.PCG(preconditioner=...)"
         )
     if solver is None:
         return ("pcg" if preconditioned else "cg"), [float(atol), float(rtol), float(max_iters)]

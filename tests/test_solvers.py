@@ -132,7 +132,9 @@ def test_resolution_is_the_inputs_dtypes(dtype: torch.dtype, reached: float) -> 
     options = {"ridge_lambda": 0.1, "backend": "chunked", "cg_max_iters": 300, "return_info": True}
     (o, info), (same, _) = (flashlla.lla_attention(q, k, v, cg_rtol=r, **options) for r in (1e-30, reached**2))
     assert torch.equal(o, same)
-    assert (info.residual <= reached).all()
+    assert info.converged.all()
+    # In float32 the residual itself, computed afresh, is rounded: by some 1e-7 times the condition number.
+    assert (info.residual <= (1e-5 if dtype == torch.float32 else reached)).all()
     _, looser = flashlla.lla_attention(q, k, v, cg_rtol=1e3 * reached**2, **options)
     assert looser.iterations.sum() < info.iterations.sum()
 

@@ -60,6 +60,7 @@ def statistics(q: Tensor, k: Tensor, ridge_lambda: Tensor, problem: Problem) -> 
 
 
 def solve(systems: Systems, b: Tensor) -> Tensor:
+    x: Tensor
     x, info = torch.linalg.solve_ex(systems.dense(), b.unsqueeze(-1))
     if (info != 0).any():
         index = tuple(int(i) for i in (info != 0).nonzero()[0])

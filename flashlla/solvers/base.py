@@ -103,7 +103,7 @@ def warn_unconverged(solver: Solver, residuals: Tensor, total: int, where: str =
     found = f"relative residual up to {worst:.1e}" + (f", NaN on {nans}" if nans else "")
     warn_once(
         f"{name} stopped early{where}",
-        f"{name} stopped early{where} on {residuals.numel()} of {total} queries, {found}. Try {solver.advice}, a larger "
-        f"ridge_lambda or float64 inputs; return_info=True shows each query. Later calls will not say so again.",
+        f"{name} stopped early{where} on {residuals.numel()} of {total} queries, {found}. Try {solver.advice}, "
+        f"a larger ridge_lambda or float64 inputs; return_info=True shows each query. This is said once.",
         ConvergenceWarning,
     )

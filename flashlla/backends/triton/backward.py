@@ -40,19 +40,21 @@ def moments_body(
     state, rows, keys, j, k_len, seen,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
-    """One tile of sum_j w_ij g_ij k_j, of sum_j w_ij g_ij as rounded for it, and of the same sum unrounded."""
-    acc, weighed, total = state
+    """One tile of sum_j w_ij g_ij k_j, of sum_j w_ij g_ij as rounded for it and unrounded, and of sum_j w_ij."""
+    acc, weighed, total, whole = state
     q, do, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
     k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
     v = load_tile(v_base, v_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     g = times(do, tl.trans(v), zeros(do, tl.trans(v)), PRECISION)  # (M, N)
-    w = weights(q, k, factor, shift, seen, PRECISION, CUT) * g
+    w = weights(q, k, factor, shift, seen, PRECISION, CUT)
+    whole += tl.sum(w, 1)
+    w = w * g
     if CUT:
         w = tl.where(seen, w, 0.0)
     total += tl.sum(w, 1)
     w = rounded(w, k, PRECISION)
-    return times(w, k_weighed, acc, PRECISION), weighed + tl.sum(w.to(tl.float32), 1), total
+    return times(w, k_weighed, acc, PRECISION), weighed + tl.sum(w.to(tl.float32), 1), total, whole
 
 
 @triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len"])
@@ -74,9 +76,9 @@ def moments_kernel(
     shift = load_rows(rows_of(lse_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0) * LOG2E - WEIGHT_BITS
     factor = scale * LOG2E * q_unit * k_unit
     nothing = tl.zeros([BLOCK_M], tl.float32)
-    acc, weighed, total = sweep_keys(
+    acc, weighed, total, whole = sweep_keys(
         moments_body,
-        (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), nothing, nothing),
+        (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), nothing, nothing, nothing),
         (q, do, shift, factor), (k_base, k_stride_s, v_base, v_stride_s), i, q_len, k_len,
         HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
@@ -90,7 +92,8 @@ def moments_kernel(
     t = t * inverse_or_zero(t_size)[:, None]
     store_tile(rows_of(t_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, t, HEAD_DIM)
     store_rows(rows_of(t_size_out, head, q_len, 1), i, q_len, t_size)
-    store_rows(rows_of(g_mean_out, head, q_len, 1), i, q_len, total * (1 / WEIGHT))
+    # By the weights' own sum, which lse gives but for its rounding: g - g_mean is then exactly zero for a lone key.
+    store_rows(rows_of(g_mean_out, head, q_len, 1), i, q_len, total * inverse_or_zero(whole))
 
 
 @triton.jit

@@ -33,7 +33,7 @@ _HALF: dict[int, dict[str, Config]] = {
     16: dict.fromkeys(PASSES, Config(64, 64, 4, 2)),
     32: dict.fromkeys(PASSES, Config(64, 64, 4, 3)),
     64: {
-        "statistics": Config(64, 64, 4, 3),
+        "statistics": Config(64, 64, 4, 3, 96),
         "solve": Config(64, 64, 4, 3),
         "output": Config(64, 64, 4, 3, 168),
         "moments": Config(64, 64, 4, 2, 128),
@@ -41,7 +41,7 @@ _HALF: dict[int, dict[str, Config]] = {
         "dk": Config(32, 64, 4, 2, 168),
     },
     128: {
-        "statistics": Config(128, 64, 8, 2),
+        "statistics": Config(128, 64, 8, 2, 128),
         "solve": Config(64, 32, 4, 3),
         "output": Config(64, 64, 4, 2),
         "moments": Config(64, 64, 4, 2),

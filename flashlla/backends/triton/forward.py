@@ -36,13 +36,12 @@ def statistics_body(
     state, rows, keys, j, k_len, seen,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
-    """One tile of the running maximum m, total and weighted sum of keys, and of C u, u the query's direction."""
-    m, total, weighed, acc, moved, image = state
-    q, factor, inverse, origin = rows
+    """One tile of the running maximum m, total and weighted sum of keys."""
+    m, total, weighed, acc = state
+    q, factor = rows
     k_base, k_stride = keys
     k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
-    product = times(q, tl.trans(k), zeros(q, tl.trans(k)), PRECISION)  # (M, N)
-    s = product * factor
+    s = times(q, tl.trans(k), zeros(q, tl.trans(k)), PRECISION) * factor  # (M, N)
     if CUT:
         s = tl.where(seen, s, float("-inf"))
     m_next = tl.maximum(m, tl.max(s, 1))  # (M,)
@@ -51,54 +50,37 @@ def statistics_body(
     # omega is the total of the weights; k_mean divides by that of the rounded weights, which makes it a mean of keys
     # exactly, wherever their origin is.
     total = total * fade + tl.sum(w, 1)
-    c = w * (product * inverse[:, None] - origin[:, None])  # w u.(k - first key): no larger than |k - first key|
-    if CUT:
-        c = tl.where(seen, c, 0.0)
     w = rounded(w, k, PRECISION)
     weighed = weighed * fade + tl.sum(w.to(tl.float32), 1)
     acc = times(w, k_weighed, acc * fade[:, None], PRECISION)  # (M, D)
-    c = rounded(c, k, PRECISION)
-    moved = moved * fade + tl.sum(c.to(tl.float32), 1)
-    image = times(c, k_weighed, image * fade[:, None], PRECISION)  # (M, D)
-    return m_next, total, weighed, acc, moved, image
+    return m_next, total, weighed, acc
 
 
 @triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len"])
 def statistics_kernel(
-    q_ptr, k_ptr, units, lse_out, omega_out, k_mean_out, image_out,
+    q_ptr, k_ptr, units, lse_out, omega_out, k_mean_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
     n_heads, heads, q_len, k_len, scale,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """lse, omega and k_mean of section 2; and C u in the units of the keys, u the query's direction.
-
-    The logits are products of the keys with the query, so C u costs one product here, and an iteration of the solve
-    that starts along u costs three.
-    """
+    """lse, omega and k_mean of section 2."""
     i, head = tile_and_head(n_heads, q_len, BLOCK_M, CAUSAL)
     q_unit, k_unit, _ = units_of(units, head, n_heads)
     q_base = head_of(q_ptr, q_stride_b, q_stride_h, head, heads)
     k_base = head_of(k_ptr, k_stride_b, k_stride_h, head, heads)
     q = load_tile(q_base, q_stride_s, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
     factor = scale * LOG2E * q_unit * k_unit
-    nothing, nowhere = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    wide = q.to(tl.float32)
-    inverse = inverse_or_zero(tl.sqrt(tl.sum(wide * wide, 1)))  # (M,)
-    dim = tl.arange(0, BLOCK_D)
-    first = tl.load(k_base + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)  # (D,)
-    origin = tl.sum(wide * first[None, :], 1) * inverse  # (M,) u.k of the first key, near that of keys far away
-    m, total, weighed, acc, moved, image = sweep_keys(
-        statistics_body, (nothing - float("inf"), nothing, nothing, nowhere, nothing, nowhere),
-        (q, factor, inverse, origin), (k_base, k_stride_s), i, q_len, k_len,
+    nothing = tl.zeros([BLOCK_M], tl.float32)
+    state = (nothing - float("inf"), nothing, nothing, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
+    m, total, weighed, acc = sweep_keys(
+        statistics_body, state, (q, factor), (k_base, k_stride_s), i, q_len, k_len,
         HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     store_rows(rows_of(lse_out, head, q_len, 1), i, q_len, (m + (tl.log2(total) - WEIGHT_BITS)) * LN2)
     store_rows(rows_of(omega_out, head, q_len, 1), i, q_len, total * (1 / WEIGHT))
-    k_mean = with_nan(acc / weighed[:, None])
-    store_tile(rows_of(k_mean_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, k_mean * k_unit, HEAD_DIM)
-    image = (image - k_mean * moved[:, None]) / total[:, None]
-    store_tile(rows_of(image_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, image, HEAD_DIM)
+    k_mean = with_nan(acc / weighed[:, None]) * k_unit
+    store_tile(rows_of(k_mean_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, k_mean, HEAD_DIM)
 
 
 @triton.jit
@@ -107,13 +89,13 @@ def output_body(
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j p_ij (1 - a_ij) v_j, (2.3)."""
-    q, z, z_size, rest, shift, factor = rows
+    q, z, z_size, a_mean, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
     k, _ = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
     v = load_tile(v_base, v_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
-    # 1 - a of (2.2), in one multiply-add
-    w = w * (rest[:, None] - times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * z_size[:, None])
+    a = times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * z_size[:, None] - a_mean[:, None]  # (2.2)
+    w = w * (1 - a)
     if CUT:
         # A value that is not finite reaches the queries that see it through their weights, as in load_keys.
         flaw = tl.sum((v - v).to(tl.float32), 1)  # (N,) 0 or NaN
@@ -145,14 +127,14 @@ def output_kernel(
     d_z = tl.sum(d * probe, 1)  # (M,) d.z, which is also z.A z
     z_size = tl.sqrt(tl.sum(probe * probe, 1))
     z = rounded(probe * inverse_or_zero(z_size)[:, None], q, PRECISION)  # (M, D) of unit length
-    rest = 1 + z_size * tl.sum(z.to(tl.float32) * k_mean, 1)  # 1 + a's z.k_mean
+    a_mean = z_size * tl.sum(z.to(tl.float32) * k_mean, 1)
     # p a^2 sums to z.C z <= d.z, so |p (1 - a)| <= 1 + sqrt(d.z): the largest weight scale that cannot overflow.
     bound = 1 + tl.sqrt(tl.maximum(d_z, 0.0))
     gain = tl.minimum(power_of_two((1 / bound) * TOP), WEIGHT)
     shift = load_rows(rows_of(lse_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0) * LOG2E - tl.log2(gain)
     factor = scale * LOG2E * q_unit * k_unit
     acc = sweep_keys(
-        output_body, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), (q, z, z_size, rest, shift, factor),
+        output_body, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), (q, z, z_size, a_mean, shift, factor),
         (k_base, k_stride_s, v_base, v_stride_s), i, q_len, k_len, HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     omega = load_rows(rows_of(omega_ptr, head, q_len, 1), i, q_len, BLOCK_M, 1.0)

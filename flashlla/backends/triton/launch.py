@@ -161,11 +161,11 @@ def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
     at = Launcher(problem, inputs)
     q, k, v = at.q, at.k, at.v
     lse, omega, k_mean = at.rows(), at.rows(), at.vectors()
-    probe = at.vectors()  # first what the statistics leave for the solve's first guess
     at.sweep(
-        forward_kernels.statistics_kernel, "statistics", q, k, at.units, lse, omega, k_mean, probe,
+        forward_kernels.statistics_kernel, "statistics", q, k, at.units, lse, omega, k_mean,
         *q.stride()[:3], *k.stride()[:3], *at.lengths, problem.scale,
     )  # fmt: skip
+    probe = at.vectors()
     iterations, residual, converged = at.rows(torch.int32), at.rows(), at.rows(torch.bool)
     solve(at, inputs.ridge_lambda, lse, k_mean, None, None, probe, (iterations, residual, converged), preconditioner)
     guard, o = at.rows(), empty_output(inputs.q, inputs.v)

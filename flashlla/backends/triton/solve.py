@@ -91,7 +91,7 @@ def solve_kernel(
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Forward: the probe z of (2.1), b = k_mean - q, over C u in x_out (statistics_kernel's). ADJOINT: -y of (3.1), b = t in rows of unit length, |t| beside it.
+    """Forward: the probe z of (2.1), b = k_mean - q. ADJOINT: -y of (3.1), b = t in rows of unit length, |t| beside it.
 
     PRECONDITIONER is "none" or "jacobi". A row leaves off when |r|^2 <= max(atol, |b|^2) rtol, the tile when all its
     rows have; a row that is NaN has left off.
@@ -125,20 +125,9 @@ def solve_kernel(
         inverse = 1.0
     b2 = tl.sum(r * r, 1)  # (M,), as every scalar of the recurrence
     threshold = tl.maximum(b2, atol) * rtol
-    if ADJOINT:
-        solution = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    else:
-        # A first guess along the query, d's direction but for k_mean, from the C u that the statistics left in x_out.
-        along = q.to(tl.float32)
-        along = along * inverse_or_zero(tl.sqrt(tl.sum(along * along, 1)))[:, None]
-        image = load_tile(rows_of(x_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-        image += ridge[:, None] * along  # A u
-        curvature = tl.sum(along * image, 1)
-        step = tl.where(curvature > 0, tl.sum(r * along, 1) / tl.where(curvature > 0, curvature, 1.0), 0.0)
-        solution = step[:, None] * along
-        r -= step[:, None] * image
+    solution = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     direction = r * inverse
-    r2 = tl.sum(r * r, 1)
+    r2 = b2
     r_y = tl.sum(r * direction, 1)
     active = r2 > threshold  # False for NaN
     taken = tl.zeros([BLOCK_M], tl.int32)

@@ -240,5 +240,10 @@ def test_every_kernel_compiles_for_three_architectures(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     kernels = {(x["kernel"], x["architecture"], x["dim"]) for x in json.loads(table.read_text())["kernels"]}
-    assert len({k for k, _, _ in kernels}) == 8
+    from flashlla.backends.triton import backward, forward, prepare, solve
+
+    written = {
+        name for module in (backward, forward, prepare, solve) for name in vars(module) if name.endswith("_kernel")
+    }
+    assert {k for k, _, _ in kernels} == written
     assert {(a, d) for _, a, d in kernels} == {(a, d) for a in (80, 90, 100) for d in (64, 128)}

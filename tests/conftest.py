@@ -21,10 +21,6 @@ from flashlla import dispatch, notices, solvers
 from tests.poison import poisoned
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; run with `pytest -m gpu`")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

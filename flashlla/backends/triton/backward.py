@@ -1,8 +1,7 @@
 """The backward pass around the solve: the right-hand side of (3.1) before it, the gradients after it.
 
-The adjoint probe comes as -y: then e = g - g_mean - b is the sum of two products in one accumulator,
-and the products with
-y in (3.4) are sums too. All of a query is in units of its row of grad_o (prepare.py) times v_unit.
+The adjoint probe comes as -y: then e = g - g_mean - b is the sum of two products in one accumulator, and the products
+with y in (3.4) are sums too. All of a query is in units of its row of grad_o (prepare.py) times v_unit.
 """
 
 import triton
@@ -46,10 +45,9 @@ def moments_body(
     k_base, k_stride, v_base, v_stride = keys
     k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
     v = load_tile(v_base, v_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
-    g = times(do, tl.trans(v), zeros(do, tl.trans(v)), PRECISION)  # (M, N)
-    w = weights(q, k, factor, shift, seen, PRECISION, CUT)
+    w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
     whole += tl.sum(w, 1)
-    w = w * g
+    w = w * times(do, tl.trans(v), zeros(do, tl.trans(v)), PRECISION)
     if CUT:
         w = tl.where(seen, w, 0.0)
     total += tl.sum(w, 1)
@@ -103,32 +101,34 @@ def dq_body(
 ):  # fmt: skip
     """One tile of sum_j dl_ij k_j and of sum_j dl_ij."""
     acc, total = state
-    q, z, do, y_neg, z_size, a_mean, e_mean, push, shift, factor = rows
+    q, z, do, y_neg, minus_size, rest, e_mean, push, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
     k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
     v = load_tile(v_base, v_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
-    a = times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * z_size[:, None] - a_mean[:, None]  # (2.2)
+    # 1 - a of (2.2)
+    not_a = times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * minus_size[:, None] + rest[:, None]
     e = times(do, tl.trans(v), zeros(do, tl.trans(v)), PRECISION)
     e = times(y_neg, tl.trans(k), e, PRECISION) - e_mean[:, None]  # (3.2)
-    dl = w * ((1 - a) * e + push[:, None])
+    dl = w * (not_a * e + push[:, None])
     if CUT:
         dl = tl.where(seen, dl, 0.0)
     dl = rounded(dl, k, PRECISION)
     return times(dl, k_weighed, acc, PRECISION), total + tl.sum(dl.to(tl.float32), 1)
 
 
-@triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len"])
+@triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len", "rows_len"])
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, units, do_unit_ptr, lse_ptr, k_mean_ptr, probe_ptr, ridge_ptr, g_mean_ptr,
-    dq_out, dridge_out, z_out, rows_out,
+    q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, z_ptr, units, do_unit_ptr, z_size_ptr, lse_ptr, k_mean_ptr, ridge_ptr,
+    g_mean_ptr, dq_out, dridge_out, rows_out, rows_len,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     ridge_stride_b, ridge_stride_h, ridge_stride_s, dq_stride_b, dq_stride_h, dq_stride_s,
     n_heads, heads, q_len, k_len, scale,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq by (3.3) and dlambda by (3.6); and, a query, what dk and dv need: z as an operand and rows_out (6, B H, S)."""
+    """dq by (3.3) and dlambda by (3.6); and what dk and dv need of each query, rows_out (6, B H, rows_len): whole tiles,
+    queries beyond the last with a weight of 0."""
     i, head = tile_and_head(n_heads, q_len, BLOCK_M, CAUSAL)
     q_unit, k_unit, v_unit = units_of(units, head, n_heads)
     q_base = head_of(q_ptr, q_stride_b, q_stride_h, head, heads)
@@ -139,24 +139,24 @@ def dq_kernel(
     do = load_tile(do_ptr + at, HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     y_neg = load_tile(y_neg_ptr + at, HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     k_mean = load_tile(k_mean_ptr + at, HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True) * inverse_power(k_unit)
-    probe = load_tile(probe_ptr + at, HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True) * k_unit
+    z = load_tile(z_ptr + at, HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     row = i + tl.arange(0, BLOCK_M)
     ridge_base = head_of(ridge_ptr, ridge_stride_b, ridge_stride_h, head, heads)
     ridge = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=row < q_len, other=1.0)  # (M,)
     lse = load_rows(rows_of(lse_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0)
     g_mean = load_rows(rows_of(g_mean_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0)
     do_unit = load_rows(rows_of(do_unit_ptr, head, q_len, 1), i, q_len, BLOCK_M, 1.0)
+    z_size = load_rows(rows_of(z_size_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0) * k_unit
 
-    z_size = tl.sqrt(tl.sum(probe * probe, 1))
-    z = rounded(probe * inverse_or_zero(z_size)[:, None], q, PRECISION)  # (M, D) of unit length
-    a_mean = z_size * tl.sum(z.to(tl.float32) * k_mean, 1)
+    z_wide = z.to(tl.float32)
+    a_mean = z_size * tl.sum(z_wide * k_mean, 1)
     y_wide, do_wide = y_neg.to(tl.float32), do.to(tl.float32)
     e_mean = g_mean + tl.sum(y_wide * k_mean, 1)
-    z_y = -tl.sum(probe * y_wide, 1)
+    z_y = -z_size * tl.sum(z_wide * y_wide, 1)
     push = ridge * inverse_power(k_unit) * inverse_power(k_unit) * z_y
     # p a^2 sums to z.C z <= d.z and p e^2 to no more than the variance of g, so both sums bound their terms.
     d = k_mean - q.to(tl.float32) * (q_unit * inverse_power(k_unit))
-    spread = 1 + tl.sqrt(tl.maximum(tl.sum(d * probe, 1), 0.0))  # >= p |1 - a|
+    spread = 1 + tl.sqrt(tl.maximum(z_size * tl.sum(d * z_wide, 1), 0.0))  # >= p |1 - a|
     ROOM: tl.constexpr = 32 if BLOCK_D > 64 else (16 if BLOCK_D > 16 else 8)  # >= |v|
     e_top = ROOM * tl.sqrt(tl.sum(do_wide * do_wide, 1))  # >= p |e|
     dl_top = spread * e_top + tl.abs(push)
@@ -166,7 +166,7 @@ def dq_kernel(
     acc, total = sweep_keys(
         dq_body,
         (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)),
-        (q, z, do, y_neg, z_size, a_mean, e_mean, push, lse * LOG2E - tl.log2(gain), factor),
+        (q, z, do, y_neg, -z_size, 1 + a_mean, e_mean, push, lse * LOG2E - tl.log2(gain), factor),
         (k_base, k_stride_s, v_base, v_stride_s), i, q_len, k_len, HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     # The sum of dl is zero but for rounding, which k_mean takes out of keys far from the origin.
@@ -181,20 +181,20 @@ def dq_kernel(
     )
     dridge = unit * (z_y * inverse_power(k_unit) * inverse_power(k_unit))
     store_rows(rows_of(dridge_out, head, q_len, 1), i, q_len, dridge)
-    store_tile(z_out + at, HEAD_DIM, i, q_len, z, HEAD_DIM)
 
     kappa = tl.abs(scale * q_unit * k_unit)
     top = do_unit * tl.maximum(tl.maximum(dl_top * kappa, e_top * z_size), spread)
     top = tl.where(top < float("inf"), top, 0.0)  # a row of NaN must not decide for the others
     # Any NaN of this query must reach the weights of dk_kernel's products.
     shift = lse * LOG2E - tl.log2(do_unit) + 0.0 * (a_mean + e_mean + push + z_size)
-    base, stride = rows_of(rows_out, head, q_len, 1), n_heads.to(tl.int64) * q_len
-    store_rows(base, i, q_len, shift)
-    store_rows(base + stride, i, q_len, z_size)
-    store_rows(base + 2 * stride, i, q_len, a_mean)
-    store_rows(base + 3 * stride, i, q_len, e_mean)
-    store_rows(base + 4 * stride, i, q_len, push)
-    store_rows(base + 5 * stride, i, q_len, top)
+    shift = tl.where(row < q_len, shift, float("inf"))
+    base, stride = rows_of(rows_out, head, rows_len, 1), n_heads.to(tl.int64) * rows_len
+    store_rows(base, i, rows_len, shift)
+    store_rows(base + stride, i, rows_len, z_size)
+    store_rows(base + 2 * stride, i, rows_len, 1 + a_mean)
+    store_rows(base + 3 * stride, i, rows_len, e_mean)
+    store_rows(base + 4 * stride, i, rows_len, push * (scale * q_unit * k_unit))
+    store_rows(base + 5 * stride, i, rows_len, top)
 
 
 @triton.jit
@@ -210,18 +210,21 @@ def dk_body(
     z = load_tile(z_base, HEAD_DIM, i, q_len, HEAD_DIM, M, k.shape[1], True)
     do = load_tile(do_base, HEAD_DIM, i, q_len, HEAD_DIM, M, k.shape[1], True)
     y_neg = load_tile(y_neg_base, HEAD_DIM, i, q_len, HEAD_DIM, M, k.shape[1], True)
-    shift = load_rows(rows_base, i, q_len, M, float("inf")) - gain_bits  # (M,); inf: weight 0
-    z_size = load_rows(rows_base + rows_stride, i, q_len, M, 0.0)
-    a_mean = load_rows(rows_base + 2 * rows_stride, i, q_len, M, 0.0)
-    e_mean = load_rows(rows_base + 3 * rows_stride, i, q_len, M, 0.0)
-    push = load_rows(rows_base + 4 * rows_stride, i, q_len, M, 0.0) * kappa
+    at = rows_base + i + tl.arange(0, M)
+    shift = tl.load(at) - gain_bits  # (M,), as the next five
+    z_size = tl.load(at + rows_stride)
+    rest = tl.load(at + 2 * rows_stride)
+    e_mean = tl.load(at + 3 * rows_stride)
+    push = tl.load(at + 4 * rows_stride)
+    e_z = e_mean * z_size
     w = tl.exp2(times(k, tl.trans(q), zeros(k, tl.trans(q)), PRECISION) * factor - shift[None, :])  # (N, M)
-    a = times(k, tl.trans(z), zeros(k, tl.trans(z)), PRECISION) * z_size[None, :] - a_mean[None, :]  # (2.2)
+    # 1 - a of (2.2)
+    not_a = rest[None, :] - times(k, tl.trans(z), zeros(k, tl.trans(z)), PRECISION) * z_size[None, :]
     e = times(v, tl.trans(do), zeros(v, tl.trans(do)), PRECISION)
-    e = times(k, tl.trans(y_neg), e, PRECISION) - e_mean[None, :]  # (3.2)
-    w_value = w * (1 - a)
-    w_logit = w_value * (e * kappa) + w * push[None, :]
-    w_probe = w * e * -z_size[None, :]
+    e = times(k, tl.trans(y_neg), e, PRECISION)  # (3.2) but for e_mean
+    w_value = w * not_a
+    w_logit = w * (not_a * (e * kappa - (e_mean * kappa)[None, :]) + push[None, :])
+    w_probe = w * (e_z[None, :] - e * z_size[None, :])
     if CUT:
         w_value = tl.where(seen, w_value, 0.0)
         w_logit = tl.where(seen, w_logit, 0.0)
@@ -235,9 +238,9 @@ def dk_body(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len"])
+@triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len", "rows_len"])
 def dk_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, z_ptr, units, rows_ptr, top_ptr, dk_out, dv_out,
+    q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, z_ptr, units, rows_ptr, top_ptr, dk_out, dv_out, rows_len,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
     n_heads, heads, q_len, k_len, scale,
@@ -261,7 +264,7 @@ def dk_kernel(
         dk_body, (nothing, nothing), (k, v, kappa * LOG2E, kappa, tl.log2(gain)),
         (
             q_base, q_stride_s, z_ptr + at, do_ptr + at, y_neg_ptr + at,
-            rows_of(rows_ptr, head, q_len, 1), n_heads.to(tl.int64) * q_len,
+            rows_of(rows_ptr, head, rows_len, 1), n_heads.to(tl.int64) * rows_len,
         ),
         j, q_len, k_len, HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip

@@ -28,23 +28,24 @@ class Config(NamedTuple):
 
 PASSES = ("statistics", "solve", "output", "moments", "dq", "dk")
 
-# float16 operands. Head dims are padded to these powers of two.
+# Tables by padded head dim and pass. float16 operands on Hopper and Blackwell's data-centre chips (measured on an H200;
+# docs/performance.md): 227 KiB of shared memory a processor, products of whole warp groups.
 _HALF: dict[int, dict[str, Config]] = {
     16: dict.fromkeys(PASSES, Config(64, 64, 4, 2)),
     32: dict.fromkeys(PASSES, Config(64, 64, 4, 3)),
     64: {
-        "statistics": Config(64, 64, 4, 3, 96),
+        "statistics": Config(64, 64, 4, 3, 168),
         "solve": Config(64, 64, 4, 3),
         "output": Config(64, 64, 4, 3, 168),
-        "moments": Config(64, 64, 4, 2, 128),
-        "dq": Config(64, 64, 4, 2, 168),
+        "moments": Config(128, 64, 8, 3, 128),
+        "dq": Config(64, 64, 4, 3),
         "dk": Config(32, 64, 4, 2, 168),
     },
     128: {
-        "statistics": Config(128, 64, 8, 2, 128),
+        "statistics": Config(64, 64, 4, 3),
         "solve": Config(64, 32, 4, 3),
-        "output": Config(64, 64, 4, 2),
-        "moments": Config(64, 64, 4, 2),
+        "output": Config(128, 64, 8, 3),
+        "moments": Config(128, 64, 8, 3),
         "dq": Config(128, 64, 8, 2),
         "dk": Config(32, 64, 4, 2),
     },
@@ -56,6 +57,14 @@ _HALF: dict[int, dict[str, Config]] = {
         "dq": Config(64, 32, 8, 2),
         "dk": Config(32, 32, 8, 1),
     },
+}
+# float16 operands on all other chips: as little as 99 KiB of shared memory, products of single warps. Not measured.
+_HALF_SMALL: dict[int, dict[str, Config]] = {
+    16: dict.fromkeys(PASSES, Config(64, 64, 4, 2)),
+    32: dict.fromkeys(PASSES, Config(64, 64, 4, 2)),
+    64: {**dict.fromkeys(PASSES, Config(64, 64, 4, 2)), "dk": Config(32, 64, 4, 2)},
+    128: {**dict.fromkeys(PASSES, Config(64, 32, 4, 2)), "dk": Config(32, 32, 4, 2)},
+    256: {**dict.fromkeys(PASSES, Config(32, 32, 4, 2)), "dk": Config(16, 32, 4, 1)},
 }
 # float32 operands. Full products are sums of scalar multiply-adds, unrolled: small tiles keep them in registers.
 _SINGLE: dict[int, dict[str, Config]] = {
@@ -74,9 +83,9 @@ def padded(head_dim: int) -> int:
 
 def config(name: str, head_dim: int, operand: torch.dtype, capability: tuple[int, int]) -> Config:
     """The config of pass ``name``; ``operand`` is float16 or float32, ``capability`` the device's, (9, 0) say."""
-    table = _HALF if operand == torch.float16 else _SINGLE
-    chosen = table[padded(head_dim)][name]
-    return chosen
+    if operand != torch.float16:
+        return _SINGLE[padded(head_dim)][name]
+    return (_HALF if capability[0] in (9, 10) else _HALF_SMALL)[padded(head_dim)][name]
 
 
 def candidates(name: str, head_dim: int, operand: torch.dtype, capability: tuple[int, int]) -> list[Config]:

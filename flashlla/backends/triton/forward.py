@@ -36,51 +36,70 @@ def statistics_body(
     state, rows, keys, j, k_len, seen,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
-    """One tile of the running maximum m, total and weighted sum of keys."""
-    m, total, weighed, acc = state
-    q, factor = rows
+    """One tile of the running maximum m, and of the sums of w, w k, c and c k, c = w u.(k - origin)."""
+    m, total, acc, c_total, c_acc = state
+    q, factor, inverse, u_origin, FLIP = rows
     k_base, k_stride = keys
     k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
-    s = times(q, tl.trans(k), zeros(q, tl.trans(k)), PRECISION) * factor  # (M, N)
+    product = times(q, tl.trans(k), zeros(q, tl.trans(k)), PRECISION)  # (M, N)
+    s = product * factor
     if CUT:
         s = tl.where(seen, s, float("-inf"))
-    m_next = tl.maximum(m, tl.max(s, 1))  # (M,)
+        m_next = tl.maximum(m, tl.max(s, 1))  # (M,)
+    else:  # the product of a sign that is known: one multiplication a query instead of one a pair
+        m_next = tl.maximum(m, (tl.min(product, 1) if FLIP else tl.max(product, 1)) * factor)
     w = tl.exp2(s - (m_next - WEIGHT_BITS)[:, None])  # (M, N)
+    c = w * (product * inverse[:, None] - u_origin[:, None])
+    if CUT:
+        c = tl.where(seen, c, 0.0)
     fade = tl.exp2(m - m_next)
-    # omega is the total of the weights; k_mean divides by that of the rounded weights, which makes it a mean of keys
-    # exactly, wherever their origin is.
-    total = total * fade + tl.sum(w, 1)
+    # Totals of the rounded numbers: they make k_mean a mean of keys, and C u a covariance, wherever the origin is.
     w = rounded(w, k, PRECISION)
-    weighed = weighed * fade + tl.sum(w.to(tl.float32), 1)
+    total = total * fade + tl.sum(w.to(tl.float32), 1)
     acc = times(w, k_weighed, acc * fade[:, None], PRECISION)  # (M, D)
-    return m_next, total, weighed, acc
+    c = rounded(c, k, PRECISION)
+    c_total = c_total * fade + tl.sum(c.to(tl.float32), 1)
+    c_acc = times(c, k_weighed, c_acc * fade[:, None], PRECISION)  # (M, D)
+    return m_next, total, acc, c_total, c_acc
 
 
 @triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len"])
 def statistics_kernel(
-    q_ptr, k_ptr, units, lse_out, omega_out, k_mean_out,
+    q_ptr, k_ptr, units, lse_out, omega_out, k_mean_out, image_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
     n_heads, heads, q_len, k_len, scale,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    FLIP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """lse, omega and k_mean of section 2."""
+    """lse, omega and k_mean of section 2; and C u in units of the keys, u the query's direction, for a first guess.
+
+    The logits are products of the keys with the query, so C u costs one product here, and an iteration of the solve
+    that starts along u three. FLIP: the scale is negative, and the smallest product has the largest logit.
+    """
     i, head = tile_and_head(n_heads, q_len, BLOCK_M, CAUSAL)
     q_unit, k_unit, _ = units_of(units, head, n_heads)
     q_base = head_of(q_ptr, q_stride_b, q_stride_h, head, heads)
     k_base = head_of(k_ptr, k_stride_b, k_stride_h, head, heads)
     q = load_tile(q_base, q_stride_s, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
     factor = scale * LOG2E * q_unit * k_unit
-    nothing = tl.zeros([BLOCK_M], tl.float32)
-    state = (nothing - float("inf"), nothing, nothing, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
-    m, total, weighed, acc = sweep_keys(
-        statistics_body, state, (q, factor), (k_base, k_stride_s), i, q_len, k_len,
+    wide = q.to(tl.float32)
+    inverse = inverse_or_zero(tl.sqrt(tl.sum(wide * wide, 1)))  # (M,)
+    # Keys far from the origin are near each other: u.k is measured from the first key's.
+    dim = tl.arange(0, BLOCK_D)
+    origin = tl.load(k_base + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)  # (D,)
+    u_origin = tl.sum(wide * origin[None, :], 1) * inverse
+    nothing, nowhere = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m, total, acc, c_total, c_acc = sweep_keys(
+        statistics_body, (nothing - float("inf"), nothing, nowhere, nothing, nowhere),
+        (q, factor, inverse, u_origin, FLIP), (k_base, k_stride_s), i, q_len, k_len,
         HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     store_rows(rows_of(lse_out, head, q_len, 1), i, q_len, (m + (tl.log2(total) - WEIGHT_BITS)) * LN2)
     store_rows(rows_of(omega_out, head, q_len, 1), i, q_len, total * (1 / WEIGHT))
-    k_mean = with_nan(acc / weighed[:, None]) * k_unit
-    store_tile(rows_of(k_mean_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, k_mean, HEAD_DIM)
+    k_mean = with_nan(acc / total[:, None])
+    store_tile(rows_of(k_mean_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, k_mean * k_unit, HEAD_DIM)
+    image = (c_acc - k_mean * c_total[:, None]) / total[:, None]
+    store_tile(rows_of(image_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, image, HEAD_DIM)
 
 
 @triton.jit
@@ -89,13 +108,13 @@ def output_body(
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j p_ij (1 - a_ij) v_j, (2.3)."""
-    q, z, z_size, a_mean, shift, factor = rows
+    q, z, minus_size, rest, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
     k, _ = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
     v = load_tile(v_base, v_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
-    a = times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * z_size[:, None] - a_mean[:, None]  # (2.2)
-    w = w * (1 - a)
+    # 1 - a of (2.2) in one multiply-add
+    w = w * (times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * minus_size[:, None] + rest[:, None])
     if CUT:
         # A value that is not finite reaches the queries that see it through their weights, as in load_keys.
         flaw = tl.sum((v - v).to(tl.float32), 1)  # (N,) 0 or NaN
@@ -106,7 +125,7 @@ def output_body(
 
 @triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len"])
 def output_kernel(
-    q_ptr, k_ptr, v_ptr, units, lse_ptr, omega_ptr, k_mean_ptr, probe_ptr, guard_out, o_out,
+    q_ptr, k_ptr, v_ptr, units, lse_ptr, omega_ptr, z_ptr, sizes_ptr, guard_out, o_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     o_stride_b, o_stride_h, o_stride_s, n_heads, heads, q_len, k_len, scale, delta_eps,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -119,22 +138,19 @@ def output_kernel(
     k_base = head_of(k_ptr, k_stride_b, k_stride_h, head, heads)
     v_base = head_of(v_ptr, v_stride_b, v_stride_h, head, heads)
     q = load_tile(q_base, q_stride_s, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
-    k_mean = load_tile(rows_of(k_mean_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    probe = load_tile(rows_of(probe_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    k_mean = k_mean * inverse_power(k_unit)
-    probe = probe * k_unit
-    d = k_mean - q.to(tl.float32) * (q_unit * inverse_power(k_unit))
-    d_z = tl.sum(d * probe, 1)  # (M,) d.z, which is also z.A z
-    z_size = tl.sqrt(tl.sum(probe * probe, 1))
-    z = rounded(probe * inverse_or_zero(z_size)[:, None], q, PRECISION)  # (M, D) of unit length
-    a_mean = z_size * tl.sum(z.to(tl.float32) * k_mean, 1)
+    # z comes from memory: an operand made here would live in registers, and the assembler would wait for its products.
+    z = load_tile(rows_of(z_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    sizes, stride = rows_of(sizes_ptr, head, q_len, 1), n_heads.to(tl.int64) * q_len
+    z_size = load_rows(sizes, i, q_len, BLOCK_M, 0.0)
+    rest = load_rows(sizes + stride, i, q_len, BLOCK_M, 0.0)
+    d_z = load_rows(sizes + 2 * stride, i, q_len, BLOCK_M, 0.0)  # also z.A z
     # p a^2 sums to z.C z <= d.z, so |p (1 - a)| <= 1 + sqrt(d.z): the largest weight scale that cannot overflow.
     bound = 1 + tl.sqrt(tl.maximum(d_z, 0.0))
     gain = tl.minimum(power_of_two((1 / bound) * TOP), WEIGHT)
     shift = load_rows(rows_of(lse_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0) * LOG2E - tl.log2(gain)
     factor = scale * LOG2E * q_unit * k_unit
     acc = sweep_keys(
-        output_body, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), (q, z, z_size, a_mean, shift, factor),
+        output_body, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), (q, z, -z_size, rest, shift, factor),
         (k_base, k_stride_s, v_base, v_stride_s), i, q_len, k_len, HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     omega = load_rows(rows_of(omega_ptr, head, q_len, 1), i, q_len, BLOCK_M, 1.0)

@@ -19,6 +19,8 @@ from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residu
 
 # Rows that one program of the cast kernels takes.
 CAST_ROWS = 64
+# What a query hands on to the keys' pass is kept for whole tiles of queries; none has more than this.
+ROWS_PAD = 128
 # How much coarser than the dtype's resolution the probe of 16-bit inputs may be.
 PROBE_SLACK = 2.0
 _tuned: dict[tuple[Any, ...], configs.Config] = {}
@@ -85,17 +87,18 @@ class Launcher:
         )  # fmt: skip
         return y.unbind(0)
 
-    def cast_grad(self, grad_o: Tensor, guard: Tensor) -> tuple[Tensor, Tensor]:
-        """``guard * grad_o`` in the operands' dtype, contiguous, in units of a power of two a row; and those units."""
+    def cast_rows(self, grad_o: Tensor, guard: Tensor, probe: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``guard * grad_o`` in the operands' dtype, contiguous, in units of a power of two a row, and those units; the
+        probe so, in rows of unit length, and their lengths."""
         grad_o = with_unit_stride(grad_o)
-        y, unit = self.vectors(self.operand), self.rows()
+        y, y_unit, z, z_size = self.vectors(self.operand), self.rows(), self.vectors(self.operand), self.rows()
         length, d = grad_o.shape[2:]
         self.run(
-            prepare.cast_grad_kernel, "cast", (self.n_heads * triton.cdiv(length, CAST_ROWS),),
-            grad_o, guard, y, unit, *grad_o.stride()[:3], grad_o.shape[1], length,
+            prepare.cast_rows_kernel, "cast", (self.n_heads * triton.cdiv(length, CAST_ROWS),),
+            grad_o, guard, probe, y, y_unit, z, z_size, *grad_o.stride()[:3], grad_o.shape[1], length,
             HEAD_DIM=d, BLOCK_D=configs.padded(d), BLOCK_M=CAST_ROWS,
         )  # fmt: skip
-        return y, unit
+        return y, y_unit, z, z_size
 
     def sweep(self, kernel: Any, name: str, *arguments: Any, over_keys: bool = False, **settings: Any) -> None:
         """Launch ``kernel`` of pass ``name``, one program a tile of queries (``over_keys``: of keys) and head."""
@@ -160,38 +163,41 @@ def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
     """The passes of operator section 4: statistics, solve, output."""
     at = Launcher(problem, inputs)
     q, k, v = at.q, at.k, at.v
-    lse, omega, k_mean = at.rows(), at.rows(), at.vectors()
+    lse, omega, k_mean, image = at.rows(), at.rows(), at.vectors(), at.vectors()
     at.sweep(
-        forward_kernels.statistics_kernel, "statistics", q, k, at.units, lse, omega, k_mean,
-        *q.stride()[:3], *k.stride()[:3], *at.lengths, problem.scale,
+        forward_kernels.statistics_kernel, "statistics", q, k, at.units, lse, omega, k_mean, image,
+        *q.stride()[:3], *k.stride()[:3], *at.lengths, problem.scale, FLIP=problem.scale < 0,
     )  # fmt: skip
-    probe = at.vectors()
+    probe, z, sizes = at.vectors(), at.vectors(at.operand), at.empty(3, at.n_heads, problem.q_len)
     iterations, residual, converged = at.rows(torch.int32), at.rows(), at.rows(torch.bool)
-    solve(at, inputs.ridge_lambda, lse, k_mean, None, None, probe, (iterations, residual, converged), preconditioner)
+    report = iterations, residual, converged
+    solve(at, inputs.ridge_lambda, lse, k_mean, image, probe, preconditioner, forward=(z, sizes, *report))
+    del image
     guard, o = at.rows(), empty_output(inputs.q, inputs.v)
     o_rows = o if with_unit_stride(o) is o else torch.empty_like(o, memory_format=torch.contiguous_format)
     at.sweep(
-        forward_kernels.output_kernel, "output", q, k, v, at.units, lse, omega, k_mean, probe, guard, o_rows,
+        forward_kernels.output_kernel, "output", q, k, v, at.units, lse, omega, z, sizes, guard, o_rows,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o_rows.stride()[:3], *at.lengths,
         problem.scale, problem.delta_eps,
     )  # fmt: skip
     if o_rows is not o:
         o.copy_(o_rows)
-    return Forward(o, Residuals(lse, guard, probe, k_mean), Report(omega, iterations, residual, converged))
+    return Forward(o, Residuals(lse, guard, probe, k_mean), Report(omega, *report))
 
 
 def solve(
-    at: Launcher, ridge: Tensor, lse: Tensor, k_mean: Tensor, b: Tensor | None, b_size: Tensor | None, x: Tensor,
-    report: tuple[Tensor, Tensor, Tensor] | None, preconditioner: str,
+    at: Launcher, ridge: Tensor, lse: Tensor, k_mean: Tensor, b: Tensor, x: Tensor, preconditioner: str, *,
+    forward: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None, b_size: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launch the one solve kernel; without ``b`` for the probe, with it for the adjoint probe."""
-    iterations, residual, converged = report or (lse, lse, lse)  # not touched for the adjoint
+    """Launch the one solve kernel: for the probe, with the five more outputs of ``forward`` to fill; or for the adjoint
+    probe, with ``b_size``."""
+    adjoint = b_size is not None
+    z, sizes, iterations, residual, converged = forward or (lse,) * 5  # not touched for the adjoint
     at.sweep(
-        solve_kernel, "solve", at.q, at.k, at.units, lse, k_mean, ridge, k_mean if b is None else b,
-        lse if b_size is None else b_size, x, iterations, residual, converged,
+        solve_kernel, "solve", at.q, at.k, at.units, lse, k_mean, ridge, b, b_size if adjoint else lse, x,
+        z, sizes, iterations, residual, converged,
         *at.q.stride()[:3], *at.k.stride()[:3], *ridge.stride(), *at.lengths, at.problem.scale,
-        *tolerances(at.problem, b is not None),
-        ADJOINT=b is not None, PRECONDITIONER=preconditioner,
+        *tolerances(at.problem, adjoint), ADJOINT=adjoint, PRECONDITIONER=preconditioner,
     )  # fmt: skip
 
 
@@ -202,7 +208,7 @@ def backward(
     at = Launcher(problem, inputs)
     q, k, v = at.q, at.k, at.v
     lse, guard, probe, k_mean = (t.contiguous() for t in residuals)
-    do, do_unit = at.cast_grad(grad_o, guard)
+    do, do_unit, z, z_size = at.cast_rows(grad_o, guard, probe)
     t, t_size, g_mean = at.vectors(at.operand), at.rows(), at.rows()
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     at.sweep(
@@ -210,19 +216,20 @@ def backward(
         *strides, *at.lengths, problem.scale,
     )  # fmt: skip
     y_neg = at.vectors(at.operand)
-    solve(at, inputs.ridge_lambda, lse, k_mean, t, t_size, y_neg, None, preconditioner)
+    solve(at, inputs.ridge_lambda, lse, k_mean, t, y_neg, preconditioner, b_size=t_size)
     del t
     dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
     outs = [x if with_unit_stride(x) is x else x.new_empty(x.shape) for x in (dq, dk, dv)]
-    dridge, z, rows = at.rows(), at.vectors(at.operand), at.empty(6, at.n_heads, problem.q_len)
+    dridge = at.rows()
+    rows = at.empty(6, at.n_heads, triton.cdiv(problem.q_len, ROWS_PAD) * ROWS_PAD)
     at.sweep(
-        backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, at.units, do_unit, lse, k_mean, probe,
-        inputs.ridge_lambda,
-        g_mean, outs[0], dridge, z, rows,
+        backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, at.units, do_unit, z_size, lse, k_mean,
+        inputs.ridge_lambda, g_mean, outs[0], dridge, rows, rows.stride(1),
         *strides, *inputs.ridge_lambda.stride(), *outs[0].stride()[:3], *at.lengths, problem.scale,
     )  # fmt: skip
     at.sweep(
-        backward_kernels.dk_kernel, "dk", q, k, v, do, y_neg, z, at.units, rows, rows[5].amax(-1), outs[1], outs[2],
+        backward_kernels.dk_kernel, "dk", q, k, v, do, y_neg, z, at.units, rows,
+        rows[5, :, : problem.q_len].amax(-1), outs[1], outs[2], rows.stride(1),
         *strides, *outs[1].stride()[:3], *outs[2].stride()[:3], *at.lengths, problem.scale, over_keys=True,
     )  # fmt: skip
     for x, rowed in zip((dq, dk, dv), outs):

@@ -5,9 +5,8 @@ two of at least 16. Operands of products are float16 or float32; all else is flo
 
 Units. Operands come divided by powers of two, one for each head and tensor (prepare.py's), so that their largest number
 lies in [1, 2): nothing finite overflows float16, and nothing that matters falls under it. The kernels compute in the
-units of the keys, where keys, k_mean and d are smaller by k_unit, probes larger by it,
-and ridges smaller by its square:
-the equations of docs/math.md hold as they stand.
+units of the keys, where keys, k_mean and d are smaller by k_unit, probes larger by it, and ridges smaller by its
+square: the equations of docs/math.md hold as they stand.
 """
 
 import triton
@@ -190,17 +189,20 @@ def sweep_keys(
 ):  # fmt: skip
     """``state`` after ``body`` on each tile of keys that queries ``row`` to ``row + M`` see.
 
-    Two runs of one body: tiles that every query sees whole, then those that the mask or the length cuts. ``rows`` is
+    Two runs of one body: the tiles that the mask or the length cuts, then those that every query sees whole, if any.
+    Matrix instructions of the second run are still under way when it ends: were the run skipped on a path that joins
+    there, the assembler would copy accumulators beside them, and wait for every single instruction instead. ``rows`` is
     what ``body`` needs of the queries; ``keys`` the keys' (and values') places and strides.
     """
     whole, stop = key_range(row, q_len, k_len, CAUSAL, M, N)
-    seen = tl.full([M, N], True, tl.int1)
-    for j in tl.range(0, whole, N):
-        state = body(state, rows, keys, j, k_len, seen, HEAD_DIM, PRECISION, N, False)
     for j in tl.range(whole, stop, N):
         i_column, j_row = (row + tl.arange(0, M))[:, None], (j + tl.arange(0, N))[None, :]
         seen = visible(i_column, j_row, q_len, k_len, CAUSAL)
         state = body(state, rows, keys, j, k_len, seen, HEAD_DIM, PRECISION, N, True)
+    if whole > 0:
+        seen = tl.full([M, N], True, tl.int1)
+        for j in tl.range(0, whole, N):
+            state = body(state, rows, keys, j, k_len, seen, HEAD_DIM, PRECISION, N, False)
     return state
 
 

@@ -40,10 +40,10 @@ def matvec_body(
     q, x, x_mean, shift, factor = rows
     k_base, k_stride = keys
     k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
-    c = times(x, tl.trans(k), zeros(x, tl.trans(k)), PRECISION) - x_mean[:, None]  # (M, N)
-    w = weights(q, k, factor, shift, seen, PRECISION, CUT) * c
+    w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N); first: its exponentials overlap the next product
+    w = w * (times(x, tl.trans(k), zeros(x, tl.trans(k)), PRECISION) - x_mean[:, None])
     if CUT:
-        w = tl.where(seen, w, 0.0)  # c may be NaN where w was 0
+        w = tl.where(seen, w, 0.0)  # c_ij may be NaN where w_ij was 0
     w = rounded(w, k, PRECISION)
     # The total of the rounded numbers: k_mean times it takes out what keys far from the origin made of their rounding.
     return times(w, k_weighed, acc, PRECISION), total + tl.sum(w.to(tl.float32), 1)
@@ -83,7 +83,7 @@ def prepare_jacobi(
 @triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len", "max_iters"])
 def solve_kernel(
     q_ptr, k_ptr, units, lse_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, x_out,
-    iterations_out, residual_out, converged_out,
+    z_out, sizes_out, iterations_out, residual_out, converged_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, ridge_stride_b, ridge_stride_h,
     ridge_stride_s,
     n_heads, heads, q_len, k_len, scale, atol, rtol, max_iters,
@@ -91,7 +91,9 @@ def solve_kernel(
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Forward: the probe z of (2.1), b = k_mean - q. ADJOINT: -y of (3.1), b = t in rows of unit length, |t| beside it.
+    """Forward: the probe z of (2.1), right-hand side k_mean - q, b is C u of statistics_kernel; and what output_kernel
+    needs, z as an operand of unit length and sizes (3, B H, S): |z|, 1 + z.k_mean, z.d. ADJOINT: -y of (3.1), b is the
+    right-hand side t in rows of unit length, |t| beside it.
 
     PRECONDITIONER is "none" or "jacobi". A row leaves off when |r|^2 <= max(atol, |b|^2) rtol, the tile when all its
     rows have; a row that is NaN has left off.
@@ -125,9 +127,20 @@ def solve_kernel(
         inverse = 1.0
     b2 = tl.sum(r * r, 1)  # (M,), as every scalar of the recurrence
     threshold = tl.maximum(b2, atol) * rtol
-    solution = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if ADJOINT:
+        solution = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    else:
+        # A first guess along u, the query's direction: that of d but for k_mean.
+        u = q.to(tl.float32)
+        u = u * inverse_or_zero(tl.sqrt(tl.sum(u * u, 1)))[:, None]
+        image = load_tile(rows_of(b_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+        image += ridge[:, None] * u  # A u
+        curvature = tl.sum(u * image, 1)
+        step = tl.where(curvature > 0, tl.sum(r * u, 1) / tl.where(curvature > 0, curvature, 1.0), 0.0)
+        solution = step[:, None] * u
+        r -= step[:, None] * image
     direction = r * inverse
-    r2 = b2
+    r2 = tl.sum(r * r, 1)
     r_y = tl.sum(r * direction, 1)
     active = r2 > threshold  # False for NaN
     taken = tl.zeros([BLOCK_M], tl.int32)
@@ -167,6 +180,14 @@ def solve_kernel(
         store_tile(out, HEAD_DIM, i, q_len, saturated(solution * -size[:, None], q), HEAD_DIM)
     else:
         store_tile(out, HEAD_DIM, i, q_len, solution * inverse_power(k_unit), HEAD_DIM)
+        z_size = tl.sqrt(tl.sum(solution * solution, 1))  # (M,)
+        z = rounded(solution * inverse_or_zero(z_size)[:, None], q, PRECISION)  # (M, D)
+        store_tile(rows_of(z_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, z, HEAD_DIM)
+        d = k_mean - q.to(tl.float32) * (q_unit * inverse_power(k_unit))
+        sizes, stride = rows_of(sizes_out, head, q_len, 1), n_heads.to(tl.int64) * q_len
+        store_rows(sizes, i, q_len, z_size)
+        store_rows(sizes + stride, i, q_len, 1 + z_size * tl.sum(z.to(tl.float32) * k_mean, 1))
+        store_rows(sizes + 2 * stride, i, q_len, tl.sum(d * solution, 1))
         store_rows(rows_of(iterations_out, head, q_len, 1), i, q_len, taken)
         residual = tl.where(r2 == 0, 0.0, tl.sqrt(r2 / b2))
         store_rows(rows_of(residual_out, head, q_len, 1), i, q_len, residual)

@@ -127,8 +127,8 @@ def dq_kernel(
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq by (3.3) and dlambda by (3.6); and what dk and dv need of each query, rows_out (6, B H, rows_len): whole tiles,
-    queries beyond the last with a weight of 0."""
+    """dq by (3.3) and dlambda by (3.6); and what dk and dv need of each query, rows_out (6, B H, rows_len): whole
+    tiles, queries beyond the last with a weight of 0."""
     i, head = tile_and_head(n_heads, q_len, BLOCK_M, CAUSAL)
     q_unit, k_unit, v_unit = units_of(units, head, n_heads)
     q_base = head_of(q_ptr, q_stride_b, q_stride_h, head, heads)

@@ -125,7 +125,7 @@ def output_body(
 
 @triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len"])
 def output_kernel(
-    q_ptr, k_ptr, v_ptr, units, lse_ptr, omega_ptr, z_ptr, sizes_ptr, guard_out, o_out,
+    q_ptr, k_ptr, v_ptr, units, lse_ptr, omega_ptr, k_mean_ptr, probe_ptr, guard_out, o_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     o_stride_b, o_stride_h, o_stride_s, n_heads, heads, q_len, k_len, scale, delta_eps,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -138,12 +138,15 @@ def output_kernel(
     k_base = head_of(k_ptr, k_stride_b, k_stride_h, head, heads)
     v_base = head_of(v_ptr, v_stride_b, v_stride_h, head, heads)
     q = load_tile(q_base, q_stride_s, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
-    # z comes from memory: an operand made here would live in registers, and the assembler would wait for its products.
-    z = load_tile(rows_of(z_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    sizes, stride = rows_of(sizes_ptr, head, q_len, 1), n_heads.to(tl.int64) * q_len
-    z_size = load_rows(sizes, i, q_len, BLOCK_M, 0.0)
-    rest = load_rows(sizes + stride, i, q_len, BLOCK_M, 0.0)
-    d_z = load_rows(sizes + 2 * stride, i, q_len, BLOCK_M, 0.0)  # also z.A z
+    k_mean = load_tile(rows_of(k_mean_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    probe = load_tile(rows_of(probe_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    k_mean = k_mean * inverse_power(k_unit)
+    probe = probe * k_unit
+    d = k_mean - q.to(tl.float32) * (q_unit * inverse_power(k_unit))
+    d_z = tl.sum(d * probe, 1)  # (M,) d.z, which is also z.A z
+    z_size = tl.sqrt(tl.sum(probe * probe, 1))
+    z = rounded(probe * inverse_or_zero(z_size)[:, None], q, PRECISION)  # (M, D) of unit length
+    rest = 1 + z_size * tl.sum(z.to(tl.float32) * k_mean, 1)  # 1 + z.k_mean
     # p a^2 sums to z.C z <= d.z, so |p (1 - a)| <= 1 + sqrt(d.z): the largest weight scale that cannot overflow.
     bound = 1 + tl.sqrt(tl.maximum(d_z, 0.0))
     gain = tl.minimum(power_of_two((1 / bound) * TOP), WEIGHT)

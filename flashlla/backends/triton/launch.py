@@ -96,7 +96,7 @@ class Launcher:
         self.run(
             prepare.cast_rows_kernel, "cast", (self.n_heads * triton.cdiv(length, CAST_ROWS),),
             grad_o, guard, probe, y, y_unit, z, z_size, *grad_o.stride()[:3], grad_o.shape[1], length,
-            HEAD_DIM=d, BLOCK_D=configs.padded(d), BLOCK_M=CAST_ROWS,
+            HEAD_DIM=d, PRECISION=self.settings["PRECISION"], BLOCK_D=configs.padded(d), BLOCK_M=CAST_ROWS,
         )  # fmt: skip
         return y, y_unit, z, z_size
 
@@ -168,15 +168,15 @@ def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
         forward_kernels.statistics_kernel, "statistics", q, k, at.units, lse, omega, k_mean, image,
         *q.stride()[:3], *k.stride()[:3], *at.lengths, problem.scale, FLIP=problem.scale < 0,
     )  # fmt: skip
-    probe, z, sizes = at.vectors(), at.vectors(at.operand), at.empty(3, at.n_heads, problem.q_len)
+    probe = at.vectors()
     iterations, residual, converged = at.rows(torch.int32), at.rows(), at.rows(torch.bool)
     report = iterations, residual, converged
-    solve(at, inputs.ridge_lambda, lse, k_mean, image, probe, preconditioner, forward=(z, sizes, *report))
+    solve(at, inputs.ridge_lambda, lse, k_mean, image, probe, preconditioner, report=report)
     del image
     guard, o = at.rows(), empty_output(inputs.q, inputs.v)
     o_rows = o if with_unit_stride(o) is o else torch.empty_like(o, memory_format=torch.contiguous_format)
     at.sweep(
-        forward_kernels.output_kernel, "output", q, k, v, at.units, lse, omega, z, sizes, guard, o_rows,
+        forward_kernels.output_kernel, "output", q, k, v, at.units, lse, omega, k_mean, probe, guard, o_rows,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o_rows.stride()[:3], *at.lengths,
         problem.scale, problem.delta_eps,
     )  # fmt: skip
@@ -187,15 +187,14 @@ def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
 
 def solve(
     at: Launcher, ridge: Tensor, lse: Tensor, k_mean: Tensor, b: Tensor, x: Tensor, preconditioner: str, *,
-    forward: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None, b_size: Tensor | None = None,
+    report: tuple[Tensor, Tensor, Tensor] | None = None, b_size: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launch the one solve kernel: for the probe, with the five more outputs of ``forward`` to fill; or for the adjoint
-    probe, with ``b_size``."""
+    """Launch the one solve kernel, for the probe with a ``report`` to fill, for the adjoint probe with ``b_size``."""
     adjoint = b_size is not None
-    z, sizes, iterations, residual, converged = forward or (lse,) * 5  # not touched for the adjoint
+    iterations, residual, converged = report or (lse,) * 3  # not touched for the adjoint
     at.sweep(
         solve_kernel, "solve", at.q, at.k, at.units, lse, k_mean, ridge, b, b_size if adjoint else lse, x,
-        z, sizes, iterations, residual, converged,
+        iterations, residual, converged,
         *at.q.stride()[:3], *at.k.stride()[:3], *ridge.stride(), *at.lengths, at.problem.scale,
         *tolerances(at.problem, adjoint), ADJOINT=adjoint, PRECONDITIONER=preconditioner,
     )  # fmt: skip

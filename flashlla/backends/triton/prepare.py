@@ -1,8 +1,7 @@
 """Operands: one cast before the kernels instead of one for each tile that they load.
 
 q, k and v become float16, divided by a power of two a head; grad_o, times the guard, by a power of two a row; the probe
-by its length. All of it is decided on the device. What the kernels multiply matrices by is read from memory: an operand
-made in a kernel stays in registers, and the assembler may then wait for every matrix instruction (sweep_keys).
+by its length. All of it is decided on the device.
 """
 
 import triton
@@ -15,27 +14,12 @@ from flashlla.backends.triton.primitives import (
     load_rows,
     load_tile,
     power_of_two,
+    rounded,
     rows_of,
     store_rows,
     store_tile,
     with_nan,
 )
-
-
-@triton.jit
-def one_of_three(
-    q, k, v, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s
-):
-    """Of the tensor that this program works on: its place and strides."""
-    x, stride_b = q, tl.cast(q_stride_b, tl.int64)
-    stride_h, stride_s = tl.cast(q_stride_h, tl.int64), tl.cast(q_stride_s, tl.int64)
-    if tl.program_id(1) == 1:
-        x, stride_b = k, tl.cast(k_stride_b, tl.int64)
-        stride_h, stride_s = tl.cast(k_stride_h, tl.int64), tl.cast(k_stride_s, tl.int64)
-    elif tl.program_id(1) == 2:
-        x, stride_b = v, tl.cast(v_stride_b, tl.int64)
-        stride_h, stride_s = tl.cast(v_stride_h, tl.int64), tl.cast(v_stride_s, tl.int64)
-    return x, stride_b, stride_h, stride_s
 
 
 @triton.jit(do_not_specialize=["heads", "length", "chunk"])
@@ -46,15 +30,19 @@ def largest_kernel(
 ):  # fmt: skip
     """The largest finite magnitude of each of CHUNKS runs of rows of each tensor: (3, B H, CHUNKS)."""
     head, part = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
-    x, stride_b, stride_h, stride_s = one_of_three(
-        q, k, v, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
-        v_stride_b, v_stride_h, v_stride_s,
-    )  # fmt: skip
-    base = head_of(x, stride_b, stride_h, head, heads)
+    tensors = (
+        (q, q_stride_b, q_stride_h, q_stride_s),
+        (k, k_stride_b, k_stride_h, k_stride_s),
+        (v, v_stride_b, v_stride_h, v_stride_s),
+    )
     found = tl.zeros([BLOCK_M], tl.float32)
-    for i in tl.range(part * chunk, tl.minimum((part + 1) * chunk, length), BLOCK_M):
-        tile = tl.abs(load_tile(base, stride_s, i, length, HEAD_DIM, BLOCK_M, BLOCK_D, True).to(tl.float32))  # (M, D)
-        found = tl.maximum(found, tl.max(tl.where(tile < float("inf"), tile, 0.0), 1))
+    for which in tl.static_range(3):
+        if tl.program_id(1) == which:
+            base = head_of(tensors[which][0], tensors[which][1], tensors[which][2], head, heads)
+            for i in tl.range(part * chunk, tl.minimum((part + 1) * chunk, length), BLOCK_M):
+                tile = load_tile(base, tensors[which][3], i, length, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
+                tile = tl.abs(tile.to(tl.float32))
+                found = tl.maximum(found, tl.max(tl.where(tile < float("inf"), tile, 0.0), 1))
     tl.store(largest + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.max(found, 0))
 
 
@@ -68,21 +56,25 @@ def cast_kernel(
     tiles = tl.cdiv(length, BLOCK_M)
     head, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
     slot = tl.program_id(1) * n_heads + head
-    x, stride_b, stride_h, stride_s = one_of_three(
-        q, k, v, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
-        v_stride_b, v_stride_h, v_stride_s,
-    )  # fmt: skip
     unit = power_of_two(tl.max(tl.load(largest + slot * CHUNKS + tl.arange(0, CHUNKS)), 0))
-    tile = load_tile(head_of(x, stride_b, stride_h, head, heads), stride_s, i, length, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    tile = with_nan(tile.to(tl.float32) * inverse_power(unit))  # (M, D)
-    store_tile(rows_of(y, slot, length, HEAD_DIM), HEAD_DIM, i, length, tile, HEAD_DIM)
     tl.store(units + slot, unit, mask=i == 0)
+    tensors = (
+        (q, q_stride_b, q_stride_h, q_stride_s),
+        (k, k_stride_b, k_stride_h, k_stride_s),
+        (v, v_stride_b, v_stride_h, v_stride_s),
+    )
+    for which in tl.static_range(3):
+        if tl.program_id(1) == which:
+            base = head_of(tensors[which][0], tensors[which][1], tensors[which][2], head, heads)
+            tile = load_tile(base, tensors[which][3], i, length, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+            tile = with_nan(tile.to(tl.float32) * inverse_power(unit))  # (M, D)
+            store_tile(rows_of(y, slot, length, HEAD_DIM), HEAD_DIM, i, length, tile, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["heads", "length"])
 def cast_rows_kernel(
     grad_o, guard, probe, y, y_unit_out, z_out, z_size_out, stride_b, stride_h, stride_s, heads, length,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Row by row y = guard grad_o / y_unit, so that no row of y is longer than 1 and none but zeros is short; and
     probe = z_size z, z of unit length."""
@@ -99,6 +91,6 @@ def cast_rows_kernel(
     store_rows(rows_of(y_unit_out, head, length, 1), i, length, unit)
     z = load_tile(rows_of(probe, head, length, HEAD_DIM), HEAD_DIM, i, length, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     z_size = tl.sqrt(tl.sum(z * z, 1))  # (M,)
-    z = z * inverse_or_zero(z_size)[:, None]  # (M, D)
+    z = rounded(z * inverse_or_zero(z_size)[:, None], tl.zeros([1], z_out.dtype.element_ty), PRECISION)  # (M, D)
     store_tile(rows_of(z_out, head, length, HEAD_DIM), HEAD_DIM, i, length, z, HEAD_DIM)
     store_rows(rows_of(z_size_out, head, length, 1), i, length, z_size)

@@ -83,7 +83,7 @@ def prepare_jacobi(
 @triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len", "max_iters"])
 def solve_kernel(
     q_ptr, k_ptr, units, lse_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, x_out,
-    z_out, sizes_out, iterations_out, residual_out, converged_out,
+    iterations_out, residual_out, converged_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, ridge_stride_b, ridge_stride_h,
     ridge_stride_s,
     n_heads, heads, q_len, k_len, scale, atol, rtol, max_iters,
@@ -91,12 +91,12 @@ def solve_kernel(
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Forward: the probe z of (2.1), right-hand side k_mean - q, b is C u of statistics_kernel; and what output_kernel
-    needs, z as an operand of unit length and sizes (3, B H, S): |z|, 1 + z.k_mean, z.d. ADJOINT: -y of (3.1), b is the
-    right-hand side t in rows of unit length, |t| beside it.
+    """Forward: the probe z of (2.1), right-hand side k_mean - q; b is C u of statistics_kernel. ADJOINT: -y of (3.1);
+    b is the right-hand side t in rows of unit length, |t| beside it.
 
-    PRECONDITIONER is "none" or "jacobi". A row leaves off when |r|^2 <= max(atol, |b|^2) rtol, the tile when all its
-    rows have; a row that is NaN has left off.
+    PRECONDITIONER is "none" or "jacobi". A row leaves off when |r|^2 <= max(atol, |b|^2) rtol, of the adjoint when the
+    next step looks to be as small beside the solution too (docs/math.md, section 4); the tile when all its rows have. A
+    row that is NaN has left off.
     """
     i, head = tile_and_head(n_heads, q_len, BLOCK_M, CAUSAL)
     q_unit, k_unit, _ = units_of(units, head, n_heads)
@@ -171,7 +171,13 @@ def solve_kernel(
         turn = tl.where(active, r_y_next / tl.where(active, r_y, 1.0), 0.0) * size
         direction = y + turn[:, None] * x_wide
         r_y = r_y_next
-        active = active & (r2 > threshold)
+        if ADJOINT:
+            # |r| / curvature is about the length of the next step. Where a few directions hold nearly all of A and
+            # t, a residual that is small beside t may be large beside y.
+            enough = tl.minimum(threshold, rtol * curvature * curvature * tl.sum(solution * solution, 1))
+            active = active & (r2 > enough)
+        else:
+            active = active & (r2 > threshold)
         sweeps += 1
     out = rows_of(x_out, head, q_len, HEAD_DIM)
     solution += (0.0 * r2)[:, None]  # NaN where the right-hand side was
@@ -180,14 +186,6 @@ def solve_kernel(
         store_tile(out, HEAD_DIM, i, q_len, saturated(solution * -size[:, None], q), HEAD_DIM)
     else:
         store_tile(out, HEAD_DIM, i, q_len, solution * inverse_power(k_unit), HEAD_DIM)
-        z_size = tl.sqrt(tl.sum(solution * solution, 1))  # (M,)
-        z = rounded(solution * inverse_or_zero(z_size)[:, None], q, PRECISION)  # (M, D)
-        store_tile(rows_of(z_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, z, HEAD_DIM)
-        d = k_mean - q.to(tl.float32) * (q_unit * inverse_power(k_unit))
-        sizes, stride = rows_of(sizes_out, head, q_len, 1), n_heads.to(tl.int64) * q_len
-        store_rows(sizes, i, q_len, z_size)
-        store_rows(sizes + stride, i, q_len, 1 + z_size * tl.sum(z.to(tl.float32) * k_mean, 1))
-        store_rows(sizes + 2 * stride, i, q_len, tl.sum(d * solution, 1))
         store_rows(rows_of(iterations_out, head, q_len, 1), i, q_len, taken)
         residual = tl.where(r2 == 0, 0.0, tl.sqrt(r2 / b2))
         store_rows(rows_of(residual_out, head, q_len, 1), i, q_len, residual)

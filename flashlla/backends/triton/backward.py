@@ -119,8 +119,8 @@ def dq_body(
 
 @triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len", "rows_len"])
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, z_ptr, units, do_unit_ptr, z_size_ptr, lse_ptr, k_mean_ptr, ridge_ptr,
-    g_mean_ptr, dq_out, dridge_out, rows_out, rows_len,
+    q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, z_ptr, units, do_unit_ptr, z_size_ptr, z_y_ptr, lse_ptr, k_mean_ptr,
+    ridge_ptr, g_mean_ptr, dq_out, dridge_out, rows_out, rows_len,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     ridge_stride_b, ridge_stride_h, ridge_stride_s, dq_stride_b, dq_stride_h, dq_stride_s,
     n_heads, heads, q_len, k_len, scale,
@@ -152,7 +152,7 @@ def dq_kernel(
     a_mean = z_size * tl.sum(z_wide * k_mean, 1)
     y_wide, do_wide = y_neg.to(tl.float32), do.to(tl.float32)
     e_mean = g_mean + tl.sum(y_wide * k_mean, 1)
-    z_y = -z_size * tl.sum(z_wide * y_wide, 1)
+    z_y = load_rows(rows_of(z_y_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0)
     push = ridge * inverse_power(k_unit) * inverse_power(k_unit) * z_y
     # p a^2 sums to z.C z <= d.z and p e^2 to no more than the variance of g, so both sums bound their terms.
     d = k_mean - q.to(tl.float32) * (q_unit * inverse_power(k_unit))

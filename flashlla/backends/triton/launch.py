@@ -187,16 +187,17 @@ def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
 
 def solve(
     at: Launcher, ridge: Tensor, lse: Tensor, k_mean: Tensor, b: Tensor, x: Tensor, preconditioner: str, *,
-    report: tuple[Tensor, Tensor, Tensor] | None = None, b_size: Tensor | None = None,
+    report: tuple[Tensor, ...] | None = None, adjoint: tuple[Tensor, ...] | None = None,
 ) -> None:  # fmt: skip
-    """Launch the one solve kernel, for the probe with a ``report`` to fill, for the adjoint probe with ``b_size``."""
-    adjoint = b_size is not None
-    iterations, residual, converged = report or (lse,) * 3  # not touched for the adjoint
+    """Launch the one solve kernel: for the probe, with the ``report`` to fill (iterations, residual, converged); or for
+    the ``adjoint`` probe, with the lengths of ``b``'s rows, the probe and z.y to fill."""
+    iterations, residual, converged = report or (lse,) * 3  # what is not given is not touched
+    b_size, probe, z_y = adjoint or (lse,) * 3
     at.sweep(
-        solve_kernel, "solve", at.q, at.k, at.units, lse, k_mean, ridge, b, b_size if adjoint else lse, x,
-        iterations, residual, converged,
+        solve_kernel, "solve", at.q, at.k, at.units, lse, k_mean, ridge, b, b_size, probe, x,
+        z_y, iterations, residual, converged,
         *at.q.stride()[:3], *at.k.stride()[:3], *ridge.stride(), *at.lengths, at.problem.scale,
-        *tolerances(at.problem, adjoint), ADJOINT=adjoint, PRECONDITIONER=preconditioner,
+        *tolerances(at.problem, adjoint is not None), ADJOINT=adjoint is not None, PRECONDITIONER=preconditioner,
     )  # fmt: skip
 
 
@@ -208,21 +209,21 @@ def backward(
     q, k, v = at.q, at.k, at.v
     lse, guard, probe, k_mean = (t.contiguous() for t in residuals)
     do, do_unit, z, z_size = at.cast_rows(grad_o, guard, probe)
-    t, t_size, g_mean = at.vectors(at.operand), at.rows(), at.rows()
+    t, t_size, g_mean = at.vectors(), at.rows(), at.rows()
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     at.sweep(
         backward_kernels.moments_kernel, "moments", q, k, v, do, at.units, lse, k_mean, t, t_size, g_mean,
         *strides, *at.lengths, problem.scale,
     )  # fmt: skip
-    y_neg = at.vectors(at.operand)
-    solve(at, inputs.ridge_lambda, lse, k_mean, t, y_neg, preconditioner, b_size=t_size)
+    y_neg, z_y = at.vectors(at.operand), at.rows()
+    solve(at, inputs.ridge_lambda, lse, k_mean, t, y_neg, preconditioner, adjoint=(t_size, probe, z_y))
     del t
     dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
     outs = [x if with_unit_stride(x) is x else x.new_empty(x.shape) for x in (dq, dk, dv)]
     dridge = at.rows()
     rows = at.empty(6, at.n_heads, triton.cdiv(problem.q_len, ROWS_PAD) * ROWS_PAD)
     at.sweep(
-        backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, at.units, do_unit, z_size, lse, k_mean,
+        backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, at.units, do_unit, z_size, z_y, lse, k_mean,
         inputs.ridge_lambda, g_mean, outs[0], dridge, rows, rows.stride(1),
         *strides, *inputs.ridge_lambda.stride(), *outs[0].stride()[:3], *at.lengths, problem.scale,
     )  # fmt: skip

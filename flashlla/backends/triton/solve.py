@@ -82,8 +82,8 @@ def prepare_jacobi(
 
 @triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len", "max_iters"])
 def solve_kernel(
-    q_ptr, k_ptr, units, lse_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, x_out,
-    iterations_out, residual_out, converged_out,
+    q_ptr, k_ptr, units, lse_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, probe_ptr, x_out,
+    z_y_out, iterations_out, residual_out, converged_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, ridge_stride_b, ridge_stride_h,
     ridge_stride_s,
     n_heads, heads, q_len, k_len, scale, atol, rtol, max_iters,
@@ -91,8 +91,8 @@ def solve_kernel(
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Forward: the probe z of (2.1), right-hand side k_mean - q; b is C u of statistics_kernel. ADJOINT: -y of (3.1);
-    b is the right-hand side t in rows of unit length, |t| beside it.
+    """Forward: the probe z of (2.1), right-hand side k_mean - q; b is C u of statistics_kernel. ADJOINT: -y of (3.1)
+    and z.y of (3.6); b is the right-hand side t in rows of unit length, |t| beside it.
 
     PRECONDITIONER is "none" or "jacobi". A row leaves off when |r|^2 <= max(atol, |b|^2) rtol, of the adjoint when the
     next step looks to be as small beside the solution too (docs/math.md, section 4); the tile when all its rows have. A
@@ -184,6 +184,10 @@ def solve_kernel(
     if ADJOINT:
         size = load_rows(rows_of(b_size_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0)
         store_tile(out, HEAD_DIM, i, q_len, saturated(solution * -size[:, None], q), HEAD_DIM)
+        probe = load_tile(
+            rows_of(probe_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True
+        )
+        store_rows(rows_of(z_y_out, head, q_len, 1), i, q_len, k_unit * size * tl.sum(probe * solution, 1))
     else:
         store_tile(out, HEAD_DIM, i, q_len, solution * inverse_power(k_unit), HEAD_DIM)
         store_rows(rows_of(iterations_out, head, q_len, 1), i, q_len, taken)

@@ -77,8 +77,11 @@ def compile_launch(kernel: Any, arguments: tuple, settings: dict, architecture: 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from flashlla.backends.triton.launch import COMPILER
+
     options = {name: settings[name] for name in ("num_warps", "num_stages", "maxnreg") if name in settings}
     constants: dict[str, Any] = {n: v for n, v in settings.items() if n not in options}
+    options.update(COMPILER)
     signature, attributes = {}, {}
     for index, param in enumerate(kernel.params):
         if param.name in constants:

@@ -53,25 +53,23 @@ def limits(dtype: torch.dtype, dim: int, length: int, weak: bool, solver: str) -
     """What each result may be off by, relative, in the Frobenius norm; the smallest ridge decides.
 
     With fewer keys than dimensions a weak ridge alone fixes most of the probe, which is long there (|d| / lambda), and
-    the gradients are small differences of long vectors: the solver's tolerance shows in them.
+    the gradients are small differences of long vectors: the rounding of operands and the solver's tolerance show.
     """
+    few = length <= dim
     if dtype == torch.float32:
         output, gradient = (2e-5, 1e-4) if weak else (1e-5, 5e-5)
         growth = max(1.0, dim / 64) ** 2
     else:
         output, gradient = (6e-3, 1e-2) if weak else (3e-3, 5.1e-3)
         growth = max(1.0, dim / 64) ** 1.3 if weak else 1.0 if dim <= 128 else 1.5
-    few = 1.0 if length >= 2 * dim else 2.0 if length >= dim else 4.0
-    allowed = {name: growth * few * (output if name == "o" else gradient) for name in NAMES}
-    allowed["dridge"] *= 2
-    if length < dim:
-        allowed["dk"] *= 8
-        allowed["dridge"] *= 8
+    allowed = {name: growth * (output if name == "o" else gradient) for name in NAMES}
+    allowed["dridge"] *= 1.5
+    if few:
+        allowed = {name: (4 if name in ("dk", "dridge") else 2.5) * x for name, x in allowed.items()}
         if dtype == torch.float32:  # the first query: |z| |k| times the rounding of float32
             allowed["o"] *= 4
-    if solver == "pcg":  # Jacobi's directions leave the span of the keys seen, where plain ones stay
-        allowed["dridge"] *= 3
-        if length < 2 * dim:
+            allowed["dridge"] *= 20
+        if solver == "pcg" and weak:  # Jacobi's directions leave the span of the keys seen, where plain ones stay
             allowed["dq"] *= 8
             allowed["dridge"] = float("inf")
     return allowed
@@ -243,17 +241,18 @@ def test_numbers_that_are_not_finite_stay_in_their_rows(which: int) -> None:
 def test_float32_follows_the_matmul_precision() -> None:
     before = torch.get_float32_matmul_precision()
     lam = ridges(1.0, 300)
-    want = step([t.double() for t in make((1, 2, 300, 64))], lam, backend="naive")["o"]
+    want = step([t.double() for t in make((1, 2, 300, 64))], lam, backend="naive")
     errors = {}
     try:
         for precision in ("highest", "high"):
             torch.set_float32_matmul_precision(precision)
-            got = step(make((1, 2, 300, 64), torch.float32), lam, backend="triton")["o"]
-            errors[precision] = ((got.double() - want).norm() / want.norm()).item()
+            got = step(make((1, 2, 300, 64), torch.float32), lam, backend="triton")
+            errors[precision] = [((got[n].double() - want[n]).norm() / want[n].norm()).item() for n in NAMES]
     finally:
         torch.set_float32_matmul_precision(before)
-    assert errors["highest"] < 5e-6
-    assert 1e-5 < errors["high"] < 5e-3
+    assert max(errors["highest"]) < 1e-5
+    assert errors["high"][0] > 1e-5
+    assert max(errors["high"]) < 5e-3
 
 
 def test_autotune_is_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ _HALF: dict[int, dict[str, Config]] = {
         "statistics": Config(64, 64, 4, 3, 168),
         "solve": Config(64, 64, 4, 3),
         "output": Config(64, 64, 4, 3, 168),
-        "moments": Config(128, 64, 8, 3, 128),
+        "moments": Config(64, 64, 4, 3, 168),
         "dq": Config(64, 64, 4, 3),
         "dk": Config(32, 64, 4, 2, 168),
     },
@@ -91,10 +91,13 @@ def config(name: str, head_dim: int, operand: torch.dtype, capability: tuple[int
 def candidates(name: str, head_dim: int, operand: torch.dtype, capability: tuple[int, int]) -> list[Config]:
     """What FLASHLLA_AUTOTUNE=1 times: the table's entry first, then its neighbours."""
     first = config(name, head_dim, operand, capability)
+    # dk reads what dq writes of whole tiles of queries: its own may not be larger.
+    most = config("dq", head_dim, operand, capability).m if name == "dk" else 2 * first.m
     others = [
         first._replace(stages=stages, warps=warps, m=m)
         for m in (first.m, 2 * first.m)
         for warps in (4, 8)
         for stages in (2, 3)
+        if m <= most
     ]
     return [first, *(c for c in others if c != first)]

@@ -88,6 +88,9 @@ def compile_launch(kernel: Any, arguments: tuple, settings: dict, architecture: 
             signature[param.name] = "constexpr"
             continue
         value = arguments[index]
+        if value is None:
+            signature[param.name], constants[param.name] = "constexpr", None
+            continue
         if isinstance(value, torch.Tensor):
             signature[param.name] = POINTERS[value.dtype]
         else:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 import flashlla
 from flashlla import CG, PCG, Direct, lla_attention
+from tests.budget import budget
+from tests.cases import BY_NAME
+from tests.helpers import differentiable
 from tests.interpreter import hasten
 
 pytest.importorskip("triton")
@@ -75,6 +78,20 @@ def test_every_gradient_against_the_oracle(
     ridges = ridge * torch.linspace(0.5, 2, length)
     want = step([t.double() for t in tensors], ridges, backend="naive")
     check(step(tensors, ridges, backend="triton"), want, limit, small=1e-3)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["offset", "scale_large", "sharp"])
+def test_float32_where_digits_are_scarce(name: str) -> None:
+    """Keys far from the origin; weights so sharp that the adjoint's right-hand side is a difference of large sums."""
+    case = BY_NAME[name]
+    leaves = differentiable(case.make(torch.float32))
+    keywords = case.keywords(leaves)
+    o = lla_attention(*case.arrange(leaves), **keywords, cg_atol=0.0, cg_rtol=0.0, cg_max_iters=1000, backend="triton")
+    o.backward(leaves["grad_o"])
+    gradients = {n: leaf.grad for n, leaf in leaves.items() if n != "grad_o"}
+    for n, excess in budget(name, torch.float32, iterative=True).worst(o, gradients).items():
+        assert excess.ratio <= 1, f"{n}: {excess}"
 
 
 @interpreted

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from flashlla.backends.triton.primitives import (
+    LN2,
     LOG2E,
     TOP,
     WEIGHT,
@@ -20,6 +21,7 @@ from flashlla.backends.triton.primitives import (
     load_rows,
     load_tile,
     power_of_two,
+    query_in,
     rounded,
     rows_of,
     store_rows,
@@ -39,15 +41,19 @@ def moments_body(
     state, rows, keys, j, k_len, seen,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
-    """One tile of sum_j w_ij g_ij k_j, of sum_j w_ij g_ij as rounded for it and unrounded, and of sum_j w_ij."""
+    """One tile of sum_j w_ij g_ij k_j, of sum_j w_ij g_ij as rounded for it and unrounded, and of sum_j w_ij; g_ij from
+    g_near."""
     acc, weighed, total, whole = state
-    q, do, shift, factor = rows
+    q, do, g_near, NEAR, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
     k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
     v = load_tile(v_base, v_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
     whole += tl.sum(w, 1)
-    w = w * times(do, tl.trans(v), zeros(do, tl.trans(v)), PRECISION)
+    g = times(do, tl.trans(v), zeros(do, tl.trans(v)), PRECISION)
+    if NEAR:
+        g -= g_near[:, None]
+    w = w * g
     if CUT:
         w = tl.where(seen, w, 0.0)
     total += tl.sum(w, 1)
@@ -57,13 +63,16 @@ def moments_body(
 
 @triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len"])
 def moments_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, units, lse_ptr, k_mean_ptr, t_out, t_size_out, g_mean_out,
+    q_ptr, k_ptr, v_ptr, do_ptr, units, lse_ptr, k_mean_ptr, g_near_ptr, lse_out, t_out, t_size_out, g_mean_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     n_heads, heads, q_len, k_len, scale,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """g_mean, and t of (3.1) as a direction of unit length and its length."""
+    """g_mean, t of (3.1) as a direction of unit length and its length, and lse without the rounding it came with.
+
+    g_near (B H, S): where g_mean is about, so that t is no small difference of large sums; None for 0.
+    """
     i, head = tile_and_head(n_heads, q_len, BLOCK_M, CAUSAL)
     q_unit, k_unit, _ = units_of(units, head, n_heads)
     q_base = head_of(q_ptr, q_stride_b, q_stride_h, head, heads)
@@ -74,24 +83,31 @@ def moments_kernel(
     shift = load_rows(rows_of(lse_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0) * LOG2E - WEIGHT_BITS
     factor = scale * LOG2E * q_unit * k_unit
     nothing = tl.zeros([BLOCK_M], tl.float32)
+    NEAR: tl.constexpr = g_near_ptr is not None
+    g_near = nothing
+    if NEAR:
+        g_near = load_rows(rows_of(g_near_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0)
     acc, weighed, total, whole = sweep_keys(
         moments_body,
         (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), nothing, nothing, nothing),
-        (q, do, shift, factor), (k_base, k_stride_s, v_base, v_stride_s), i, q_len, k_len,
+        (q, do, g_near, NEAR, shift, factor), (k_base, k_stride_s, v_base, v_stride_s), i, q_len, k_len,
         HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     k_mean = load_tile(rows_of(k_mean_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     k_mean = k_mean * inverse_power(k_unit)
-    t = (acc - k_mean * weighed[:, None]) * (1 / WEIGHT)
+    # By the weights' own sum: g - g_mean is then exactly zero for a lone key, and lse that of these very weights.
+    own = inverse_or_zero(whole)
+    t = (acc - k_mean * weighed[:, None]) * own[:, None]
     t_size = tl.sqrt(tl.sum(t * t, 1))
     # What is no longer than the rounding of its two halves is rounding: the first query's t is zero.
-    halves = tl.abs(weighed) * (1 / WEIGHT) * tl.sqrt(tl.sum(k_mean * k_mean, 1))
+    halves = tl.abs(weighed) * own * tl.sqrt(tl.sum(k_mean * k_mean, 1))
     t_size = tl.where(t_size < 1e-6 * halves, 0.0, t_size)
     t = t * inverse_or_zero(t_size)[:, None]
     store_tile(rows_of(t_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, t, HEAD_DIM)
     store_rows(rows_of(t_size_out, head, q_len, 1), i, q_len, t_size)
-    # By the weights' own sum, which lse gives but for its rounding: g - g_mean is then exactly zero for a lone key.
-    store_rows(rows_of(g_mean_out, head, q_len, 1), i, q_len, total * inverse_or_zero(whole))
+    store_rows(rows_of(g_mean_out, head, q_len, 1), i, q_len, total * own + g_near)
+    lse = load_rows(rows_of(lse_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0)
+    store_rows(rows_of(lse_out, head, q_len, 1), i, q_len, lse + (tl.log2(whole) - WEIGHT_BITS) * LN2)
 
 
 @triton.jit
@@ -119,8 +135,8 @@ def dq_body(
 
 @triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len", "rows_len"])
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, z_ptr, units, do_unit_ptr, z_size_ptr, z_y_ptr, lse_ptr, k_mean_ptr,
-    ridge_ptr, g_mean_ptr, dq_out, dridge_out, rows_out, rows_len,
+    q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, z_ptr, units, origin_ptr, do_unit_ptr, z_size_ptr, z_y_ptr, lse_ptr,
+    k_mean_ptr, ridge_ptr, g_mean_ptr, dq_out, dridge_out, rows_out, rows_len,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     ridge_stride_b, ridge_stride_h, ridge_stride_s, dq_stride_b, dq_stride_h, dq_stride_s,
     n_heads, heads, q_len, k_len, scale,
@@ -155,7 +171,7 @@ def dq_kernel(
     z_y = load_rows(rows_of(z_y_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0)
     push = ridge * inverse_power(k_unit) * inverse_power(k_unit) * z_y
     # p a^2 sums to z.C z <= d.z and p e^2 to no more than the variance of g, so both sums bound their terms.
-    d = k_mean - q.to(tl.float32) * (q_unit * inverse_power(k_unit))
+    d = k_mean - query_in(q, q_unit, k_unit, origin_ptr, head, HEAD_DIM)
     spread = 1 + tl.sqrt(tl.maximum(z_size * tl.sum(d * z_wide, 1), 0.0))  # >= p |1 - a|
     ROOM: tl.constexpr = 32 if BLOCK_D > 64 else (16 if BLOCK_D > 16 else 8)  # >= |v|
     e_top = ROOM * tl.sqrt(tl.sum(do_wide * do_wide, 1))  # >= p |e|
@@ -211,20 +227,19 @@ def dk_body(
     do = load_tile(do_base, HEAD_DIM, i, q_len, HEAD_DIM, M, k.shape[1], True)
     y_neg = load_tile(y_neg_base, HEAD_DIM, i, q_len, HEAD_DIM, M, k.shape[1], True)
     at = rows_base + i + tl.arange(0, M)
-    shift = tl.load(at) - gain_bits  # (M,), as the next five
+    shift = tl.load(at) - gain_bits  # (M,), as the next four
     z_size = tl.load(at + rows_stride)
     rest = tl.load(at + 2 * rows_stride)
     e_mean = tl.load(at + 3 * rows_stride)
     push = tl.load(at + 4 * rows_stride)
-    e_z = e_mean * z_size
     w = tl.exp2(times(k, tl.trans(q), zeros(k, tl.trans(q)), PRECISION) * factor - shift[None, :])  # (N, M)
     # 1 - a of (2.2)
     not_a = rest[None, :] - times(k, tl.trans(z), zeros(k, tl.trans(z)), PRECISION) * z_size[None, :]
     e = times(v, tl.trans(do), zeros(v, tl.trans(do)), PRECISION)
-    e = times(k, tl.trans(y_neg), e, PRECISION)  # (3.2) but for e_mean
+    e = times(k, tl.trans(y_neg), e, PRECISION) - e_mean[None, :]  # (3.2)
     w_value = w * not_a
-    w_logit = w * (not_a * (e * kappa - (e_mean * kappa)[None, :]) + push[None, :])
-    w_probe = w * (e_z[None, :] - e * z_size[None, :])
+    w_logit = w * (not_a * (e * kappa) + push[None, :])
+    w_probe = w * e * -z_size[None, :]
     if CUT:
         w_value = tl.where(seen, w_value, 0.0)
         w_logit = tl.where(seen, w_logit, 0.0)

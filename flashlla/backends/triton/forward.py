@@ -17,6 +17,7 @@ from flashlla.backends.triton.primitives import (
     load_rows,
     load_tile,
     power_of_two,
+    query_in,
     rounded,
     rows_of,
     store_rows,
@@ -71,10 +72,10 @@ def statistics_kernel(
     FLIP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """lse, omega and k_mean of section 2; and C u in units of the keys, u the query's direction, for a first guess.
+    """lse, omega and k_mean of section 2; and C u in units of the keys, u the query's direction, for the first
+    guess (4.3).
 
-    The logits are products of the keys with the query, so C u costs one product here, and an iteration of the solve
-    that starts along u three. FLIP: the scale is negative, and the smallest product has the largest logit.
+    FLIP: the scale is negative, and the smallest product has the largest logit.
     """
     i, head = tile_and_head(n_heads, q_len, BLOCK_M, CAUSAL)
     q_unit, k_unit, _ = units_of(units, head, n_heads)
@@ -125,7 +126,7 @@ def output_body(
 
 @triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len"])
 def output_kernel(
-    q_ptr, k_ptr, v_ptr, units, lse_ptr, omega_ptr, k_mean_ptr, probe_ptr, guard_out, o_out,
+    q_ptr, k_ptr, v_ptr, units, origin_ptr, lse_ptr, omega_ptr, k_mean_ptr, probe_ptr, guard_out, o_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     o_stride_b, o_stride_h, o_stride_s, n_heads, heads, q_len, k_len, scale, delta_eps,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -142,7 +143,7 @@ def output_kernel(
     probe = load_tile(rows_of(probe_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     k_mean = k_mean * inverse_power(k_unit)
     probe = probe * k_unit
-    d = k_mean - q.to(tl.float32) * (q_unit * inverse_power(k_unit))
+    d = k_mean - query_in(q, q_unit, k_unit, origin_ptr, head, HEAD_DIM)
     d_z = tl.sum(d * probe, 1)  # (M,) d.z, which is also z.A z
     z_size = tl.sqrt(tl.sum(probe * probe, 1))
     z = rounded(probe * inverse_or_zero(z_size)[:, None], q, PRECISION)  # (M, D) of unit length

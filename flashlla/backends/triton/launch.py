@@ -51,6 +51,10 @@ class Launcher:
         self.device = problem.device
         q, k, v = (with_unit_stride(t) for t in inputs[:3])
         self.units = (q.new_empty if half else q.new_ones)((3, self.n_heads), dtype=torch.float32)
+        # float32 has digits to lose: keys are taken relative to their sequence's first (docs/math.md, section 6).
+        self.origin = None if half else k[:, :, 0].nan_to_num(0.0, 0.0, 0.0).contiguous()  # (B, H, D)
+        if self.origin is not None:
+            k = k - self.origin.unsqueeze(2)
         self.q, self.k, self.v = self.cast(q, k, v) if half else (q, k, v)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -67,6 +71,14 @@ class Launcher:
     @property
     def rows_shape(self) -> tuple[int, int, int]:
         return self.problem.batch, self.problem.q_heads, self.problem.q_len
+
+    def moved(self, lse: Tensor, k_mean: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
+        """lse and k_mean of keys as they came, for keys as the kernels have them; ``back``: the other way."""
+        if self.origin is None:
+            return lse, k_mean
+        sign, origin = -1 if back else 1, self.origin.unsqueeze(2)
+        logit = self.problem.scale * (self.q * origin).sum(-1)
+        return lse - sign * logit, k_mean - sign * origin
 
     def cast(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """q, k and v in float16, contiguous, in units of a power of two a head, with which ``self.units`` is filled."""
@@ -178,12 +190,13 @@ def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
     guard, o = at.rows(), empty_output(inputs.q, inputs.v)
     o_rows = o if with_unit_stride(o) is o else torch.empty_like(o, memory_format=torch.contiguous_format)
     at.sweep(
-        forward_kernels.output_kernel, "output", q, k, v, at.units, lse, omega, k_mean, probe, guard, o_rows,
+        forward_kernels.output_kernel, "output", q, k, v, at.units, at.origin, lse, omega, k_mean, probe, guard, o_rows,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o_rows.stride()[:3], *at.lengths,
         problem.scale, problem.delta_eps,
     )  # fmt: skip
     if o_rows is not o:
         o.copy_(o_rows)
+    lse, k_mean = at.moved(lse, k_mean, back=True)
     return Forward(o, Residuals(lse, guard, probe, k_mean), Report(omega, *report))
 
 
@@ -196,7 +209,7 @@ def solve(
     iterations, residual, converged = report or (lse,) * 3  # what is not given is not touched
     b_size, probe, z_y = adjoint or (lse,) * 3
     at.sweep(
-        solve_kernel, "solve", at.q, at.k, at.units, lse, k_mean, ridge, b, b_size, probe, x,
+        solve_kernel, "solve", at.q, at.k, at.units, at.origin, lse, k_mean, ridge, b, b_size, probe, x,
         z_y, iterations, residual, converged,
         *at.q.stride()[:3], *at.k.stride()[:3], *ridge.stride(), *at.lengths, at.problem.scale,
         *tolerances(at.problem, adjoint is not None), ADJOINT=adjoint is not None, PRECONDITIONER=preconditioner,
@@ -211,12 +224,17 @@ def backward(
     q, k, v = at.q, at.k, at.v
     lse, guard, probe, k_mean = (t.contiguous() for t in residuals)
     do, do_unit, z, z_size = at.cast_rows(grad_o, guard, probe)
-    t, t_size, g_mean = at.vectors(), at.rows(), at.rows()
+    given, k_mean = at.moved(lse, k_mean)
+    lse, t, t_size, g_near = at.rows(), at.vectors(), at.rows(), None
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    at.sweep(
-        backward_kernels.moments_kernel, "moments", q, k, v, do, at.units, lse, k_mean, t, t_size, g_mean,
-        *strides, *at.lengths, problem.scale,
-    )  # fmt: skip
+    # float32 takes them twice, then about the g_mean of the first time: its t shall hold where weights are sharp.
+    for _ in range(1 if at.operand == torch.float16 else 2):
+        g_mean = at.rows()
+        at.sweep(
+            backward_kernels.moments_kernel, "moments", q, k, v, do, at.units, given, k_mean, g_near, lse, t, t_size,
+            g_mean, *strides, *at.lengths, problem.scale,
+        )  # fmt: skip
+        g_near = g_mean
     y_neg, z_y = at.vectors(at.operand), at.rows()
     solve(at, inputs.ridge_lambda, lse, k_mean, t, y_neg, preconditioner, adjoint=(t_size, probe, z_y))
     del t
@@ -225,7 +243,7 @@ def backward(
     dridge = at.rows()
     rows = at.empty(6, at.n_heads, triton.cdiv(problem.q_len, ROWS_PAD) * ROWS_PAD)
     at.sweep(
-        backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, at.units, do_unit, z_size, z_y, lse, k_mean,
+        backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, at.units, at.origin, do_unit, z_size, z_y, lse, k_mean,
         inputs.ridge_lambda, g_mean, outs[0], dridge, rows, rows.stride(1),
         *strides, *inputs.ridge_lambda.stride(), *outs[0].stride()[:3], *at.lengths, problem.scale,
     )  # fmt: skip

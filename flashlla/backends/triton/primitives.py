@@ -253,3 +253,13 @@ def weights(q, k, factor, shift, seen, PRECISION: tl.constexpr, CUT: tl.constexp
 def units_of(units, head, n_heads):
     """The powers of two that a head's queries, keys and values were divided by."""
     return tl.load(units + head), tl.load(units + n_heads + head), tl.load(units + 2 * n_heads + head)
+
+
+@triton.jit
+def query_in(q, q_unit, k_unit, origin_ptr, head, HEAD_DIM: tl.constexpr):
+    """The queries q (M, D) in the units of the keys, from the keys' origin (B H, D) if that has been moved: (M, D)."""
+    x = q.to(tl.float32) * (q_unit * inverse_power(k_unit))
+    if origin_ptr is not None:
+        dim = tl.arange(0, q.shape[1])
+        x -= tl.load(origin_ptr + head.to(tl.int64) * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)[None, :]
+    return x

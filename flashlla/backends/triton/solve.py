@@ -16,6 +16,7 @@ from flashlla.backends.triton.primitives import (
     load_keys,
     load_rows,
     load_tile,
+    query_in,
     rounded,
     rows_of,
     saturated,
@@ -82,7 +83,7 @@ def prepare_jacobi(
 
 @triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len", "max_iters"])
 def solve_kernel(
-    q_ptr, k_ptr, units, lse_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, probe_ptr, x_out,
+    q_ptr, k_ptr, units, origin_ptr, lse_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, probe_ptr, x_out,
     z_y_out, iterations_out, residual_out, converged_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, ridge_stride_b, ridge_stride_h,
     ridge_stride_s,
@@ -95,8 +96,8 @@ def solve_kernel(
     and z.y of (3.6); b is the right-hand side t in rows of unit length, |t| beside it.
 
     PRECONDITIONER is "none" or "jacobi". A row leaves off when |r|^2 <= max(atol, |b|^2) rtol, of the adjoint when the
-    next step looks to be as small beside the solution too (docs/math.md, section 4); the tile when all its rows have. A
-    row that is NaN has left off.
+    next step is as small beside the solution too, (4.4); the tile when all its rows have. A row that is NaN has left
+    off.
     """
     i, head = tile_and_head(n_heads, q_len, BLOCK_M, CAUSAL)
     q_unit, k_unit, _ = units_of(units, head, n_heads)
@@ -115,7 +116,7 @@ def solve_kernel(
         r = load_tile(rows_of(b_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
         r = r.to(tl.float32)
     else:
-        r = k_mean - q.to(tl.float32) * (q_unit * inverse_power(k_unit))
+        r = k_mean - query_in(q, q_unit, k_unit, origin_ptr, head, HEAD_DIM)
         atol = atol * inverse_power(k_unit) * inverse_power(k_unit)
     r += (0.0 * ridge)[:, None]  # a ridge that is not finite makes its row NaN
     if PRECONDITIONER == "jacobi":
@@ -130,7 +131,7 @@ def solve_kernel(
     if ADJOINT:
         solution = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     else:
-        # A first guess along u, the query's direction: that of d but for k_mean.
+        # The first guess (4.3).
         u = q.to(tl.float32)
         u = u * inverse_or_zero(tl.sqrt(tl.sum(u * u, 1)))[:, None]
         image = load_tile(rows_of(b_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
@@ -172,8 +173,6 @@ def solve_kernel(
         direction = y + turn[:, None] * x_wide
         r_y = r_y_next
         if ADJOINT:
-            # |r| / curvature is about the length of the next step. Where a few directions hold nearly all of A and
-            # t, a residual that is small beside t may be large beside y.
             enough = tl.minimum(threshold, rtol * curvature * curvature * tl.sum(solution * solution, 1))
             active = active & (r2 > enough)
         else:

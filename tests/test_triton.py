@@ -243,6 +243,15 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch
     assert isinstance(caught.value.__cause__, ValueError)
 
 
+def test_what_a_chip_has_no_shared_memory_for() -> None:
+    from flashlla.backends.triton import configs
+
+    assert "shared memory" in str(configs.too_large(200, torch.float32, (8, 9)))
+    assert configs.too_large(200, torch.float16, (8, 9)) is None
+    assert configs.too_large(128, torch.float32, (12, 0)) is None
+    assert configs.too_large(256, torch.float32, (9, 0)) is None
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
 @pytest.mark.parametrize("operand", [torch.float16, torch.float32])
 @pytest.mark.parametrize("head_dim", [1, 16, 40, 64, 128, 200, 256])

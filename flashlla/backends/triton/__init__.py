@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashlla.backends.base import Backend
+from flashlla.backends.triton import configs
 from flashlla.problem import Forward, Gradients, Inputs, Problem, Residuals
 from flashlla.solvers import CG, PCG, Jacobi, Solver
 
@@ -67,6 +68,10 @@ class Triton(Backend):
             return "its kernels take bfloat16, float16 and float32, not float64"
         if problem.head_dim > 256:
             return f"it takes head dims up to 256, and this one is {problem.head_dim}"
+        if problem.device.type == "cuda" and problem.dtype == torch.float32:
+            capability = torch.cuda.get_device_capability(problem.device)
+            if reason := configs.too_large(problem.head_dim, problem.dtype, capability):
+                return reason
         if problem.v_dim != problem.head_dim:
             return f"it takes values as wide as the keys ({problem.head_dim}), and these have {problem.v_dim}"
         if problem.q_len != problem.k_len:

@@ -32,7 +32,7 @@ PASSES = ("statistics", "solve", "output", "moments", "dq", "dk")
 # docs/performance.md): 227 KiB of shared memory a processor, products of whole warp groups.
 _HALF: dict[int, dict[str, Config]] = {
     16: dict.fromkeys(PASSES, Config(64, 64, 4, 2)),
-    32: dict.fromkeys(PASSES, Config(64, 64, 4, 3)),
+    32: {**dict.fromkeys(PASSES, Config(64, 64, 4, 3)), "dk": Config(32, 64, 4, 2)},
     64: {
         "statistics": Config(64, 64, 4, 3, 168),
         "solve": Config(64, 64, 4, 3),
@@ -72,8 +72,24 @@ _SINGLE: dict[int, dict[str, Config]] = {
     32: dict.fromkeys(PASSES, Config(32, 32, 4, 1)),
     64: dict.fromkeys(PASSES, Config(32, 32, 4, 1)),
     128: dict.fromkeys(PASSES, Config(32, 32, 8, 1)),
-    256: dict.fromkeys(PASSES, Config(16, 16, 4, 1)),
+    256: {**dict.fromkeys(PASSES, Config(16, 16, 4, 1)), "dk": Config(16, 16, 8, 1)},
 }
+_SINGLE_SMALL: dict[int, dict[str, Config]] = {
+    **_SINGLE,
+    128: {**_SINGLE[128], "dq": Config(16, 32, 8, 1), "dk": Config(16, 32, 8, 1)},
+}
+
+
+def little_shared_memory(capability: tuple[int, int]) -> bool:
+    """Whether the chip has 99 KiB of it a processor: all but those made for data centres (8.0, 9.0, 10.0)."""
+    return capability not in ((8, 0), (9, 0), (10, 0), (10, 3))
+
+
+def too_large(head_dim: int, operand: torch.dtype, capability: tuple[int, int]) -> str | None:
+    """Why there is no config; None if there is."""
+    if operand == torch.float32 and head_dim > 128 and little_shared_memory(capability):
+        return f"float32 at head dims above 128 (this one is {head_dim}) takes more shared memory than this GPU has"
+    return None
 
 
 def padded(head_dim: int) -> int:
@@ -83,9 +99,9 @@ def padded(head_dim: int) -> int:
 
 def config(name: str, head_dim: int, operand: torch.dtype, capability: tuple[int, int]) -> Config:
     """The config of pass ``name``; ``operand`` is float16 or float32, ``capability`` the device's, (9, 0) say."""
-    if operand != torch.float16:
-        return _SINGLE[padded(head_dim)][name]
-    return (_HALF if capability[0] in (9, 10) else _HALF_SMALL)[padded(head_dim)][name]
+    half, large = operand == torch.float16, capability[0] in (9, 10)
+    table = (_SINGLE_SMALL, _SINGLE, _HALF_SMALL, _HALF)[2 * half + large]
+    return table[padded(head_dim)][name]
 
 
 def candidates(name: str, head_dim: int, operand: torch.dtype, capability: tuple[int, int]) -> list[Config]:

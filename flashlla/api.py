@@ -55,21 +55,27 @@ def lla_attention(  # type: ignore[misc]  # the overloads say only what return_i
     solver: str | Solver | None = None,
     backend: str | None = None,
     return_info: bool = False,
+    causal: bool = True,
+    window: int | None = None,
+    seqlens_k: Tensor | None = None,
+    layout: str = "bhsd",
 ) -> Tensor | tuple[Tensor, LLAInfo]:
-    """Causal Local Linear Attention.
+    """Local Linear Attention.
 
-    At every query i a ridge regression, weighted by softmax, is fitted to the keys and values up to i, and its value
-    at the query is returned: the intercept b of
+    At every query i a ridge regression, weighted by softmax, is fitted to the keys and values that it sees, and its
+    value at the query is returned: the intercept b of
 
         min over b, W of  sum_j w_ij |v_j - b - W (k_j - q_i)|^2 + ridge_lambda_i omega_i |W|_F^2,
 
-    with w_ij = exp(s q_i.k_j - max_j s q_i.k_j), j <= i, and omega_i = sum_j w_ij. A large ridge gives softmax
-    attention; a small scale gives linear ridge regression.
+    with w_ij = exp(s q_i.k_j - max_j s q_i.k_j) and omega_i = sum_j w_ij. A large ridge gives softmax attention; a
+    small scale gives linear ridge regression. A query that sees no key has an output of 0, and gradients of 0.
 
     Args:
-        q, k, v: (B, S, D) or (B, H, S, D), all three alike; bfloat16, float16, float32 or float64; any strides.
-            16-bit inputs accumulate in float32.
-        ridge_lambda: a number above 0, or a tensor that broadcasts to (B, S) or (B, H, S), respectively. A tensor is
+        q: (B, Hq, Sq, D), or (B, Sq, D); bfloat16, float16, float32 or float64, as k and v; any strides. 16-bit inputs
+            accumulate in float32.
+        k: (B, Hkv, Sk, D), or (B, Sk, D). Hq is a multiple of Hkv: query heads in groups share keys and values.
+        v: (B, Hkv, Sk, Dv), or (B, Sk, Dv).
+        ridge_lambda: a number above 0, or a tensor that broadcasts to (B, Hq, Sq), or (B, Sq). A tensor is
             differentiated; it is kept in float32 at least. Units: those of k squared. Default 10.0.
         qk_scale: s, a number. Default None: 1 / sqrt(D).
         delta_eps: added to the denominator omega / (1 + d.z) of the output, d = k_mean - q and z the probe; held
@@ -81,9 +87,16 @@ def lla_attention(  # type: ignore[misc]  # the overloads say only what return_i
             ``cg_*`` arguments. Default None: conjugate gradients, in the form that the backend does best.
         backend: demand a backend by name, or "auto". Default None: as :class:`flashlla.set_backend` says.
         return_info: also return an :class:`LLAInfo`. Default False.
+        causal: query i sees keys up to i + Sk - Sq: aligned at the end (bottom right), the last query at the last key.
+            Default True; False: all keys.
+        window: sees only the latest so many of those, its own included. Default None: all.
+        seqlens_k: (B,) int32 on the device of k, how many keys each sequence has: keys at or beyond it are invisible,
+            whatever they hold. The causal diagonal stays where the tensors' lengths put it. Default None: all.
+        layout: "bhsd", or "bshd" for tensors (B, S, H, D), outputs and info likewise; nothing is copied. ridge_lambda
+            stays (B, Hq, Sq). Default "bhsd".
 
     Returns:
-        o, with the shape and dtype of q; or (o, info).
+        o, with the shape and dtype of q but for the last dimension, which is that of v; or (o, info).
 
     Raises:
         TypeError: an argument has the wrong type, dtypes differ, or a dtype is not supported.
@@ -121,6 +134,10 @@ def lla_attention(  # type: ignore[misc]  # the overloads say only what return_i
         cg_use_preconditioner,
         solver,
         backend,
+        causal=causal,
+        window=window,
+        seqlens_k=seqlens_k,
+        layout=layout,
     )
     o, *_, omega, iterations, residual, converged, choice = forward_op(*call.inputs, *call.settings, backend)
     if not return_info:
@@ -183,6 +200,10 @@ def explain(
     cg_use_preconditioner: bool = False,
     solver: str | Solver | None = None,
     backend: str | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    seqlens_k: Tensor | None = None,
+    layout: str = "bhsd",
 ) -> dispatch.Explanation:
     """Which backend :func:`lla_attention` would run with these arguments, and every backend's reason. Runs nothing.
 
@@ -208,5 +229,9 @@ def explain(
         cg_use_preconditioner,
         solver,
         backend,
+        causal=causal,
+        window=window,
+        seqlens_k=seqlens_k,
+        layout=layout,
     )
     return dispatch.explain(describe(call.inputs, *call.settings), backend)

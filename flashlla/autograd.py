@@ -18,6 +18,7 @@ from flashlla import dispatch, solvers
 from flashlla.nonfinite import isolate
 from flashlla.problem import (
     Inputs,
+    Mask,
     Problem,
     Report,
     Residuals,
@@ -27,14 +28,24 @@ from flashlla.problem import (
 from flashlla.solvers.base import warn_unconverged
 
 # Everything about a call that is not a tensor, in the order both operators take it.
-_SETTINGS = "float scale, float delta_eps, str solver, float[] solver_settings, bool solver_demanded"
+_SETTINGS = (
+    "bool causal, SymInt? window, float scale, float delta_eps, str solver, float[] solver_settings, "
+    "bool solver_demanded"
+)
 
 
 def describe(
-    inputs: Inputs, scale: float, delta_eps: float, solver: str, settings: Sequence[float], demanded: bool
+    inputs: Inputs,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    delta_eps: float,
+    solver: str,
+    settings: Sequence[float],
+    demanded: bool,
 ) -> Problem:
     """The Problem of one call."""
-    q, k, v, _ = inputs
+    q, k, v = inputs[:3]
     return Problem(
         batch=q.shape[0],
         q_heads=q.shape[1],
@@ -49,6 +60,7 @@ def describe(
         delta_eps=delta_eps,
         solver=solvers.decode(solver, settings),
         solver_demanded=demanded,
+        mask=Mask(causal, window, padded=inputs.seqlens_k is not None),
     )
 
 
@@ -72,9 +84,10 @@ def _allocate(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     ]  # fmt: skip
 
 
-def _forward(q, k, v, ridge_lambda, scale, delta_eps, solver, solver_settings, solver_demanded, backend):  # type: ignore[no-untyped-def]
-    inputs = Inputs(q, k, v, ridge_lambda)
-    problem = describe(inputs, scale, delta_eps, solver, solver_settings, solver_demanded)
+def _forward(q, k, v, ridge_lambda, seqlens_k, *settings_and_backend):  # type: ignore[no-untyped-def]
+    *settings, backend = settings_and_backend
+    inputs = Inputs(q, k, v, ridge_lambda, seqlens_k)
+    problem = describe(inputs, *settings)
     chosen = dispatch.choose(problem, backend)
     choice = torch.tensor(dispatch.serial(chosen))
     if problem.empty:
@@ -92,8 +105,8 @@ def _forward_fake(q, k, v, *_):  # type: ignore[no-untyped-def]
     return tuple(_allocate(q, k, v))
 
 
-def _backward(grad_o, q, k, v, ridge_lambda, lse, guard, probe, k_mean, choice, *settings):  # type: ignore[no-untyped-def]
-    inputs = Inputs(q, k, v, ridge_lambda)
+def _backward(grad_o, q, k, v, ridge_lambda, seqlens_k, lse, guard, probe, k_mean, choice, *settings):  # type: ignore[no-untyped-def]
+    inputs = Inputs(q, k, v, ridge_lambda, seqlens_k)
     problem = describe(inputs, *settings)
     if problem.empty:
         return tuple(t.zero_() for t in _allocate_gradients(q, k, v, ridge_lambda))
@@ -112,17 +125,17 @@ def _backward_fake(grad_o, q, k, v, ridge_lambda, *_):  # type: ignore[no-untype
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, ridge_lambda, *settings, _ = inputs
+    q, k, v, ridge_lambda, seqlens_k, *settings, _ = inputs
     _, lse, guard, probe, k_mean, *_, choice = output
-    ctx.save_for_backward(q, k, v, ridge_lambda, lse, guard, probe, k_mean, choice)
+    ctx.save_for_backward(q, k, v, ridge_lambda, seqlens_k, lse, guard, probe, k_mean, choice)
     ctx.settings = settings
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad_o: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_o is None:
-        return (None,) * 10
-    return (*backward_op(grad_o, *ctx.saved_tensors, *ctx.settings), *(None,) * 6)
+        return (None,) * 13
+    return (*backward_op(grad_o, *ctx.saved_tensors, *ctx.settings), *(None,) * 9)
 
 
 def _refuse(ctx: Any, *_: Tensor | None) -> None:
@@ -179,15 +192,15 @@ def _define(name: str, arguments: str, outputs: int, kernel: Any, fake: Any) -> 
 
 forward_op = _define(
     "forward",
-    f"Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, {_SETTINGS}, str? backend",
+    f"Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, Tensor? seqlens_k, {_SETTINGS}, str? backend",
     10,
     _forward,
     _forward_fake,
 )
 backward_op = _define(
     "backward",
-    "Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, Tensor lse, Tensor guard, Tensor probe, "
-    f"Tensor k_mean, Tensor choice, {_SETTINGS}",
+    "Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, Tensor? seqlens_k, Tensor lse, Tensor guard, "
+    f"Tensor probe, Tensor k_mean, Tensor choice, {_SETTINGS}",
     4,
     _backward,
     _backward_fake,

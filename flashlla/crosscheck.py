@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashlla import dispatch
 from flashlla.autograd import forward_op
+from flashlla.problem import Mask
 from flashlla.validation import prepare
 
 Floats = NDArray[np.float64]
@@ -86,13 +87,17 @@ def verify(
     call = prepare(q, k, v, backend=backend, **options)
     with torch.no_grad():
         o, _, _, z, *_, choice = forward_op(*call.inputs, *call.settings, backend)
-    scale, delta_eps = call.settings[:2]
+    causal, window, scale, delta_eps = call.settings[:4]
+    mask = Mask(causal, window, call.inputs.seqlens_k is not None)
+    start, stop = mask.runs(o.shape[2], call.inputs.k.shape[2], torch.device("cpu"), _on_cpu(call.inputs.seqlens_k))
+    stop = stop.expand(o.shape[0], 1, o.shape[2])[:, 0]  # (B, Sq)
+    group = call.inputs.q.shape[1] // max(1, call.inputs.k.shape[1])
     picked = _pick(tuple(call.inputs.q.shape[:3]), rows, seed)
-    q, k, v, ridge = call.inputs
+    q, k, v, ridge = call.inputs[:4]
     found = [
         _check_row(
-            _numpy(k[b, h, : i + 1]),
-            _numpy(v[b, h, : i + 1]),
+            _numpy(k[b, h // group, start[i] : stop[b, i]]),
+            _numpy(v[b, h // group, start[i] : stop[b, i]]),
             _numpy(q[b, h, i]),
             _numpy(ridge[b, h, i]),
             _numpy(o[b, h, i]),
@@ -119,6 +124,8 @@ def _check_row(
     """Condition number, output error and residual of one query; k: (N, D), v: (N, Dv), q and z: (D,), o: (Dv,)."""
     from scipy.linalg import cho_factor, cho_solve
 
+    if not len(k):
+        return 1.0, float(np.abs(o).max()), 0.0
     if not all(np.isfinite(t).all() for t in (k, v, q, ridge)):
         return float("nan"), float("nan"), float("nan")
     logits = scale * (k @ q)
@@ -138,6 +145,10 @@ def _check_row(
         relative(o - reference, np.linalg.norm(reference)),
         relative(a @ z - d, np.linalg.norm(d)),
     )
+
+
+def _on_cpu(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.cpu()
 
 
 def _numpy(t: Tensor) -> Floats:

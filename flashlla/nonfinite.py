@@ -47,7 +47,7 @@ def isolate(
     problem: Problem, inputs: Inputs, grad_o: Tensor | None = None
 ) -> tuple[Inputs, Tensor | None, Poison | None]:
     """``inputs`` and ``grad_o`` with nothing but finite numbers, and where NaN belongs (None: nowhere)."""
-    q, k, v, ridge = inputs
+    q, k, v, ridge, seqlens_k = inputs
     # A key so large that the products of other queries with it overflow is as good as infinite.
     largest = torch.finfo(accumulator(problem.dtype)).max ** 0.5 / (4 * problem.head_dim)
     finite_q, finite_k, finite_v, finite_ridge = q.isfinite(), k.abs() <= largest, v.isfinite(), ridge.isfinite()
@@ -55,18 +55,18 @@ def isolate(
     if all(bool(f.all()) for f in (finite_q, finite_k, finite_v, finite_ridge, finite_g)):
         return inputs, grad_o, None
     bad_key = ~(finite_k.all(-1) & finite_v.all(-1))  # (B, Hkv, Sk)
-    group = problem.q_heads // problem.kv_heads
-    i = torch.arange(problem.q_len, device=q.device)
-    stop = (i + 1 + problem.k_len - problem.q_len).clamp(0, problem.k_len) if problem.mask.causal else None
-    # Bad keys among the first `stop`: a running count, read off at each query's stop.
+    start, stop = problem.mask.runs(problem.q_len, problem.k_len, q.device, seqlens_k)
+    shape = (*bad_key.shape[:-1], problem.q_len)
+    start, stop = start.expand(shape), torch.maximum(start, stop).expand(shape)  # (B, Hkv, Sq)
+    # Bad keys in a query's run: a running count, read off at its ends.
     count = torch.nn.functional.pad(bad_key.cumsum(-1), (1, 0))  # (B, Hkv, Sk + 1)
-    seen = count[..., -1:].expand(*bad_key.shape[:-1], problem.q_len) if stop is None else count[..., stop]
-    queries = ~(finite_q.all(-1) & finite_ridge & finite_g.all(-1)) | (seen > 0).repeat_interleave(group, 1)
-    # A key's gradient is due NaN where a poisoned query sees it: the last such query decides, under every mask that
-    # sees a run of keys from the first on.
-    j = torch.arange(problem.k_len, device=q.device)
-    reach = queries.unflatten(1, (-1, group)).any(2)  # (B, Hkv, Sq)
-    last_stop = (reach * (problem.k_len if stop is None else stop)).amax(-1, keepdim=True)  # (B, Hkv, 1)
+    seen = count.gather(-1, stop) > count.gather(-1, start)
+    queries = ~(finite_q.all(-1) & finite_ridge & finite_g.all(-1)) | seen.repeat_interleave(problem.group, 1)
+    # A key's gradient is due NaN where a poisoned query sees it: runs that have begun and not ended there.
+    poisoned = queries.unflatten(1, (-1, problem.group)).any(2).long()  # (B, Hkv, Sq)
+    begun = torch.zeros_like(count).scatter_add_(-1, start, poisoned).scatter_add_(-1, stop, -poisoned).cumsum(-1)
     clean = lambda t, finite: torch.where(finite, t, 0)
-    cleaned = Inputs(clean(q, finite_q), clean(k, finite_k), clean(v, finite_v), torch.where(finite_ridge, ridge, 1))
-    return cleaned, None if grad_o is None else clean(grad_o, finite_g), Poison(queries, j < last_stop)
+    cleaned = Inputs(
+        clean(q, finite_q), clean(k, finite_k), clean(v, finite_v), torch.where(finite_ridge, ridge, 1), seqlens_k
+    )
+    return cleaned, None if grad_o is None else clean(grad_o, finite_g), Poison(queries, begun[..., :-1] > 0)

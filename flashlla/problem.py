@@ -37,23 +37,48 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class Runs(NamedTuple):
+    """Which keys each query sees: those from ``start`` to before ``stop``; empty where stop <= start."""
+
+    start: Tensor  # (Sq,)
+    stop: Tensor  # (Sq,), or (B, 1, Sq) where sequences have lengths of their own
+
+
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query sees. Under every mask they are one run of neighbours."""
+    """Which keys a query sees. Under every mask they are one run of neighbours.
+
+    causal: no key beyond the query's own place, the last query's being the last key. window: no more than the latest
+    so many of those. padded: sequences have lengths of their own, ``Inputs.seqlens_k``, and no keys beyond them; where
+    the causal diagonal lies does not depend on them.
+    """
 
     causal: bool = True
+    window: int | None = None
+    padded: bool = False
 
-    def stop(self, query: int, q_len: int, k_len: int) -> int:
-        """One past the last key that ``query`` sees; causal is aligned at the end of the keys."""
-        return min(k_len, max(0, query + 1 + k_len - q_len)) if self.causal else k_len
+    def span(self, queries: range, q_len: int, k_len: int) -> range:
+        """The keys that some of ``queries`` may see, whatever the sequences' lengths."""
+        shift = k_len - q_len
+        stop = min(k_len, max(0, queries.stop + shift)) if self.causal else k_len
+        start = 0 if self.window is None else min(stop, max(0, queries.start + 1 + shift - self.window))
+        return range(start, stop)
 
-    def visible(self, queries: range, keys: range, q_len: int, k_len: int, device: torch.device) -> Tensor | None:
-        """Boolean (len(queries), len(keys)), True where the query sees the key; None where all of it is True."""
-        if not self.causal or self.stop(queries.start, q_len, k_len) >= keys.stop:
-            return None
-        i = torch.arange(queries.start, queries.stop, device=device)[:, None]
-        j = torch.arange(keys.start, keys.stop, device=device)[None, :]
-        return j <= i + (k_len - q_len)
+    def runs(self, q_len: int, k_len: int, device: torch.device, seqlens_k: Tensor | None = None) -> Runs:
+        """Of every query."""
+        own = torch.arange(1, q_len + 1, device=device) + (k_len - q_len)  # one past the query's own key
+        stop = own.clamp(0, k_len) if self.causal else torch.full_like(own, k_len)
+        start = torch.zeros_like(own) if self.window is None else (own - self.window).clamp(min=0)
+        if seqlens_k is not None:
+            stop = torch.minimum(stop, seqlens_k.to(stop.dtype).clamp(0, k_len)[:, None, None])  # (B, 1, Sq)
+        return Runs(start, stop)
+
+    def hides_within(self, queries: range, keys: range, q_len: int, k_len: int) -> bool:
+        """Whether some of ``queries`` may not see some of ``keys``, which are their span."""
+        shift = k_len - q_len
+        late = self.causal and queries.start + 1 + shift < keys.stop
+        early = self.window is not None and queries.stop + shift - self.window > keys.start
+        return self.padded or late or early
 
 
 @dataclass(frozen=True)
@@ -80,6 +105,11 @@ class Problem:
     mask: Mask = Mask()
 
     @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.q_heads // max(1, self.kv_heads)
+
+    @property
     def empty(self) -> bool:
         """Nothing to compute: no queries, or no keys for them to see."""
         return 0 in (self.batch, self.q_heads, self.q_len, self.k_len)
@@ -92,6 +122,7 @@ class Inputs(NamedTuple):
     k: Tensor  # (B, Hkv, Sk, D)
     v: Tensor  # (B, Hkv, Sk, Dv)
     ridge_lambda: Tensor  # (B, Hq, Sq), accumulator dtype, often expanded from fewer numbers
+    seqlens_k: Tensor | None = None  # (B,) int32, keys of each sequence; None: all
 
 
 class Residuals(NamedTuple):
@@ -129,4 +160,15 @@ def empty_output(q: Tensor, v: Tensor) -> Tensor:
     """Uninitialised (B, Hq, Sq, Dv) laid out in memory as ``q`` is, so that a transposed q gives a transposed o."""
     if q.shape[-1] == v.shape[-1]:
         return torch.empty_like(q)
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return q.new_empty_strided((*q.shape[:-1], v.shape[-1]), _dense_strides(q, v.shape[-1]))
+
+
+def _dense_strides(q: Tensor, last: int) -> list[int]:
+    """Strides of a dense tensor of q's shape, but for ``last`` columns, whose dimensions lie in memory as q's do."""
+    steps = q.stride()
+    order = sorted(range(3), key=lambda i: (-steps[i], i))
+    strides, size = [0, 0, 0, 1], last
+    for i in reversed(order):
+        strides[i] = size
+        size *= q.shape[i]
+    return strides

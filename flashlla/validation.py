@@ -22,12 +22,15 @@ class Call(NamedTuple):
     """A validated call: four-dimensional inputs, and the settings that both operators take, in their order."""
 
     inputs: Inputs
-    settings: tuple[float, float, str, list[float], bool]  # scale, delta_eps, solver's name and numbers, demanded
-    flat: bool  # the caller's tensors were (B, S, D)
+    # causal, window, scale, delta_eps, solver's name and numbers, demanded
+    settings: tuple[bool, int | None, float, float, str, list[float], bool]
+    layout: str  # of the caller's tensors: "bsd", "bhsd" or "bshd"
 
     def restore(self, t: Tensor) -> Tensor:
-        """``t`` of (B, H, S, ...) with the caller's number of dimensions."""
-        return t.squeeze(1) if self.flat else t
+        """``t`` of (B, H, S, ...) in the caller's layout."""
+        if self.layout == "bsd":
+            return t.squeeze(1)
+        return t.transpose(1, 2) if self.layout == "bshd" else t
 
 
 def prepare(
@@ -43,25 +46,72 @@ def prepare(
     cg_use_preconditioner: bool = False,
     solver: str | Solver | None = None,
     backend: str | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    seqlens_k: Tensor | None = None,
+    layout: str = "bhsd",
 ) -> Call:
     """Check everything that can be checked without looking at the tensors' numbers; bring it to canonical form."""
-    q, k, v = _check_tensors(q, k, v)
+    if layout not in ("bhsd", "bshd"):
+        raise ValueError(f"layout: got {layout!r}, wanted 'bhsd' for (B, H, S, D) or 'bshd' for (B, S, H, D)")
+    q, k, v = _check_tensors(q, k, v, layout)
+    window = _check_mask(causal, window)
     _refuse_forward_mode(q, k, v, ridge_lambda)
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: got {type(backend).__name__}, wanted a backend's name, 'auto' or None")
     flat = q.dim() == 3
     if flat:
-        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+        q, k, v, layout = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), "bsd"
+    elif layout == "bshd":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     ridge = _check_ridge(ridge_lambda, q, flat)
+    seqlens_k = _check_seqlens(seqlens_k, k)
     scale = 1 / math.sqrt(q.shape[-1]) if qk_scale is None else _check_number(qk_scale, "qk_scale")
     delta_eps = _check_number(delta_eps, "delta_eps")
     cg_numbers = (cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
     name, numbers = _check_solver(solver, cg_numbers)
     demanded = solver is not None or cg_use_preconditioner
-    return Call(Inputs(q, k, v, ridge), (scale, delta_eps, name, numbers, demanded), flat)
+    return Call(Inputs(q, k, v, ridge, seqlens_k), (causal, window, scale, delta_eps, name, numbers, demanded), layout)
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _check_mask(causal: bool, window: int | None) -> int | None:
+    """``window``, if the two go together."""
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: got {type(causal).__name__}, wanted True or False")
+    if window is None:
+        return None
+    if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)):
+        raise TypeError(f"window: got {type(window).__name__}, wanted a whole number of keys, or None for all")
+    if window < 1:
+        raise ValueError(f"window: got {window}, wanted at least 1, the query's own key")
+    if not causal:
+        raise ValueError(f"window: got {window} with causal=False, wanted causal=True: it keeps the latest keys")
+    return window
+
+
+def _check_seqlens(seqlens_k: Tensor | None, k: Tensor) -> Tensor | None:
+    """seqlens_k as (B,) int32 on the device of ``k``."""
+    if seqlens_k is None:
+        return None
+    if not isinstance(seqlens_k, Tensor):
+        raise TypeError(
+            f"seqlens_k: got {type(seqlens_k).__name__}, wanted a tensor of (B,) integers; "
+            f"try torch.tensor(seqlens_k, dtype=torch.int32, device=k.device)"
+        )
+    if seqlens_k.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"seqlens_k: got dtype {seqlens_k.dtype}, wanted torch.int32; try seqlens_k.int()")
+    if seqlens_k.shape != k.shape[:1]:
+        raise ValueError(f"seqlens_k: got shape {tuple(seqlens_k.shape)}, wanted (B,) = {tuple(k.shape[:1])}")
+    if seqlens_k.device != k.device:
+        raise ValueError(
+            f"seqlens_k: got device {seqlens_k.device}, wanted {k.device}, the device of k; try seqlens_k.to(k.device)"
+        )
+    return seqlens_k.to(torch.int32)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    letters = "(B, S, H, D)" if layout == "bshd" else "(B, H, S, D)"
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}, wanted a torch.Tensor; try torch.as_tensor({name})")
@@ -69,15 +119,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
             raise TypeError(f"{name}: got a sparse or nested tensor, wanted a dense one; try {name}.to_dense()")
         if t.dim() not in (3, 4):
             hint = f"; try {name}.unsqueeze(0)" if t.dim() == 2 else ""
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted (B, S, D) or (B, H, S, D){hint}")
-        if t.shape != q.shape:
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {tuple(q.shape)}, the shape of q")
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted (B, S, D) or {letters}{hint}")
+        if t.dim() != q.dim():
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {q.dim()} dimensions, as q")
         if t.device != q.device:
             raise ValueError(
                 f"{name}: got device {t.device}, wanted {q.device}, the device of q; try {name}.to(q.device)"
             )
-    if q.shape[-1] == 0:
-        raise ValueError(f"q: got shape {tuple(q.shape)}, wanted a head dim (the last) of at least 1")
+    _check_shapes(q, k, v, 2 if layout == "bshd" else 1)
     q, k, v = _autocast(q, k, v)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dtype not in SUPPORTED_DTYPES:
@@ -87,6 +136,25 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
         if t.dtype != q.dtype:
             raise TypeError(f"{name}: got dtype {t.dtype}, wanted {q.dtype}, the dtype of q; try {name}.to(q.dtype)")
     return q, k, v
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, head: int) -> None:
+    """``head``: which dimension counts the heads, if there are four."""
+    if q.shape[-1] == 0:
+        raise ValueError(f"q: got shape {tuple(q.shape)}, wanted a head dim (the last) of at least 1")
+    if v.shape[-1] == 0:
+        raise ValueError(f"v: got shape {tuple(v.shape)}, wanted a value dim (the last) of at least 1")
+    if k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k: got shape {tuple(k.shape)}, wanted the batch size and head dim of q {tuple(q.shape)}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"v: got shape {tuple(v.shape)}, wanted {tuple(k.shape)} but for the last, as k")
+    if q.dim() == 4:
+        heads, shared = q.shape[head], k.shape[head]
+        if heads != shared and (shared == 0 or heads % shared):
+            raise ValueError(
+                f"k: got {shared} heads, wanted as many as q ({heads}) or a number that divides it (query heads in "
+                f"groups that share keys)"
+            )
 
 
 def _refuse_forward_mode(*arguments: Any) -> None:

@@ -113,6 +113,9 @@ def evaluate(
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
     """``(o, dq, dk, dv, dridge)`` of (B, H, S, D) float64 tensors, disturbed as ``rounding`` says."""
+    hidden = ~visible.expand(*q.shape[:-1], k.shape[-2]).any(-1, keepdim=True)  # (B, H, Sq, 1), queries without a key
+    visible = visible | (hidden & (torch.arange(k.shape[-2]) == 0))  # a stand-in sees the first
+    shown = lambda t: t.masked_fill(hidden, 0)
     n = _Noise(rounding, seed)
     mm, op, acc = n.matmul, n.operand, n.sum
     # Keys and queries about a point among them: keys far from the origin are no excuse.
@@ -131,9 +134,9 @@ def evaluate(
     a = acc(op("zk", mm(op("z", z), k.mT)) - acc((z * k_mean).sum(-1, keepdim=True)))
     pa = acc(p * (1 - a))
     guard = 1 / (1 + delta_eps * (1 + (d * z).sum(-1, keepdim=True)) / omega)
-    o = acc(mm(op("pa", pa), v) * guard)
+    o = shown(acc(mm(op("pa", pa), v) * guard))
 
-    do = op("do", acc(grad_o * guard))
+    do = op("do", acc(shown(grad_o) * guard))
     g = mm(do, v.mT)
     g = acc(g - acc((p * g).sum(-1, keepdim=True)))
     pg = op("pg", acc(p * g))
@@ -212,6 +215,7 @@ def budget(name: str, dtype: torch.dtype, iterative: bool, truncates: bool = Fal
         error = sum((size * spreads[kind][i]).square() for kind, size in sizes.items()).sqrt()
         size = row_norm(result)
         error = error + _SUM[dtype] * size.square().mean().sqrt()  # for rows whose own size vanishes
+        error = error + 4 * _SUM[dtype] ** 2  # for results that are exactly zero: a rounding of a rounding
         error = error + spreads["oracle"][i]
         result_rounding = _RESULT[dtype] * (2 if truncates and dtype == torch.bfloat16 else 1)
         allowed.append(ALLOWANCE * error + result_rounding * size)
@@ -250,11 +254,15 @@ def disturbed(case: Case, leaves: Mapping[str, Tensor], rounding: Rounding, seed
     ridge = exact.get("ridge_lambda", torch.tensor(case.ridge_lambda, dtype=torch.float64))
     flat = q.dim() == 3
     four = [t.detach().unsqueeze(1) if flat else t.detach() for t in (*views, exact["grad_o"])]
+    four[1:3] = [torch.where(t.isnan(), 0, t) for t in four[1:3]]  # beyond seqlens
+    group = four[0].shape[1] // four[1].shape[1]
+    four[1:3] = [t.repeat_interleave(group, 1) for t in four[1:3]]
     rows = (q.shape[0], q.shape[1]) if flat else q.shape[:3]
     ridge = ridge.expand(rows)
     scale = 1 / math.sqrt(q.shape[-1]) if case.scale is None else case.scale
     wide_ridge = (ridge.unsqueeze(1) if flat else ridge).detach()
     o, *gradients = evaluate(*four[:3], wide_ridge, four[3], scale, case.delta_eps, case.visible(), rounding, seed)
+    gradients[1:3] = [t.unflatten(1, (-1, group)).sum(2) for t in gradients[1:3]]
     if flat:
         o, *gradients = (t.squeeze(1) for t in (o, *gradients))
     targets, values = [q, k, v], gradients[:3]

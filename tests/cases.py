@@ -129,6 +129,8 @@ class Case:
 
     ridge_lambda: the number, or the middle of the numbers (from a third of it to three times it) of a tensor.
     small: fit for backends that run slowly, such as kernels in an interpreter.
+    key_heads, keys, value_dim: of k and v, where they are not those of q.
+    causal, window: as in ``lla_attention``. seqlens: of seqlens_k; keys beyond hold NaN.
     options: further keyword arguments of ``lla_attention``.
     """
 
@@ -144,6 +146,12 @@ class Case:
     delta_eps: float = 1e-12
     layout: str = "bhsd"
     expanded_grad: bool = False
+    key_heads: int | None = None
+    keys: int | None = None
+    value_dim: int | None = None
+    causal: bool = True
+    window: int | None = None
+    seqlens: tuple[int, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -151,26 +159,36 @@ class Case:
 
     @property
     def small(self) -> bool:
-        return self.batch * self.heads * self.length**2 * self.dim <= 2**19
+        return self.batch * self.heads * self.length * (self.keys or self.length) * self.dim <= 2**19
 
     def shapes(self) -> tuple[Shape, Shape, Shape]:
         """Of q, k and v, with heads."""
-        shape = (self.batch, self.heads, self.length, self.dim)
-        return shape, shape, shape
+        kv = (self.batch, self.key_heads or self.heads, self.keys or self.length)
+        return (self.batch, self.heads, self.length, self.dim), (*kv, self.dim), (*kv, self.value_dim or self.dim)
 
     def visible(self) -> Tensor:
-        """(queries, keys), True where the query sees the key."""
+        """(queries, keys) or (B, 1, queries, keys), True where the query sees the key."""
         (_, _, queries, _), (_, _, keys, _), _ = self.shapes()
-        return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        seen = torch.ones(queries, keys, dtype=torch.bool)
+        if self.causal:
+            seen = seen.tril(keys - queries)
+        if self.window is not None:
+            seen = seen.triu(keys - queries - self.window + 1)
+        if self.seqlens is not None:
+            seen = seen & (torch.arange(keys) < torch.tensor(self.seqlens)[:, None, None, None])
+        return seen
 
     def make(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The caller's tensors, none requiring a gradient: leaves of q, k, v; "ridge_lambda" unless it is a number,
         in float32 at least; and "grad_o" of the operator's output. Always the same for the same case."""
         rng = np.random.default_rng(zlib.crc32(self.name.encode()))
         q_shape, k_shape, v_shape = self.shapes()
-        q, k = DATA[self.data](rng, q_shape if q_shape == k_shape else k_shape)
-        q = q[..., : q_shape[-2], :]
+        largest = tuple(map(max, q_shape, k_shape))
+        q, k = DATA[self.data](rng, largest)
+        q, k = q[:, : q_shape[1], : q_shape[2]], k[:, : k_shape[1], : k_shape[2]]
         v, grad_o = rng.standard_normal(v_shape), rng.standard_normal((*q_shape[:-1], v_shape[-1]))
+        for sequence, length in enumerate(self.seqlens or ()):
+            k[sequence, :, length:] = v[sequence, :, length:] = np.nan
         leaves = LAYOUTS[self.layout].pack(*(torch.from_numpy(t).to(device, dtype) for t in (q, k, v)))
         shape_of = RIDGES[self.ridge]
         if shape_of is not None:
@@ -194,7 +212,12 @@ class Case:
     def keywords(self, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
         """The other arguments of ``lla_attention``, but the solver and the backend."""
         ridge = leaves.get("ridge_lambda", self.ridge_lambda)
-        return {"ridge_lambda": ridge, "qk_scale": self.scale, "delta_eps": self.delta_eps, **self.options}
+        found = {"ridge_lambda": ridge, "qk_scale": self.scale, "delta_eps": self.delta_eps, **self.options}
+        if self.seqlens is not None:
+            found["seqlens_k"] = torch.tensor(self.seqlens, dtype=torch.int32, device=leaves["grad_o"].device)
+        if not self.causal or self.window is not None:
+            found |= {"causal": self.causal, "window": self.window}
+        return found
 
 
 CASES = (
@@ -244,6 +267,43 @@ CASES = (
     Case("shared_keys", batch=2, heads=3, length=17, dim=8, layout="shared_keys"),
     Case("shared_queries", batch=3, heads=2, length=17, dim=8, layout="shared_queries"),
     Case("expanded_grad", batch=2, heads=2, length=17, dim=8, expanded_grad=True),
+    # which keys are seen
+    Case("all_keys", heads=2, length=33, dim=16, causal=False, ridge_lambda=0.1),
+    Case("all_keys_long", length=300, dim=8, causal=False),
+    Case("more_keys", heads=2, length=17, keys=63, dim=8, ridge_lambda=0.1),
+    Case("fewer_keys", batch=2, length=63, keys=17, dim=8, ridge_lambda=0.1),
+    Case("one_query", batch=2, heads=2, length=1, keys=63, dim=16),
+    Case("one_key", length=17, keys=1, dim=8),
+    Case("all_of_more_keys", length=17, keys=40, dim=8, causal=False),
+    Case("window_1", length=17, dim=8, window=1),
+    Case("window_7", heads=2, length=63, dim=16, window=7, ridge_lambda=0.1),
+    Case("window_64", length=300, dim=8, window=64),
+    Case("window_wider", length=17, dim=8, window=100),
+    Case("window_more_keys", length=33, keys=63, dim=8, window=20),
+    Case("window_fewer_keys", length=63, keys=17, dim=8, window=5),
+    Case("padded", batch=3, heads=2, length=33, dim=8, seqlens=(33, 17, 0), ridge_lambda=0.1),
+    Case("padded_window", batch=2, length=63, dim=8, seqlens=(40, 63), window=9),
+    Case("padded_all_keys", batch=2, length=17, keys=33, dim=8, seqlens=(20, 1), causal=False),
+    # heads and dims
+    Case("heads_shared_3", batch=2, heads=6, key_heads=2, length=33, dim=8, ridge_lambda=0.1),
+    Case("heads_shared_8", heads=8, key_heads=1, length=63, dim=16, ridge="per_head_and_token"),
+    Case("values_narrow", heads=2, length=33, dim=16, value_dim=5),
+    Case("values_wide", length=63, dim=8, value_dim=60, layout="transposed"),
+    Case(
+        "everything",
+        batch=2,
+        heads=6,
+        key_heads=2,
+        length=111,
+        keys=130,
+        dim=12,
+        value_dim=20,
+        window=60,
+        seqlens=(130, 90),
+        ridge_lambda=0.1,
+        ridge="per_head_and_token",
+        layout="transposed",
+    ),
 )
 
 BY_NAME = {case.name: case for case in CASES}

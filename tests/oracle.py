@@ -20,7 +20,10 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, ridge: Tensor, scale: float, delta_eps: float, visible: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``(o, omega)``; q: (B, H, Sq, D), k: (B, H, Sk, D), v: (B, H, Sk, Dv), ridge: broadcasts to (B, H, Sq),
-    visible: (Sq, Sk), each row with a True."""
+    visible: broadcasts to (B, H, Sq, Sk); a query without a True has zeros for o and omega."""
+    visible = visible.to(q.device).expand(*q.shape[:-1], k.shape[-2])
+    hidden = ~visible.any(-1)  # a stand-in sees the first key
+    visible = visible | (hidden.unsqueeze(-1) & (torch.arange(k.shape[-2], device=q.device) == 0))
     logits = (scale * (q @ k.mT)).masked_fill(~visible, -torch.inf)
     w = (logits - logits.detach().amax(-1, keepdim=True)).exp()  # (B, H, Sq, Sk)
     omega = w.sum(-1)
@@ -32,7 +35,8 @@ def attention(
     denominator = omega - (mu * rho).sum(-1)
     weights = w * (1 - (from_query @ rho.unsqueeze(-1)).squeeze(-1))
     guard = denominator / (denominator + delta_eps)  # held constant in gradients
-    return (weights @ v) * (guard.detach() / denominator).unsqueeze(-1), omega
+    o = (weights @ v) * (guard.detach() / denominator).unsqueeze(-1)
+    return o.masked_fill(hidden.unsqueeze(-1), 0), omega.masked_fill(hidden, 0)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ def reference(case: Case, leaves: Mapping[str, Tensor]) -> Reference:
     q, k, v = case.arrange(exact)
     ridge = exact.get("ridge_lambda", torch.tensor(case.ridge_lambda, dtype=torch.float64))
     flat = q.dim() == 3
+    k, v = (torch.where(t.isnan(), 0, t) for t in (k, v))  # beyond seqlens
+    if not flat and k.shape[1] != q.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     if flat:
         q, k, v = (t.unsqueeze(1) for t in (q, k, v))
         ridge = ridge.expand(q.shape[0], q.shape[2]).unsqueeze(1)

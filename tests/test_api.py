@@ -140,8 +140,21 @@ def test_empty_inputs_give_empty_outputs_and_zero_gradients(shape, backend):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"k": torch.randn(2, 8, 4)}, ValueError, ["k:", "(2, 8, 4)", "(2, 9, 4)"]),
-        ({"v": torch.randn(2, 9, 5)}, ValueError, ["v:", "(2, 9, 5)"]),
+        ({"k": torch.randn(3, 9, 4)}, ValueError, ["k:", "(3, 9, 4)", "(2, 9, 4)"]),
+        ({"k": torch.randn(2, 9, 5)}, ValueError, ["k:", "(2, 9, 5)", "head dim"]),
+        ({"v": torch.randn(2, 8, 4)}, ValueError, ["v:", "(2, 8, 4)", "(2, 9, 4)"]),
+        ({"v": torch.randn(2, 9, 0)}, ValueError, ["v:", "value dim"]),
+        ({"k": torch.randn(2, 1, 9, 4)}, ValueError, ["k:", "3 dimensions"]),
+        ({n: torch.randn(2, h, 9, 4) for n, h in zip("qkv", (4, 3, 3))}, ValueError, ["k:", "3 heads", "divides"]),
+        ({"causal": 1}, TypeError, ["causal", "int"]),
+        ({"window": 0}, ValueError, ["window", "0", "at least 1"]),
+        ({"window": 2.0}, TypeError, ["window", "float"]),
+        ({"window": 4, "causal": False}, ValueError, ["window", "causal=True"]),
+        ({"seqlens_k": [3, 4]}, TypeError, ["seqlens_k", "list", "torch.tensor"]),
+        ({"seqlens_k": torch.ones(2)}, TypeError, ["seqlens_k", "float32", ".int()"]),
+        ({"seqlens_k": torch.ones(3, dtype=torch.int32)}, ValueError, ["seqlens_k", "(3,)", "(2,)"]),
+        ({"seqlens_k": torch.ones(2, dtype=torch.int32, device="meta")}, ValueError, ["seqlens_k", "meta", "cpu"]),
+        ({"layout": "sbhd"}, ValueError, ["layout", "'sbhd'", "'bshd'"]),
         ({"q": torch.randn(9, 4)}, ValueError, ["q:", "(9, 4)", "(B, S, D)"]),
         ({"q": [[1.0]]}, TypeError, ["q:", "list"]),
         ({"v": torch.randn(2, 9, 4).half()}, TypeError, ["v:", "float16", "float32"]),
@@ -188,6 +201,67 @@ def test_bad_input_names_the_argument_and_what_came(change, error, words):
         lla_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_heads_that_share_keys_are_as_if_keys_were_repeated():
+    q, k, v = torch.randn(2, 6, 20, 4), torch.randn(2, 2, 20, 4), torch.randn(2, 2, 20, 4)
+    o = lla_attention(q, k, v, ridge_lambda=1.0)
+    apart = lla_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), ridge_lambda=1.0)
+    torch.testing.assert_close(o, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_a_query_that_sees_no_key():
+    q, k, v = (t.requires_grad_() for t in (torch.randn(2, 9, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 4)))
+    ridge = torch.ones(2, 9, requires_grad=True)
+    o, info = lla_attention(
+        q, k, v, ridge_lambda=ridge, seqlens_k=torch.tensor([5, 0]), delta_eps=0.0, return_info=True
+    )
+    grads = torch.autograd.grad(o, (q, k, v, ridge), torch.randn_like(o))
+    assert not o[0, :4].any()
+    assert not o[1].any()
+    assert o[0, 4:].all()
+    assert info.converged.all()
+    for g in (grads[0], grads[3]):
+        assert not g[0, :4].any()
+        assert not g[1].any()
+    assert not grads[1][1].any()
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_what_lies_beyond_seqlens_is_not_looked_at():
+    q, k, v = qkv(2, 9, 4)
+    lengths = torch.tensor([9, 6])
+    want = lla_attention(q, k, v, ridge_lambda=1.0, seqlens_k=lengths)
+    k[1, 6:], v[1, 6:] = float("nan"), float("inf")
+    k, v = k.requires_grad_(), v.requires_grad_()
+    o = lla_attention(q, k, v, ridge_lambda=1.0, seqlens_k=lengths)
+    assert torch.equal(o, want)
+    o.sum().backward()
+    assert not k.grad[1, 6:].any()
+    assert k.grad.isfinite().all()
+    # The diagonal stays: query 3 of the short sequence sees keys 0 to 3, as ever.
+    assert torch.equal(o[1, :6], lla_attention(q, *qkv(2, 9, 4)[1:], ridge_lambda=1.0)[1, :6])
+
+
+def test_layout_of_heads_after_tokens():
+    q, k, v = (t.requires_grad_() for t in qkv(2, 9, 3, 4))
+    o, info = lla_attention(q, k, v, ridge_lambda=1.0, layout="bshd", return_info=True)
+    turned = lla_attention(*(t.transpose(1, 2) for t in (q, k, v)), ridge_lambda=1.0)
+    assert torch.equal(o, turned.transpose(1, 2))
+    assert o.is_contiguous()
+    assert info.residual.shape == (2, 9, 3)
+
+
+def test_the_output_lies_as_the_query_does_when_values_are_wider():
+    q, k, v = torch.randn(2, 9, 3, 4), torch.randn(2, 9, 3, 4), torch.randn(2, 9, 3, 7)
+    assert lla_attention(q, k, v, layout="bshd").is_contiguous()
+
+
+def test_verify_knows_every_mask():
+    q, k, v = torch.randn(2, 4, 9, 4), torch.randn(2, 2, 12, 4), torch.randn(2, 2, 12, 6)
+    lengths = torch.tensor([12, 7])
+    report = flashlla.verify(q, k, v, ridge_lambda=1.0, window=5, seqlens_k=lengths)
+    assert report.error.max() < 1e-4
 
 
 def test_numpy_numbers_are_numbers():

@@ -83,7 +83,7 @@ def test_residuals_have_one_layout(backend: Backend, dtype: torch.dtype, name: s
 
 def _residuals(problem: Problem, inputs: Inputs) -> Residuals:
     """By their definitions, in float64."""
-    q, k, _, ridge = (t.double() for t in inputs)
+    q, k, _, ridge = (t.double() for t in inputs[:4])
     visible = torch.ones(problem.q_len, problem.k_len, dtype=torch.bool).tril(problem.k_len - problem.q_len)
     logits = (problem.scale * (q @ k.mT)).masked_fill(~visible, -torch.inf)
     p = logits.softmax(-1)

@@ -32,34 +32,44 @@ _BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 class Block(NamedTuple):
-    """Some heads' queries, and the keys that any of them sees. G = heads in the block."""
+    """Some key heads; the same queries of every query head that shares one; and the keys that any of these sees.
+
+    G = key heads in the block; M = its rows, the queries of one query head after those of another.
+    """
 
     heads: slice
     rows: slice
     keys: slice
-    hidden: Tensor | None  # (M, N) True where a query does not see a key
+    hidden: Tensor | None  # (M, N) or (G, M, N), True where a query does not see a key
 
 
-def blocks(problem: Problem, device: torch.device) -> Iterator[Block]:
+def blocks(problem: Problem, inputs: Inputs) -> Iterator[Block]:
     """All blocks; those of the same heads follow one another."""
-    n_heads = problem.batch * problem.q_heads
+    n_heads, group, mask = problem.batch * problem.kv_heads, problem.group, problem.mask
+    q_len, k_len, device = problem.q_len, problem.k_len, inputs.q.device
+    runs = mask.runs(q_len, k_len, device, inputs.seqlens_k)
+    length = max(1, BLOCK_M // group)
     budget = _BLOCK_WEIGHTS.get(device.type, _BLOCK_WEIGHTS["cuda"])
-    step = max(1, budget // (BLOCK_M * (problem.k_len + problem.solver.workspace(problem.head_dim))))
+    step = max(1, budget // (group * length * (k_len + problem.solver.workspace(problem.head_dim))))
     for h in range(0, n_heads, step):
-        for i in range(0, problem.q_len, BLOCK_M):
-            rows = range(i, min(i + BLOCK_M, problem.q_len))
-            keys = range(problem.mask.stop(rows[-1], problem.q_len, problem.k_len))
-            visible = problem.mask.visible(rows, keys, problem.q_len, problem.k_len, device)
-            yield Block(
-                slice(h, min(h + step, n_heads)),
-                slice(rows.start, rows.stop),
-                slice(keys.start, keys.stop),
-                None if visible is None else ~visible,
-            )
+        heads = slice(h, min(h + step, n_heads))
+        for i in range(0, q_len, length):
+            queries = range(i, min(i + length, q_len))
+            keys = mask.span(queries, q_len, k_len)
+            rows = slice(queries.start, queries.stop)
+            hidden = None
+            if mask.hides_within(queries, keys, q_len, k_len):
+                start, stop = runs.start[rows], runs.stop[..., rows]
+                if stop.dim() > 1:  # (G, M), each head's of its sequence
+                    stop = stop[torch.arange(heads.start, heads.stop, device=device) // problem.kv_heads, 0]
+                j = torch.arange(keys.start, keys.stop, device=device)
+                hidden = (j < start[:, None]) | (j >= stop[..., None])
+                hidden = hidden.repeat(*(1,) * (hidden.dim() - 2), group, 1)
+            yield Block(heads, rows, slice(keys.start, keys.stop), hidden)
 
 
 def by_head(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, H, S, ...) as (B H, S, ...) in ``dtype``; a view where it can be."""
+    """(B, Hkv, S, ...) as (B Hkv, S, ...) in ``dtype``; a view where it can be."""
     return t.to(dtype).flatten(0, 1)
 
 
@@ -78,10 +88,11 @@ def weights(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None) -> tuple[
     p = torch.bmm(q, k.mT).mul_(scale)
     if hidden is not None:
         p.masked_fill_(hidden, float("-inf"))
-    m = p.amax(-1, keepdim=True)
+    m = p.amax(-1, keepdim=True) if p.shape[-1] else p.new_full((*p.shape[:-1], 1), float("-inf"))
+    m.masked_fill_(m == float("-inf"), 0)  # a query that sees no key: weights and sum are 0
     p.sub_(m).exp_()
     omega = p.sum(-1, keepdim=True)
-    return p.div_(omega), m, omega
+    return p.div_(omega.clamp(min=1)), m, omega  # where it sees any, the largest weight is 1
 
 
 def linear_weights(p: Tensor, z: Tensor, k: Tensor, k_mean: Tensor) -> Tensor:
@@ -104,35 +115,43 @@ class Chunked(Backend):
 
     def forward(self, problem: Problem, inputs: Inputs) -> Forward:
         inputs, _, poison = isolate(problem, inputs)
-        dtype = accumulator(problem.dtype)
-        q, k, v, ridge_lambda = (by_head(t, dtype) for t in inputs)
+        dtype, grouped = accumulator(problem.dtype), _Grouped(problem)
+        q, ridge_lambda = (grouped.split(t.to(dtype)) for t in (inputs.q, inputs.ridge_lambda))
+        k, v = by_head(inputs.k, dtype), by_head(inputs.v, dtype)
         k, origin = shifted(k)
-        o = torch.empty_like(q)
         z, k_mean = torch.empty_like(q), torch.empty_like(q)
+        o = q.new_empty((*q.shape[:-1], problem.v_dim))
         lse, omega, guard, residual = (torch.empty_like(q[..., 0]) for _ in range(4))
         iterations = torch.empty_like(lse, dtype=torch.int32)
         converged = torch.empty_like(lse, dtype=torch.bool)
-        for heads, rows, keys, hidden in blocks(problem, q.device):
-            at = (heads, rows)
-            q_i, k_j, v_j = q[at], k[heads, keys], v[heads, keys]  # (G, M, D), (G, N, D), (G, N, Dv)
+        for heads, rows, keys, hidden in blocks(problem, inputs):
+            at = (heads, slice(None), rows)
+            q_i, ridge = q[at].flatten(1, 2), ridge_lambda[at].flatten(1, 2)  # (G, M, D), (G, M)
+            k_j, v_j = k[heads, keys], v[heads, keys]  # (G, N, D), (G, N, Dv)
             p, m, total = weights(q_i, k_j, problem.scale, hidden)
             mean = torch.bmm(p, k_j)
             d = mean - (q_i - origin[heads])
-            systems = Systems(k_j, p, mean, ridge_lambda[at], resolution(problem.dtype), rows.start)
+            if hidden is not None:
+                d *= total > 0
+            systems = Systems(k_j, p, mean, ridge, resolution(problem.dtype), rows.start, rows.stop - rows.start)
             solution = problem.solver.solve_checked(systems, d)  # (2.1)
-            damping = 1 / (1 + problem.delta_eps * (1 + (d * solution.x).sum(-1, keepdim=True)) / total)
-            o[at] = torch.bmm(linear_weights(p, solution.x, k_j, mean), v_j).mul_(damping)  # (2.3)
-            z[at], k_mean[at] = solution.x, mean + origin[heads]
+            d_z = (d * solution.x).sum(-1, keepdim=True)
+            damping = 1 / (1 + problem.delta_eps * (1 + d_z) / total.clamp(min=1))
+            write = lambda t, x: t[at].copy_(x.unflatten(1, (problem.group, -1)))  # noqa: B023
+            write(o, torch.bmm(linear_weights(p, solution.x, k_j, mean), v_j).mul_(damping))  # (2.3)
+            write(z, solution.x)
+            write(k_mean, mean + origin[heads])
             m = m + problem.scale * (q_i * origin[heads]).sum(-1, keepdim=True)
-            lse[at], omega[at] = (m + total.log()).squeeze(-1), total.squeeze(-1)
-            guard[at] = damping.squeeze(-1)
-            iterations[at], residual[at], converged[at] = solution[1:]
-        split = lambda t: t.unflatten(0, (problem.batch, problem.q_heads))
-        out = empty_output(inputs.q, inputs.v).copy_(split(o))
+            write(lse, (m + total.log()).squeeze(-1))
+            write(omega, total.squeeze(-1))
+            write(guard, damping.squeeze(-1))
+            for t, x in zip((iterations, residual, converged), solution[1:], strict=True):
+                write(t, x)
+        out = empty_output(inputs.q, inputs.v).copy_(grouped.join(o))
         result = Forward(
             out,
-            Residuals(*map(split, (lse, guard, z, k_mean))),
-            Report(*map(split, (omega, iterations, residual, converged))),
+            Residuals(*map(grouped.join, (lse, guard, z, k_mean))),
+            Report(*map(grouped.join, (omega, iterations, residual, converged))),
         )
         return result if poison is None else poison.forward(result)
 
@@ -140,19 +159,19 @@ class Chunked(Backend):
         inputs, grad_o, poison = isolate(problem, inputs, grad_o)  # type: ignore[assignment]
         if poison is not None:
             residuals = Residuals(*(t.nan_to_num() for t in residuals))
-        dtype = accumulator(problem.dtype)
-        q, k, v, ridge_lambda = (by_head(t, dtype) for t in inputs)
-        do_all = by_head(grad_o, dtype)
-        guard, probe = residuals.guard.flatten(0, 1), residuals.probe.flatten(0, 1)
+        dtype, grouped = accumulator(problem.dtype), _Grouped(problem)
+        q, ridge_lambda, do_all = (grouped.split(t.to(dtype)) for t in (inputs.q, inputs.ridge_lambda, grad_o))
+        k, v = by_head(inputs.k, dtype), by_head(inputs.v, dtype)
+        guard, probe = grouped.split(residuals.guard), grouped.split(residuals.probe)
         k, _ = shifted(k)
         dq, dridge = torch.empty_like(q), torch.empty_like(guard)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         early: list[Tensor] = []  # residuals of the queries whose adjoint probe did not converge
-        for heads, rows, keys, hidden in blocks(problem, q.device):
-            at, seen = (heads, rows), (heads, keys)
-            q_i, k_j, v_j, z = q[at], k[seen], v[seen], probe[at]
-            do = do_all[at] * guard[at].unsqueeze(-1)
-            ridge = ridge_lambda[at]
+        for heads, rows, keys, hidden in blocks(problem, inputs):
+            at, seen = (heads, slice(None), rows), (heads, keys)
+            q_i, z, ridge = (t[at].flatten(1, 2) for t in (q, probe, ridge_lambda))
+            do = (do_all[at] * guard[at].unsqueeze(-1)).flatten(1, 2)
+            k_j, v_j = k[seen], v[seen]
             # Anew, not from lse and k_mean: where keys are far from the origin those lack digits that fresh sums have.
             p, _, _ = weights(q_i, k_j, problem.scale, hidden)
             mean = torch.bmm(p, k_j)
@@ -160,21 +179,40 @@ class Chunked(Backend):
             if hidden is not None:
                 g.masked_fill_(hidden, 0)  # a hidden value may be too large for the product
             g.sub_((p * g).sum(-1, keepdim=True))
-            systems = Systems(k_j, p, mean, ridge, resolution(problem.dtype), rows.start)
+            systems = Systems(k_j, p, mean, ridge, resolution(problem.dtype), rows.start, rows.stop - rows.start)
             solution = problem.solver.solve_scale_free(systems, gather(p * g, k_j, mean))  # (3.1)
             y = solution.x
             early.append(solution.residual[~solution.converged])
             e = g.baddbmm_(y, k_j.mT, alpha=-1).add_((y * mean).sum(-1, keepdim=True))  # (3.2)
             pa = linear_weights(p, z, k_j, mean)
-            dridge[at] = (z * y).sum(-1)  # (3.6)
-            dl = (pa * e).addcmul_(p, (ridge * dridge[at]).unsqueeze(-1))
-            dq[at] = gather(dl, k_j, mean).mul_(problem.scale).add_(y)  # (3.3)
+            z_y = (z * y).sum(-1)  # (3.6)
+            dl = (pa * e).addcmul_(p, (ridge * z_y).unsqueeze(-1))
+            write = lambda t, x: t[at].copy_(x.unflatten(1, (problem.group, -1)))  # noqa: B023
+            write(dridge, z_y)
+            write(dq, gather(dl, k_j, mean).mul_(problem.scale).add_(y))  # (3.3)
             dk[seen].baddbmm_(dl.mT, q_i, alpha=problem.scale)  # (3.4), and the next two
             dk[seen].baddbmm_(e.mul_(p).mT, z, alpha=-1)
             dk[seen].baddbmm_(pa.mT, y, alpha=-1)
             dv[seen].baddbmm_(pa.mT, do)  # (3.5)
-        split = lambda t: t.unflatten(0, (problem.batch, -1))
         warn_unconverged(problem.solver, torch.cat(early), dridge.numel(), " in the backward pass")
-        like = lambda t, g: torch.empty_like(t).copy_(split(g))
-        result = Gradients(like(inputs.q, dq), like(inputs.k, dk), like(inputs.v, dv), split(dridge))
+        like = lambda t, g: torch.empty_like(t).copy_(g)
+        per_key = lambda t: t.unflatten(0, (problem.batch, -1))
+        result = Gradients(
+            like(inputs.q, grouped.join(dq)), like(inputs.k, per_key(dk)), like(inputs.v, per_key(dv)),
+            grouped.join(dridge),
+        )  # fmt: skip
         return result if poison is None else poison.backward(result)
+
+
+class _Grouped:
+    """(B, Hq, Sq, ...) as (B Hkv, Hq / Hkv, Sq, ...) and back."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.batch, self.kv_heads, self.group = problem.batch, problem.kv_heads, problem.group
+
+    def split(self, t: Tensor) -> Tensor:
+        batch, _, *rest = t.shape
+        return t.reshape(batch * self.kv_heads, self.group, *rest)
+
+    def join(self, t: Tensor) -> Tensor:
+        return t.reshape(self.batch, self.kv_heads * self.group, *t.shape[2:])

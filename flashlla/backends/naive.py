@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,12 +27,15 @@ from flashlla.solvers.base import SOUND
 
 
 class Statistics(NamedTuple):
-    """Softmax weights and what section 2 of docs/math.md builds on them; all heads and queries at once."""
+    """Softmax weights and what section 2 of docs/math.md builds on them; all heads and queries at once.
 
-    p: Tensor  # (B, H, Sq, Sk)
-    m: Tensor  # (B, H, Sq)
-    omega: Tensor  # (B, H, Sq)
-    k_mean: Tensor  # (B, H, Sq, D)
+    M rows for a key head: the queries of all query heads that share it.
+    """
+
+    p: Tensor  # (B, Hkv, M, Sk)
+    m: Tensor  # (B, Hkv, M)
+    omega: Tensor  # (B, Hkv, M)
+    k_mean: Tensor  # (B, Hkv, M, D)
     systems: Systems
 
 
@@ -45,17 +49,20 @@ def about_first_key(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q - origin, k - origin, origin
 
 
-def statistics(q: Tensor, k: Tensor, ridge_lambda: Tensor, problem: Problem) -> Statistics:
-    logits = problem.scale * (q @ k.mT)  # (B, H, Sq, Sk)
-    visible = problem.mask.visible(range(problem.q_len), range(problem.k_len), problem.q_len, problem.k_len, q.device)
-    if visible is not None:
-        logits = logits.masked_fill(~visible, float("-inf"))
+def statistics(q: Tensor, k: Tensor, ridge_lambda: Tensor, problem: Problem, seqlens_k: Tensor | None) -> Statistics:
+    logits = problem.scale * (q @ k.mT)  # (B, Hkv, M, Sk)
+    start, stop = problem.mask.runs(problem.q_len, problem.k_len, q.device, seqlens_k)
+    j = torch.arange(problem.k_len, device=q.device)
+    visible = (j >= start[:, None]) & (j < stop[..., None])  # (Sq, Sk) or (B, 1, Sq, Sk)
+    visible = visible.repeat(*(1,) * (visible.dim() - 2), problem.group, 1)
+    logits = logits.masked_fill(~visible, float("-inf"))
     m = logits.amax(-1)
+    m = m.masked_fill(m == float("-inf"), 0)  # a query that sees no key: weights and sum are 0
     w = (logits - m.unsqueeze(-1)).exp()
     omega = w.sum(-1)
-    p = w / omega.unsqueeze(-1)
+    p = w / omega.clamp(min=1).unsqueeze(-1)  # where it sees any, the largest weight is 1
     k_mean = p @ k
-    systems = Systems(k, p, k_mean, ridge_lambda, resolution(problem.dtype))
+    systems = Systems(k, p, k_mean, ridge_lambda, resolution(problem.dtype), per_head=problem.q_len)
     return Statistics(p, m, omega, k_mean, systems)
 
 
@@ -82,32 +89,34 @@ class Naive(Backend):
 
     def forward(self, problem: Problem, inputs: Inputs) -> Forward:
         inputs, _, poison = isolate(problem, inputs)
-        dtype = accumulator(problem.dtype)
-        q, k, v, ridge_lambda = (t.to(dtype) for t in inputs)
+        dtype, (split, join) = accumulator(problem.dtype), _by_key_head(problem)
+        k, v = inputs.k.to(dtype), inputs.v.to(dtype)
+        q, ridge_lambda = split(inputs.q.to(dtype)), split(inputs.ridge_lambda.to(dtype))
         moved_q, k, origin = about_first_key(q, k)
-        p, m, omega, k_mean, systems = statistics(q, k, ridge_lambda, problem)
-        d = k_mean - moved_q
+        p, m, omega, k_mean, systems = statistics(q, k, ridge_lambda, problem, inputs.seqlens_k)
+        d = (k_mean - moved_q) * (omega > 0).unsqueeze(-1)
         z = solve(systems, d)  # (2.1)
         error = (systems.matvec(z) - d).norm(dim=-1)
         a = z @ k.mT - (z * k_mean).sum(-1, keepdim=True)  # (2.2)
-        guard = 1 / (1 + problem.delta_eps * (1 + (d * z).sum(-1)) / omega)
+        guard = 1 / (1 + problem.delta_eps * (1 + (d * z).sum(-1)) / omega.clamp(min=1))
         o = empty_output(inputs.q, inputs.v)
-        o.copy_(guard.unsqueeze(-1) * ((p * (1 - a)) @ v))  # (2.3)
+        o.copy_(join(guard.unsqueeze(-1) * ((p * (1 - a)) @ v)))  # (2.3)
         residual = torch.where(error == 0, 0, error / d.norm(dim=-1))
         steps = torch.zeros_like(residual, dtype=torch.int32)
         m = m + problem.scale * (q * origin).sum(-1)
-        report = Report(omega, steps, residual, residual <= SOUND)
-        result = Forward(o, Residuals(m + omega.log(), guard, z, k_mean + origin), report)
+        report = Report(*map(join, (omega, steps, residual, residual <= SOUND)))
+        result = Forward(o, Residuals(*map(join, (m + omega.log(), guard, z, k_mean + origin))), report)
         return result if poison is None else poison.forward(result)
 
     def backward(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
         inputs, grad_o, poison = isolate(problem, inputs, grad_o)  # type: ignore[assignment]
-        dtype = accumulator(problem.dtype)
-        q, k, v, ridge_lambda = (t.to(dtype) for t in inputs)
+        dtype, (split, join) = accumulator(problem.dtype), _by_key_head(problem)
+        k, v = inputs.k.to(dtype), inputs.v.to(dtype)
+        q, ridge_lambda = split(inputs.q.to(dtype)), split(inputs.ridge_lambda.to(dtype))
         _, k, _ = about_first_key(q, k)
-        do = grad_o.to(dtype) * residuals.guard.nan_to_num().unsqueeze(-1)
-        z = residuals.probe.nan_to_num()
-        p, _, _, k_mean, systems = statistics(q, k, ridge_lambda, problem)
+        do = split(grad_o.to(dtype) * residuals.guard.nan_to_num().unsqueeze(-1))
+        z = split(residuals.probe.nan_to_num())
+        p, _, _, k_mean, systems = statistics(q, k, ridge_lambda, problem, inputs.seqlens_k)
         a = z @ k.mT - (z * k_mean).sum(-1, keepdim=True)  # (2.2)
         g = (do @ v.mT).where(p > 0, 0)  # a hidden value may be too large for the product
         g = g - (p * g).sum(-1, keepdim=True)
@@ -120,5 +129,12 @@ class Naive(Backend):
         dk = problem.scale * (dl.mT @ q) - (p * e).mT @ z - (p * (1 - a)).mT @ y  # (3.4)
         dv = (p * (1 - a)).mT @ do  # (3.5)
         like = lambda t, g: torch.empty_like(t).copy_(g)
-        result = Gradients(like(inputs.q, dq), like(inputs.k, dk), like(inputs.v, dv), dridge)
+        result = Gradients(like(inputs.q, join(dq)), like(inputs.k, dk), like(inputs.v, dv), join(dridge))
         return result if poison is None else poison.backward(result)
+
+
+def _by_key_head(problem: Problem) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """(B, Hq, Sq, ...) to (B, Hkv, M, ...), and back."""
+    split = lambda t: t.unflatten(1, (problem.kv_heads, problem.group)).flatten(2, 3)
+    join = lambda t: t.unflatten(2, (problem.group, problem.q_len)).flatten(1, 2)
+    return split, join

@@ -78,6 +78,10 @@ class Triton(Backend):
             return f"it takes as many keys as queries ({problem.q_len}), and there are {problem.k_len}"
         if problem.q_heads != problem.kv_heads:
             return f"it takes as many key heads as query heads ({problem.q_heads}), and there are {problem.kv_heads}"
+        if problem.mask.window is not None:
+            return "it takes no window"
+        if problem.mask.padded:
+            return "it takes no seqlens_k"
         return None
 
     def _solver(self, problem: Problem) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +26,12 @@ def inputs() -> dict[str, Tensor]:
     return made
 
 
-def run(backend: Backend, given: dict[str, Tensor]) -> dict[str, Tensor]:
+def run(backend: Backend, given: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
     """The output and the gradients by name."""
     leaves = {name: given[name].clone().requires_grad_() for name in NAMES[:4]}
     q, k, v, ridge = leaves.values()
-    skip_if_refused(backend, q, k, v, ridge_lambda=ridge)
-    o = flashlla.lla_attention(q, k, v, ridge_lambda=ridge, backend=backend.name)
+    skip_if_refused(backend, q, k, v, ridge_lambda=ridge, **options)
+    o = flashlla.lla_attention(q, k, v, ridge_lambda=ridge, backend=backend.name, **options)
     o.backward(given["grad_o"])
     return {"o": o.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
 
@@ -120,3 +121,25 @@ def test_bad_numbers_everywhere_are_no_error(backend: Backend) -> None:
     o, info = flashlla.lla_attention(q, k, v, backend=backend.name, return_info=True)
     assert o.isnan().all()
     assert not info.converged.any()
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v", "grad_o"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_leaves_a_window(backend: Backend, where: str) -> None:
+    """A key is seen by the queries of its window, and a query's gradient goes to the keys of its window."""
+    window = 4
+    clean, given = run(backend, inputs(), window=window), inputs()
+    given[where][(*BAD, AT)] = float("nan")
+    spoilt = run(backend, given, window=window)
+    rows = torch.zeros(S, dtype=torch.bool)
+    rows[AT : AT + window if where in ("k", "v") else AT + 1] = True  # queries that are due NaN
+    keys = torch.zeros(S, dtype=torch.bool)
+    first, last = int(rows.nonzero().min()), int(rows.nonzero().max())
+    keys[first - window + 1 : last + 1] = True
+    if where != "grad_o":
+        assert spoilt["o"][BAD][rows].isnan().all()
+        torch.testing.assert_close(spoilt["o"][BAD][~rows], clean["o"][BAD][~rows])
+    assert spoilt["q"][BAD][rows].isnan().all()
+    torch.testing.assert_close(spoilt["q"][BAD][~rows], clean["q"][BAD][~rows])
+    assert spoilt["k"][BAD][keys].isnan().all()
+    torch.testing.assert_close(spoilt["k"][BAD][~keys], clean["k"][BAD][~keys])

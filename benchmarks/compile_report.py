@@ -68,7 +68,9 @@ def launches(
         launch.forward(problem, inputs, "none")
         launch.backward(problem, inputs, Residuals(rows, rows, vectors, vectors), x, "none")
         launch.forward(problem, inputs, "jacobi")
-    unique = {(k.__name__, str(sorted(s.items()))): (k, n, a, s) for k, n, a, s in found}
+        launch.backward(problem, inputs, Residuals(rows, rows, vectors, vectors), x, "jacobi")
+    given = lambda arguments: tuple(x is None for x in arguments)
+    unique = {(k.__name__, given(a), str(sorted(s.items()))): (k, n, a, s) for k, n, a, s in found}
     return list(unique.values())
 
 

@@ -298,3 +298,52 @@ def test_every_kernel_compiles_for_three_architectures(tmp_path: Path) -> None:
     }
     assert {k for k, _, _ in kernels} == written
     assert {(a, d) for _, a, d in kernels} == {(a, d) for a in (80, 90, 100) for d in (64, 128)}
+
+
+@interpreted
+@pytest.mark.parametrize("size", [0.0, 1e-21])
+def test_keys_of_no_size(size: float) -> None:
+    """As projections that begin at zero make them: softmax attention with equal weights, and no NaN."""
+    tensors = make((1, 2, 20, 8), torch.bfloat16)
+    tensors[1] = tensors[1] * size
+    got, want = step(tensors, 1.0, backend="triton"), step([t.double() for t in tensors], 1.0, backend="naive")
+    assert all(t.isfinite().all() for t in got.values())
+    assert (got["o"].double() - want["o"]).norm() <= 1e-2 * want["o"].norm()
+    assert (got["dv"].double() - want["dv"]).norm() <= 1e-2 * want["dv"].norm()
+
+
+@interpreted
+@pytest.mark.parametrize("factor", [10.0, 100.0])
+def test_a_first_key_far_from_all_others(factor: float) -> None:
+    tensors = make((1, 1, 40, 8), torch.float32)
+    tensors[1][:, :, 0] *= factor
+    want = step([t.double() for t in tensors], 0.5, backend="naive")
+    errors = []
+    for backend in ("triton", "chunked"):
+        got = step(tensors, 0.5, backend=backend, solver=CG(atol=0.0, rtol=0.0, max_iters=1000))
+        errors.append(((got["o"].double() - want["o"]).norm() / want["o"].norm()).item())
+    assert errors[0] <= 4 * errors[1] + 1e-6, errors
+
+
+@interpreted
+def test_the_nan_that_cuda_makes_survives_tf32() -> None:
+    before = torch.get_float32_matmul_precision()
+    tensors = make((1, 1, 40, 8), torch.float32)
+    tensors[1][0, 0, 21, 3] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    try:
+        torch.set_float32_matmul_precision("high")
+        o = step(tensors, 1.0, backend="triton")["o"]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert o[0, 0, 21:].isnan().all()
+    assert o[0, 0, :21].isfinite().all()
+
+
+@interpreted
+def test_keys_whose_difference_lies_otherwise() -> None:
+    """Strides that make PyTorch lay out k minus its first key with rows apart by one."""
+    q, _, v, grad = make((1, 1, 7, 16), torch.float32)
+    strided = torch.randn(1, 1, 22, generator=torch.Generator().manual_seed(0)).unfold(-1, 16, 1)
+    want = step([t.double() for t in (q, strided, v, grad)], 1.0, backend="naive")
+    o = lla_attention(q, strided, v, ridge_lambda=1.0, backend="triton")
+    assert (o.double() - want["o"]).norm() <= 1e-5 * want["o"].norm()

@@ -31,7 +31,7 @@ def _has_triton() -> bool:
 
 @functools.cache
 def _has_gpu() -> bool:
-    return torch.cuda.is_available()
+    return torch.cuda.is_available() and torch.version.hip is None  # AMD's answer to the same question
 
 
 class Triton(Backend):

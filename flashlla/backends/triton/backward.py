@@ -22,6 +22,7 @@ from flashlla.backends.triton.primitives import (
     load_tile,
     power_of_two,
     query_in,
+    ridge_in,
     rounded,
     rows_of,
     store_rows,
@@ -169,7 +170,7 @@ def dq_kernel(
     y_wide, do_wide = y_neg.to(tl.float32), do.to(tl.float32)
     e_mean = g_mean + tl.sum(y_wide * k_mean, 1)
     z_y = load_rows(rows_of(z_y_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0)
-    push = ridge * inverse_power(k_unit) * inverse_power(k_unit) * z_y
+    push = ridge_in(ridge, k_unit) * z_y
     # p a^2 sums to z.C z <= d.z and p e^2 to no more than the variance of g, so both sums bound their terms.
     d = k_mean - query_in(q, q_unit, k_unit, origin_ptr, head, HEAD_DIM)
     spread = 1 + tl.sqrt(tl.maximum(z_size * tl.sum(d * z_wide, 1), 0.0))  # >= p |1 - a|

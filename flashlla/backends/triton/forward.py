@@ -85,10 +85,9 @@ def statistics_kernel(
     factor = scale * LOG2E * q_unit * k_unit
     wide = q.to(tl.float32)
     inverse = inverse_or_zero(tl.sqrt(tl.sum(wide * wide, 1)))  # (M,)
-    # Keys far from the origin are near each other: u.k is measured from the first key's.
-    dim = tl.arange(0, BLOCK_D)
-    origin = tl.load(k_base + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)  # (D,)
-    u_origin = tl.sum(wide * origin[None, :], 1) * inverse
+    # Keys far from the origin are near each other, but for some: u.k is measured from that of the query's own key.
+    own = load_tile(k_base, k_stride_s, i + (k_len - q_len), k_len, HEAD_DIM, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    u_origin = tl.sum(wide * own, 1) * inverse  # (M,)
     nothing, nowhere = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m, total, acc, c_total, c_acc = sweep_keys(
         statistics_body, (nothing - float("inf"), nothing, nowhere, nothing, nowhere),

@@ -54,7 +54,7 @@ class Launcher:
         # float32 has digits to lose: keys are taken relative to their sequence's first (docs/math.md, section 6).
         self.origin = None if half else k[:, :, 0].nan_to_num(0.0, 0.0, 0.0).contiguous()  # (B, H, D)
         if self.origin is not None:
-            k = k - self.origin.unsqueeze(2)
+            k = with_unit_stride(k - self.origin.unsqueeze(2))
         self.q, self.k, self.v = self.cast(q, k, v) if half else (q, k, v)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -141,7 +141,7 @@ class Launcher:
         except Exception as error:
             tiles = {n: value for n, value in settings.items() if n not in ("HEAD_DIM", "CAUSAL")}
             raise RuntimeError(
-                f"flashlla: backend 'triton' could not compile or launch its kernel {kernel.__name__} (pass {name!r}, "
+                f"flashlla: the Triton backends could not compile or launch kernel {kernel.__name__} (pass {name!r}, "
                 f"head dim {self.problem.head_dim}, {self.problem.dtype}, config {tiles}) on {self.device} with Triton "
                 f"{triton.__version__}. Use another backend: flashlla.set_backend('chunked'), "
                 f"or FLASHLLA_BACKEND=chunked."
@@ -149,8 +149,10 @@ class Launcher:
 
 
 def with_unit_stride(t: Tensor) -> Tensor:
-    """``t``, copied only where its last dimension is not contiguous."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    """``t``, copied only where its last dimension is not contiguous, or rows are so far apart that the offsets within a
+    tile, which are of 32 bits, would not hold them."""
+    near = t.stride(2) < 2**24 and (t.stride(-1) == 1 or t.shape[-1] == 1)
+    return t if near else t.contiguous()
 
 
 def fastest(configs_: list[configs.Config], with_config: Callable[[configs.Config], None]) -> configs.Config:

@@ -56,7 +56,8 @@ def cast_kernel(
     tiles = tl.cdiv(length, BLOCK_M)
     head, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
     slot = tl.program_id(1) * n_heads + head
-    unit = power_of_two(tl.max(tl.load(largest + slot * CHUNKS + tl.arange(0, CHUNKS)), 0))
+    top = tl.max(tl.load(largest + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
+    unit = tl.where(top > 0, power_of_two(top), 1.0)
     tl.store(units + slot, unit, mask=i == 0)
     tensors = (
         (q, q_stride_b, q_stride_h, q_stride_s),

@@ -96,7 +96,8 @@ def rounded(x, like, PRECISION: tl.constexpr):
     What a product would round is rounded here, so that sums made beside the product can use the same numbers.
     """
     if like.dtype == tl.float32 and PRECISION == "tf32":
-        return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        near = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, near, x)  # a NaN of all ones would wrap round to -0
     else:
         return x.to(like.dtype)
 
@@ -253,6 +254,12 @@ def weights(q, k, factor, shift, seen, PRECISION: tl.constexpr, CUT: tl.constexp
 def units_of(units, head, n_heads):
     """The powers of two that a head's queries, keys and values were divided by."""
     return tl.load(units + head), tl.load(units + n_heads + head), tl.load(units + 2 * n_heads + head)
+
+
+@triton.jit
+def ridge_in(ridge, k_unit):
+    """The ridges in the units of the keys; where keys are tiny beside them, as large as still makes solutions of 0."""
+    return tl.minimum(ridge * inverse_power(k_unit) * inverse_power(k_unit), 1e36)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from flashlla.backends.triton.primitives import (
     load_rows,
     load_tile,
     query_in,
+    ridge_in,
     rounded,
     rows_of,
     saturated,
@@ -108,8 +109,8 @@ def solve_kernel(
     k_mean = k_mean * inverse_power(k_unit)
     ridge_base = head_of(ridge_ptr, ridge_stride_b, ridge_stride_h, head, heads)
     row = i + tl.arange(0, BLOCK_M)
-    ridge = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=row < q_len, other=1.0)  # (M,)
-    ridge = ridge * inverse_power(k_unit) * inverse_power(k_unit)
+    given = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=row < q_len, other=1.0)  # (M,)
+    ridge = ridge_in(given, k_unit)
     shift = load_rows(rows_of(lse_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0) * LOG2E - WEIGHT_BITS
     factor = scale * LOG2E * q_unit * k_unit
     if ADJOINT:
@@ -118,7 +119,7 @@ def solve_kernel(
     else:
         r = k_mean - query_in(q, q_unit, k_unit, origin_ptr, head, HEAD_DIM)
         atol = atol * inverse_power(k_unit) * inverse_power(k_unit)
-    r += (0.0 * ridge)[:, None]  # a ridge that is not finite makes its row NaN
+    r = tl.where((row < q_len)[:, None], r, 0.0) + (0.0 * given)[:, None]  # a ridge that is not finite makes NaN
     if PRECONDITIONER == "jacobi":
         inverse = prepare_jacobi(
             q, k_mean, ridge, shift, factor, k_base, k_stride_s, i, q_len, k_len,

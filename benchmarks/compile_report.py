@@ -32,6 +32,7 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 10
 # and of the few that the mask cuts. Spills between sweeps cost nothing that can be measured; capping registers to make
 # room for another program buys more than they cost.
 SPILLS, SPILLS_CUT = 0.10, 0.30
+# Waits a matrix instruction (see `waits`): 1 where the assembler has put them one after the other.
 WAITS = 0.9
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 POINTERS = {

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashlla import dispatch
-from flashlla.autograd import forward_op
-from flashlla.problem import Mask
+from flashlla.autograd import describe, forward_op
 from flashlla.validation import prepare
 
 Floats = NDArray[np.float64]
@@ -87,23 +86,21 @@ def verify(
     call = prepare(q, k, v, backend=backend, **options)
     with torch.no_grad():
         o, _, _, z, *_, choice = forward_op(*call.inputs, *call.settings, backend)
-    causal, window, scale, delta_eps = call.settings[:4]
-    mask = Mask(causal, window, call.inputs.seqlens_k is not None)
-    start, stop = mask.runs(o.shape[2], call.inputs.k.shape[2], torch.device("cpu"), _on_cpu(call.inputs.seqlens_k))
-    stop = stop.expand(o.shape[0], 1, o.shape[2])[:, 0]  # (B, Sq)
-    group = call.inputs.q.shape[1] // max(1, call.inputs.k.shape[1])
+    problem = describe(call.inputs, *call.settings)
+    runs = problem.mask.runs(problem.q_len, problem.k_len, problem.device, call.inputs.seqlens_k)
+    start, stop = (t.cpu().expand(problem.batch, 1, problem.q_len)[:, 0] for t in runs)  # (B, Sq)
     picked = _pick(tuple(call.inputs.q.shape[:3]), rows, seed)
     q, k, v, ridge = call.inputs[:4]
     found = [
         _check_row(
-            _numpy(k[b, h // group, start[i] : stop[b, i]]),
-            _numpy(v[b, h // group, start[i] : stop[b, i]]),
+            _numpy(k[b, h // problem.group, start[b, i] : stop[b, i]]),
+            _numpy(v[b, h // problem.group, start[b, i] : stop[b, i]]),
             _numpy(q[b, h, i]),
             _numpy(ridge[b, h, i]),
             _numpy(o[b, h, i]),
             _numpy(z[b, h, i]),
-            scale,
-            delta_eps,
+            problem.scale,
+            problem.delta_eps,
         )
         for b, h, i in picked.tolist()
     ]
@@ -145,10 +142,6 @@ def _check_row(
         relative(o - reference, np.linalg.norm(reference)),
         relative(a @ z - d, np.linalg.norm(d)),
     )
-
-
-def _on_cpu(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.cpu()
 
 
 def _numpy(t: Tensor) -> Floats:

@@ -80,14 +80,14 @@ _SINGLE_SMALL: dict[int, dict[str, Config]] = {
 }
 
 
-def little_shared_memory(capability: tuple[int, int]) -> bool:
-    """Whether the chip has 99 KiB of it a processor: all but those made for data centres (8.0, 9.0, 10.0)."""
-    return capability not in ((8, 0), (9, 0), (10, 0), (10, 3))
+def large(capability: tuple[int, int]) -> bool:
+    """Whether the chip is one that the large tables are for."""
+    return capability[0] in (9, 10)
 
 
 def too_large(head_dim: int, operand: torch.dtype, capability: tuple[int, int]) -> str | None:
     """Why there is no config; None if there is."""
-    if operand == torch.float32 and head_dim > 128 and little_shared_memory(capability):
+    if operand == torch.float32 and head_dim > 128 and not large(capability) and capability != (8, 0):
         return f"float32 at head dims above 128 (this one is {head_dim}) takes more shared memory than this GPU has"
     return None
 
@@ -99,8 +99,7 @@ def padded(head_dim: int) -> int:
 
 def config(name: str, head_dim: int, operand: torch.dtype, capability: tuple[int, int]) -> Config:
     """The config of pass ``name``; ``operand`` is float16 or float32, ``capability`` the device's, (9, 0) say."""
-    half, large = operand == torch.float16, capability[0] in (9, 10)
-    table = (_SINGLE_SMALL, _SINGLE, _HALF_SMALL, _HALF)[2 * half + large]
+    table = (_SINGLE_SMALL, _SINGLE, _HALF_SMALL, _HALF)[2 * (operand == torch.float16) + large(capability)]
     return table[padded(head_dim)][name]
 
 

@@ -139,7 +139,7 @@ def lla_attention(  # type: ignore[misc]  # the overloads say only what return_i
         seqlens_k=seqlens_k,
         layout=layout,
     )
-    o, *_, omega, iterations, residual, converged, choice = forward_op(*call.inputs, *call.settings, backend)
+    o, *_, omega, iterations, residual, converged, choice = forward_op(*call.arguments, backend)
     if not return_info:
         return call.restore(o)
     iterations, residual, converged, omega = (
@@ -181,7 +181,7 @@ class LLAFunction:
         call = prepare(
             q, k, v, ridge_lambda, qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, None
         )
-        o, _, _, _, _, omega, *_ = forward_op(*call.inputs, *call.settings, None)
+        o, _, _, _, _, omega, *_ = forward_op(*call.arguments, None)
         omega = omega.detach() if torch.compiler.is_compiling() else WithoutGradient.apply(omega)
         return call.restore(o), call.restore(omega).unsqueeze(-1)
 

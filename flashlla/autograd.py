@@ -29,29 +29,35 @@ from flashlla.solvers.base import warn_unconverged
 
 # Everything about a call that is not a tensor, in the order both operators take it.
 _SETTINGS = (
-    "bool causal, SymInt? window, float scale, float delta_eps, str solver, float[] solver_settings, "
-    "bool solver_demanded"
+    "bool causal, SymInt? window, SymInt longest_q, SymInt longest_k, float scale, float delta_eps, str solver, "
+    "float[] solver_settings, bool solver_demanded"
 )
+# The tensors that say which keys a query sees.
+_LENGTHS = "Tensor? seqlens_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 
 
 def describe(
     inputs: Inputs,
     causal: bool,
     window: int | None,
+    longest_q: int,
+    longest_k: int,
     scale: float,
     delta_eps: float,
     solver: str,
     settings: Sequence[float],
     demanded: bool,
+    decoding: bool = False,
 ) -> Problem:
     """The Problem of one call."""
     q, k, v = inputs[:3]
+    cu_seqlens, pages = inputs.cu_seqlens_q, inputs.block_table
     return Problem(
         batch=q.shape[0],
         q_heads=q.shape[1],
         kv_heads=k.shape[1],
         q_len=q.shape[2],
-        k_len=k.shape[2],
+        k_len=k.shape[2] if pages is None else k.shape[2] * pages.shape[1],
         head_dim=q.shape[3],
         v_dim=v.shape[3],
         dtype=q.dtype,
@@ -60,7 +66,17 @@ def describe(
         delta_eps=delta_eps,
         solver=solvers.decode(solver, settings),
         solver_demanded=demanded,
-        mask=Mask(causal, window, padded=inputs.seqlens_k is not None),
+        mask=Mask(
+            causal,
+            window,
+            padded=inputs.seqlens_k is not None,
+            at_lengths=decoding,
+            packed=cu_seqlens is not None,
+        ),
+        sequences=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        longest_q=longest_q,
+        longest_k=longest_k,
+        page_size=None if pages is None else k.shape[2],
     )
 
 
@@ -84,9 +100,9 @@ def _allocate(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     ]  # fmt: skip
 
 
-def _forward(q, k, v, ridge_lambda, seqlens_k, *settings_and_backend):  # type: ignore[no-untyped-def]
+def _forward(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *settings_and_backend):  # type: ignore[no-untyped-def]
     *settings, backend = settings_and_backend
-    inputs = Inputs(q, k, v, ridge_lambda, seqlens_k)
+    inputs = Inputs(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k)
     problem = describe(inputs, *settings)
     chosen = dispatch.choose(problem, backend)
     choice = torch.tensor(dispatch.serial(chosen))
@@ -105,8 +121,9 @@ def _forward_fake(q, k, v, *_):  # type: ignore[no-untyped-def]
     return tuple(_allocate(q, k, v))
 
 
-def _backward(grad_o, q, k, v, ridge_lambda, seqlens_k, lse, guard, probe, k_mean, choice, *settings):  # type: ignore[no-untyped-def]
-    inputs = Inputs(q, k, v, ridge_lambda, seqlens_k)
+def _backward(grad_o, q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *rest):  # type: ignore[no-untyped-def]
+    lse, guard, probe, k_mean, choice, *settings = rest
+    inputs = Inputs(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k)
     problem = describe(inputs, *settings)
     if problem.empty:
         return tuple(t.zero_() for t in _allocate_gradients(q, k, v, ridge_lambda))
@@ -125,17 +142,17 @@ def _backward_fake(grad_o, q, k, v, ridge_lambda, *_):  # type: ignore[no-untype
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, ridge_lambda, seqlens_k, *settings, _ = inputs
+    tensors, (*settings, _) = inputs[:7], inputs[7:]
     _, lse, guard, probe, k_mean, *_, choice = output
-    ctx.save_for_backward(q, k, v, ridge_lambda, seqlens_k, lse, guard, probe, k_mean, choice)
+    ctx.save_for_backward(*tensors, lse, guard, probe, k_mean, choice)
     ctx.settings = settings
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad_o: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_o is None:
-        return (None,) * 13
-    return (*backward_op(grad_o, *ctx.saved_tensors, *ctx.settings), *(None,) * 9)
+        return (None,) * 17
+    return (*backward_op(grad_o, *ctx.saved_tensors, *ctx.settings), *(None,) * 13)
 
 
 def _refuse(ctx: Any, *_: Tensor | None) -> None:
@@ -192,14 +209,14 @@ def _define(name: str, arguments: str, outputs: int, kernel: Any, fake: Any) -> 
 
 forward_op = _define(
     "forward",
-    f"Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, Tensor? seqlens_k, {_SETTINGS}, str? backend",
+    f"Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, {_LENGTHS}, {_SETTINGS}, str? backend",
     10,
     _forward,
     _forward_fake,
 )
 backward_op = _define(
     "backward",
-    "Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, Tensor? seqlens_k, Tensor lse, Tensor guard, "
+    f"Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, {_LENGTHS}, Tensor lse, Tensor guard, "
     f"Tensor probe, Tensor k_mean, Tensor choice, {_SETTINGS}",
     4,
     _backward,

@@ -85,9 +85,9 @@ def verify(
         raise TypeError(f"verify() got an unexpected keyword argument {sorted(unknown)[0]!r}")
     call = prepare(q, k, v, backend=backend, **options)
     with torch.no_grad():
-        o, _, _, z, *_, choice = forward_op(*call.inputs, *call.settings, backend)
+        o, _, _, z, *_, choice = forward_op(*call.arguments, backend)
     problem = describe(call.inputs, *call.settings)
-    runs = problem.mask.runs(problem.q_len, problem.k_len, problem.device, call.inputs.seqlens_k)
+    runs = problem.runs(call.inputs)
     start, stop = (t.cpu().expand(problem.batch, 1, problem.q_len)[:, 0] for t in runs)  # (B, Sq)
     picked = _pick(tuple(call.inputs.q.shape[:3]), rows, seed)
     q, k, v, ridge = call.inputs[:4]

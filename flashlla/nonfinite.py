@@ -47,7 +47,7 @@ def isolate(
     problem: Problem, inputs: Inputs, grad_o: Tensor | None = None
 ) -> tuple[Inputs, Tensor | None, Poison | None]:
     """``inputs`` and ``grad_o`` with nothing but finite numbers, and where NaN belongs (None: nowhere)."""
-    q, k, v, ridge, seqlens_k = inputs
+    q, k, v, ridge = inputs[:4]
     # A key so large that the products of other queries with it overflow is as good as infinite.
     largest = torch.finfo(accumulator(problem.dtype)).max ** 0.5 / (4 * problem.head_dim)
     finite_q, finite_k, finite_v, finite_ridge = q.isfinite(), k.abs() <= largest, v.isfinite(), ridge.isfinite()
@@ -55,7 +55,7 @@ def isolate(
     if all(bool(f.all()) for f in (finite_q, finite_k, finite_v, finite_ridge, finite_g)):
         return inputs, grad_o, None
     bad_key = ~(finite_k.all(-1) & finite_v.all(-1))  # (B, Hkv, Sk)
-    start, stop = problem.mask.runs(problem.q_len, problem.k_len, q.device, seqlens_k)
+    start, stop = problem.runs(inputs)
     shape = (*bad_key.shape[:-1], problem.q_len)
     start, stop = start.expand(shape), torch.maximum(start, stop).expand(shape)  # (B, Hkv, Sq)
     # Bad keys in a query's run: a running count, read off at its ends.
@@ -66,7 +66,10 @@ def isolate(
     poisoned = queries.unflatten(1, (-1, problem.group)).any(2).long()  # (B, Hkv, Sq)
     begun = torch.zeros_like(count).scatter_add_(-1, start, poisoned).scatter_add_(-1, stop, -poisoned).cumsum(-1)
     clean = lambda t, finite: torch.where(finite, t, 0)
-    cleaned = Inputs(
-        clean(q, finite_q), clean(k, finite_k), clean(v, finite_v), torch.where(finite_ridge, ridge, 1), seqlens_k
+    cleaned = inputs._replace(
+        q=clean(q, finite_q),
+        k=clean(k, finite_k),
+        v=clean(v, finite_v),
+        ridge_lambda=torch.where(finite_ridge, ridge, 1),
     )
     return cleaned, None if grad_o is None else clean(grad_o, finite_g), Poison(queries, begun[..., :-1] > 0)

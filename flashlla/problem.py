@@ -40,8 +40,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 class Runs(NamedTuple):
     """Which keys each query sees: those from ``start`` to before ``stop``; empty where stop <= start."""
 
-    start: Tensor  # (Sq,)
-    stop: Tensor  # (Sq,), or (B, 1, Sq) where sequences have lengths of their own
+    start: Tensor  # (Sq,), or (B, 1, Sq) where sequences have lengths of their own
+    stop: Tensor  # the same
 
 
 @dataclass(frozen=True)
@@ -50,28 +50,25 @@ class Mask:
 
     causal: no key beyond the query's own place, the last query's being the last key. window: no more than the latest
     so many of those. padded: sequences have lengths of their own, ``Inputs.seqlens_k``, and no keys beyond them; where
-    the causal diagonal lies does not depend on them.
+    the causal diagonal lies does not depend on them, but for at_lengths (decoding): there the last query's place is
+    the last key of that length. packed: all sequences lie in one row, one behind the other, and ``Inputs.cu_seqlens_q``
+    and ``cu_seqlens_k`` tell where each begins; a query sees keys of its own sequence.
     """
 
     causal: bool = True
     window: int | None = None
     padded: bool = False
+    at_lengths: bool = False
+    packed: bool = False
 
     def span(self, queries: range, q_len: int, k_len: int) -> range:
         """The keys that some of ``queries`` may see, whatever the sequences' lengths."""
+        if self.at_lengths:
+            return range(k_len)
         shift = k_len - q_len
         stop = min(k_len, max(0, queries.stop + shift)) if self.causal else k_len
         start = 0 if self.window is None else min(stop, max(0, queries.start + 1 + shift - self.window))
         return range(start, stop)
-
-    def runs(self, q_len: int, k_len: int, device: torch.device, seqlens_k: Tensor | None = None) -> Runs:
-        """Of every query."""
-        own = torch.arange(1, q_len + 1, device=device) + (k_len - q_len)  # one past the query's own key
-        stop = own.clamp(0, k_len) if self.causal else torch.full_like(own, k_len)
-        start = torch.zeros_like(own) if self.window is None else (own - self.window).clamp(min=0)
-        if seqlens_k is not None:
-            stop = torch.minimum(stop, seqlens_k.to(stop.dtype).clamp(0, k_len)[:, None, None])  # (B, 1, Sq)
-        return Runs(start, stop)
 
     def hides_within(self, queries: range, keys: range, q_len: int, k_len: int) -> bool:
         """Whether some of ``queries`` may not see some of ``keys``, which are their span."""
@@ -85,8 +82,9 @@ class Mask:
 class Problem:
     """Frozen, hashable description of one call: everything a backend needs to say yes or no, and no tensor.
 
-    ``solver_demanded`` is False where the caller named no solver: ``solver`` then carries the tolerances, and a
-    backend may use them with the solver it does best.
+    batch, q_len and k_len are those of the tensors; of packed ones 1 and the total lengths. With pages, k_len is what a
+    row of the block table holds. ``solver_demanded`` is False where the caller named no solver: ``solver`` then carries
+    the tolerances, and a backend may use them with the solver it does best.
     """
 
     batch: int
@@ -103,6 +101,10 @@ class Problem:
     solver: Solver
     solver_demanded: bool = True
     mask: Mask = Mask()
+    sequences: int = 0  # packed: how many, and what none of them is longer than
+    longest_q: int = 0
+    longest_k: int = 0
+    page_size: int | None = None  # decoding: k and v are pages of so many keys
 
     @property
     def group(self) -> int:
@@ -114,15 +116,53 @@ class Problem:
         """Nothing to compute: no queries, or no keys for them to see."""
         return 0 in (self.batch, self.q_heads, self.q_len, self.k_len)
 
+    def runs(self, inputs: Inputs) -> Runs:
+        """The keys that every query sees, by their places in k."""
+        mask, device = self.mask, inputs.q.device
+        i = torch.arange(self.q_len, device=device)
+        first: Tensor | int
+        last: Tensor | int
+        if mask.packed:
+            q_first, q_last = bounds(inputs.cu_seqlens_q, self.q_len, self.longest_q)
+            k_first, k_last = bounds(inputs.cu_seqlens_k, self.k_len, self.longest_k)
+            inside = (i >= q_first[:, None]) & (i < q_last[:, None])  # (sequences, Sq)
+            at = inside.int().argmax(0)
+            first = k_first[at]
+            last = torch.where(inside.any(0), k_last[at], first)  # a row of no sequence sees nothing
+            own = i + 1 - q_last[at] + k_last[at]  # one past the query's own key
+        else:
+            first, last = 0, self.k_len
+            if inputs.seqlens_k is not None:
+                last = inputs.seqlens_k.long().clamp(0, self.k_len)[:, None, None]  # (B, 1, 1)
+            own = i + 1 - self.q_len + (last if mask.at_lengths else self.k_len)
+        start = torch.zeros_like(i) + first if mask.window is None else (own - mask.window).clamp(min=first)
+        stop = own.clamp(min=first) if mask.causal else torch.full_like(own, self.k_len)
+        return Runs(start, torch.minimum(stop, torch.as_tensor(last, device=device)))
+
+
+def bounds(cu_seqlens: Tensor | None, total: int, longest: int) -> tuple[Tensor, Tensor]:
+    """Where each sequence of a packed row begins and ends, (sequences,), whatever the numbers: never outside the row,
+    never more than ``longest`` long."""
+    assert cu_seqlens is not None
+    edges = cu_seqlens.long().clamp(0, total)
+    first = edges[:-1]
+    return first, torch.minimum(torch.maximum(edges[1:], first), first + longest)
+
 
 class Inputs(NamedTuple):
-    """The tensors of one call, four-dimensional views with any strides."""
+    """The tensors of one call, four-dimensional views with any strides.
+
+    Packed: B = 1, and Sq and Sk are total lengths. Pages: k and v are (pages, Hkv, page size, D).
+    """
 
     q: Tensor  # (B, Hq, Sq, D)
     k: Tensor  # (B, Hkv, Sk, D)
     v: Tensor  # (B, Hkv, Sk, Dv)
     ridge_lambda: Tensor  # (B, Hq, Sq), accumulator dtype, often expanded from fewer numbers
     seqlens_k: Tensor | None = None  # (B,) int32, keys of each sequence; None: all
+    cu_seqlens_q: Tensor | None = None  # (sequences + 1,) int32, where each packed sequence begins, and the end
+    cu_seqlens_k: Tensor | None = None  # the same for keys
+    block_table: Tensor | None = None  # (B, pages) int32, which page holds a sequence's keys; None: no pages
 
 
 class Residuals(NamedTuple):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -15,21 +17,36 @@ from flashlla.solvers.cg import check_tolerances
 
 # Asked once: torch.compile cannot trace the question before torch 2.12.
 _AUTOCAST = frozenset(d for d in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(d))
+# Set to 1, checks what costs a wait for the device: the numbers in cu_seqlens and block_table.
+CHECK_VARIABLE = "FLASHLLA_CHECK"
+# New tokens a sequence that decoding takes; keys a page is a multiple of.
+MOST_NEW, PAGE = 16, 16
 _CG_DEFAULTS = {"cg_atol": 1e-12, "cg_rtol": 1e-12, "cg_max_iters": 32, "cg_use_preconditioner": False}
 
 
 class Call(NamedTuple):
-    """A validated call: four-dimensional inputs, and the settings that both operators take, in their order."""
+    """A validated call: four-dimensional inputs, and the settings that all operators take, in their order."""
 
     inputs: Inputs
-    # causal, window, scale, delta_eps, solver's name and numbers, demanded
-    settings: tuple[bool, int | None, float, float, str, list[float], bool]
-    layout: str  # of the caller's tensors: "bsd", "bhsd" or "bshd"
+    # causal, window, longest_q, longest_k, scale, delta_eps, solver's name and numbers, demanded
+    settings: tuple[bool, int | None, int, int, float, float, str, list[float], bool]
+    layout: str  # of the caller's tensors: "bsd", "bhsd", "bshd" or "thd"
+    decoding: bool = False
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Of the operator, all but the backend."""
+        q, k, v, ridge, seqlens_k, cu_seqlens_q, cu_seqlens_k, block_table = self.inputs
+        if self.decoding:
+            return q, k, v, ridge, seqlens_k, block_table, *self.settings
+        return q, k, v, ridge, seqlens_k, cu_seqlens_q, cu_seqlens_k, *self.settings
 
     def restore(self, t: Tensor) -> Tensor:
         """``t`` of (B, H, S, ...) in the caller's layout."""
         if self.layout == "bsd":
             return t.squeeze(1)
+        if self.layout == "thd":
+            return t.squeeze(0).transpose(0, 1)
         return t.transpose(1, 2) if self.layout == "bshd" else t
 
 
@@ -53,26 +70,141 @@ def prepare(
     layout: str = "bhsd",
 ) -> Call:
     """Check everything that can be checked without looking at the tensors' numbers; bring it to canonical form."""
-    if layout not in ("bhsd", "bshd"):
-        raise ValueError(f"layout: got {layout!r}, wanted 'bhsd' for (B, H, S, D) or 'bshd' for (B, S, H, D)")
+    _check_layout(layout)
     q, k, v = _check_tensors(q, k, v, layout)
-    window = _check_mask(causal, window)
-    _refuse_forward_mode(q, k, v, ridge_lambda)
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend: got {type(backend).__name__}, wanted a backend's name, 'auto' or None")
-    flat = q.dim() == 3
-    if flat:
+    if q.dim() == 3:
         q, k, v, layout = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), "bsd"
     elif layout == "bshd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    ridge = _check_ridge(ridge_lambda, q, flat)
-    seqlens_k = _check_seqlens(seqlens_k, k)
-    scale = 1 / math.sqrt(q.shape[-1]) if qk_scale is None else _check_number(qk_scale, "qk_scale")
-    delta_eps = _check_number(delta_eps, "delta_eps")
     cg_numbers = (cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
+    inputs = Inputs(q, k, v, _check_ridge(ridge_lambda, q, layout), _check_seqlens(seqlens_k, q, k))
+    return _call(inputs, causal, window, qk_scale, delta_eps, cg_numbers, solver, backend, layout)
+
+
+def prepare_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ridge_lambda: float | Tensor = 10.0,
+    qk_scale: float | None = None,
+    delta_eps: float = 1e-12,
+    cg_atol: float = 1e-12,
+    cg_rtol: float = 1e-12,
+    cg_max_iters: int = 32,
+    cg_use_preconditioner: bool = False,
+    solver: str | Solver | None = None,
+    backend: str | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
+    window: int | None = None,
+) -> Call:
+    """The same for packed sequences."""
+    q, k, v = _check_tensors(q, k, v, "thd")
+    layout = "bhsd"
+    if q.dim() == 3:
+        q, k, v, layout = *(t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)), "thd"
+    apart = (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))
+    if cu_seqlens is not None:
+        for name, value in apart:
+            if value is not None:
+                raise ValueError(f"{name}: got it together with cu_seqlens, wanted cu_seqlens alone or both others")
+        cu_seqlens_q = cu_seqlens_k = cu_seqlens
+    for name, value in apart:
+        if cu_seqlens is None and value is None:
+            raise ValueError(f"{name}: got None, wanted a tensor of (sequences + 1,) int32, or cu_seqlens for both")
+    named = ("cu_seqlens", "cu_seqlens") if cu_seqlens is not None else ("cu_seqlens_q", "cu_seqlens_k")
+    cu_q = _check_cu_seqlens(cu_seqlens_q, q, named[0])
+    cu_k = _check_cu_seqlens(cu_seqlens_k, k, named[1])
+    if cu_q.shape != cu_k.shape:
+        raise ValueError(
+            f"cu_seqlens_k: got shape {tuple(cu_k.shape)}, wanted {tuple(cu_q.shape)}, that of cu_seqlens_q: the two "
+            f"tell of the same sequences"
+        )
+    longest_q = _check_longest(max_seqlen_q, max_seqlen, "max_seqlen_q", cu_q)
+    longest_k = _check_longest(max_seqlen_k, max_seqlen, "max_seqlen_k", cu_k)
+    if q.device.type == "cpu" or os.environ.get(CHECK_VARIABLE) == "1":
+        _check_edges(cu_q, q.shape[2], longest_q, named[0])
+        _check_edges(cu_k, k.shape[2], longest_k, named[1])
+    cg_numbers = (cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
+    inputs = Inputs(q, k, v, _check_ridge(ridge_lambda, q, layout), None, cu_q, cu_k)
+    return _call(
+        inputs, causal, window, qk_scale, delta_eps, cg_numbers, solver, backend, layout, (longest_q, longest_k)
+    )
+
+
+def prepare_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlens_k: Tensor,
+    ridge_lambda: float | Tensor = 10.0,
+    qk_scale: float | None = None,
+    delta_eps: float = 1e-12,
+    solver: str | Solver | None = None,
+    backend: str | None = None,
+    *,
+    window: int | None = None,
+    block_table: Tensor | None = None,
+    layout: str = "bhsd",
+) -> Call:
+    """The same for decoding with a cache."""
+    _check_layout(layout)
+    names = ("q", "k_cache", "v_cache")
+    q, k, v = _check_tensors(q, k_cache, v_cache, layout, names, paged=block_table is not None)
+    if q.dim() != 4:
+        raise ValueError(f"q: got shape {tuple(q.shape)}, wanted four dimensions; try q.unsqueeze(1) for one head")
+    if layout == "bshd":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if not 1 <= q.shape[2] <= MOST_NEW:
+        raise ValueError(
+            f"q: got {q.shape[2]} new tokens a sequence, wanted 1 to {MOST_NEW}; for more, lla_attention with seqlens_k"
+        )
+    if block_table is not None:
+        block_table = _check_block_table(block_table, q, k)
+    if seqlens_k is None:
+        raise TypeError("seqlens_k: got None, wanted a tensor of (B,) integers: the keys in use, the new ones counted")
+    inputs = Inputs(
+        q, k, v, _check_ridge(ridge_lambda, q, layout), _check_seqlens(seqlens_k, q, k), block_table=block_table
+    )
+    cg_numbers = (1e-12, 1e-12, 32, False)
+    call = _call(inputs, True, window, qk_scale, delta_eps, cg_numbers, solver or "direct", backend, layout)
+    *settings, demanded = call.settings
+    return call._replace(settings=(*settings, demanded and solver is not None), decoding=True)  # type: ignore[arg-type]
+
+
+def _call(
+    inputs: Inputs,
+    causal: bool,
+    window: int | None,
+    qk_scale: float | None,
+    delta_eps: float,
+    cg_numbers: tuple[float, float, int, bool],
+    solver: str | Solver | None,
+    backend: str | None,
+    layout: str,
+    longest: tuple[int, int] = (0, 0),
+) -> Call:
+    """What is the same for every kind of call."""
+    window = _check_mask(causal, window)
+    _refuse_forward_mode(*inputs[:4])
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: got {type(backend).__name__}, wanted a backend's name, 'auto' or None")
+    scale = 1 / math.sqrt(inputs.q.shape[-1]) if qk_scale is None else _check_number(qk_scale, "qk_scale")
+    delta_eps = _check_number(delta_eps, "delta_eps")
     name, numbers = _check_solver(solver, cg_numbers)
-    demanded = solver is not None or cg_use_preconditioner
-    return Call(Inputs(q, k, v, ridge, seqlens_k), (causal, window, scale, delta_eps, name, numbers, demanded), layout)
+    demanded = solver is not None or cg_numbers[-1]
+    return Call(inputs, (causal, window, *longest, scale, delta_eps, name, numbers, demanded), layout)
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in ("bhsd", "bshd"):
+        raise ValueError(f"layout: got {layout!r}, wanted 'bhsd' for (B, H, S, D) or 'bshd' for (B, S, H, D)")
 
 
 def _check_mask(causal: bool, window: int | None) -> int | None:
@@ -90,45 +222,122 @@ def _check_mask(causal: bool, window: int | None) -> int | None:
     return window
 
 
-def _check_seqlens(seqlens_k: Tensor | None, k: Tensor) -> Tensor | None:
-    """seqlens_k as (B,) int32 on the device of ``k``."""
+def _check_integers(t: Tensor, name: str, shape: str, device: torch.device) -> Tensor:
+    """``t``, if it is an integer tensor on ``device``, in int32."""
+    if not isinstance(t, Tensor):
+        raise TypeError(
+            f"{name}: got {type(t).__name__}, wanted a tensor of {shape} integers; "
+            f"try torch.tensor({name}, dtype=torch.int32, device=q.device)"
+        )
+    if t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: got dtype {t.dtype}, wanted torch.int32; try {name}.int()")
+    if t.device != device:
+        raise ValueError(f"{name}: got device {t.device}, wanted {device}, the device of q; try {name}.to(q.device)")
+    return t.to(torch.int32)
+
+
+def _check_seqlens(seqlens_k: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """seqlens_k as (B,) int32."""
     if seqlens_k is None:
         return None
-    if not isinstance(seqlens_k, Tensor):
-        raise TypeError(
-            f"seqlens_k: got {type(seqlens_k).__name__}, wanted a tensor of (B,) integers; "
-            f"try torch.tensor(seqlens_k, dtype=torch.int32, device=k.device)"
-        )
-    if seqlens_k.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"seqlens_k: got dtype {seqlens_k.dtype}, wanted torch.int32; try seqlens_k.int()")
-    if seqlens_k.shape != k.shape[:1]:
-        raise ValueError(f"seqlens_k: got shape {tuple(seqlens_k.shape)}, wanted (B,) = {tuple(k.shape[:1])}")
-    if seqlens_k.device != k.device:
+    seqlens_k = _check_integers(seqlens_k, "seqlens_k", "(B,)", k.device)
+    if seqlens_k.shape != q.shape[:1]:
+        raise ValueError(f"seqlens_k: got shape {tuple(seqlens_k.shape)}, wanted (B,) = {tuple(q.shape[:1])}")
+    return seqlens_k
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor | None, t: Tensor, name: str) -> Tensor:
+    """``cu_seqlens`` of the packed ``t`` as (sequences + 1,) int32."""
+    cu_seqlens = _check_integers(cu_seqlens, name, "(sequences + 1,)", t.device)  # type: ignore[arg-type]
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
-            f"seqlens_k: got device {seqlens_k.device}, wanted {k.device}, the device of k; try seqlens_k.to(k.device)"
+            f"{name}: got shape {tuple(cu_seqlens.shape)}, wanted (sequences + 1,): where each sequence begins, and "
+            f"where the last one ends; try torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
         )
-    return seqlens_k.to(torch.int32)
+    return cu_seqlens.contiguous()
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    letters = "(B, S, H, D)" if layout == "bshd" else "(B, H, S, D)"
-    for name, t in (("q", q), ("k", k), ("v", v)):
+def _check_longest(own: int | None, both: int | None, name: str, cu_seqlens: Tensor) -> int:
+    """The most tokens of a sequence; found by waiting for the device where the caller does not say."""
+    given = both if own is None else own
+    if own is None and both is not None:
+        name = "max_seqlen"
+    if given is None:
+        return max(1, int(cu_seqlens.diff().amax())) if cu_seqlens.shape[0] > 1 else 1
+    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(given).__name__}, wanted a whole number; try int({name})")
+    if given < 1:
+        raise ValueError(f"{name}: got {given}, wanted at least 1, the length of the longest sequence")
+    return given
+
+
+def _check_edges(cu_seqlens: Tensor, total: int, longest: int, name: str) -> None:
+    """That the numbers make sense; looking at them waits for the device."""
+    if torch.compiler.is_compiling():
+        return
+    edges = cu_seqlens.tolist()
+    if edges[0] != 0:
+        raise ValueError(f"{name}: got {edges[0]} first, wanted 0")
+    for i, (first, last) in enumerate(itertools.pairwise(edges)):
+        if last < first:
+            raise ValueError(f"{name}: got {first} and then {last} at {i + 1}, wanted numbers that never fall")
+        if last - first > longest:
+            raise ValueError(
+                f"max_seqlen: got {longest}, wanted at least {last - first}, the length of sequence {i} in {name}"
+            )
+    if edges[-1] > total:
+        raise ValueError(f"{name}: got {edges[-1]} last, wanted at most {total}, the tokens there are")
+
+
+def _check_block_table(block_table: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """(B, pages) int32."""
+    block_table = _check_integers(block_table, "block_table", "(B, pages)", q.device)
+    if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
+        raise ValueError(f"block_table: got shape {tuple(block_table.shape)}, wanted (B, pages), B = {q.shape[0]}")
+    pages, _, size, _ = k.shape
+    if size == 0 or size % PAGE:
+        raise ValueError(f"k_cache: got pages of {size} keys, wanted a multiple of {PAGE}")
+    if q.device.type == "cpu" or os.environ.get(CHECK_VARIABLE) == "1":
+        bad = (block_table < 0) | (block_table >= pages)
+        if not torch.compiler.is_compiling() and bool(bad.any()):
+            b, at = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"block_table: got page {int(block_table[b, at])} at sequence {b}, place {at}, wanted 0 to "
+                f"{pages - 1}; fill the places not in use with 0"
+            )
+    return block_table.contiguous()
+
+
+def _check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, layout: str, names: tuple[str, str, str] = ("q", "k", "v"), paged: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    flat, letters = {
+        "bshd": ("(B, S, D)", "(B, S, H, D)"),
+        "bhsd": ("(B, S, D)", "(B, H, S, D)"),
+        "thd": ("(T, H, D)", "(1, H, T, D)"),
+    }[layout]
+    for name, t in zip(names, (q, k, v)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}, wanted a torch.Tensor; try torch.as_tensor({name})")
         if t.layout != torch.strided or t.is_nested:
             raise TypeError(f"{name}: got a sparse or nested tensor, wanted a dense one; try {name}.to_dense()")
         if t.dim() not in (3, 4):
-            hint = f"; try {name}.unsqueeze(0)" if t.dim() == 2 else ""
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted (B, S, D) or {letters}{hint}")
+            hint = f"; try {name}.unsqueeze({1 if layout == 'thd' else 0})" if t.dim() == 2 else ""
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {flat} or {letters}{hint}")
         if t.dim() != q.dim():
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {q.dim()} dimensions, as q")
+        if layout == "thd" and t.dim() == 4 and t.shape[0] != 1:
+            raise ValueError(
+                f"{name}: got shape {tuple(t.shape)}, wanted {flat} or {letters}: sequences lie one behind the other"
+            )
         if t.device != q.device:
             raise ValueError(
                 f"{name}: got device {t.device}, wanted {q.device}, the device of q; try {name}.to(q.device)"
             )
-    _check_shapes(q, k, v, 2 if layout == "bshd" else 1)
+    heads = 1 if layout == "bhsd" or q.dim() == 3 or layout == "thd" else 2
+    _check_shapes(q, k, v, None if q.dim() == 3 and layout != "thd" else heads, names, batch=not paged and q.dim() == 4)
     q, k, v = _autocast(q, k, v)
-    for name, t in (("q", q), ("k", k), ("v", v)):
+    for name, t in zip(names, (q, k, v)):
         if t.dtype not in SUPPORTED_DTYPES:
             hint = "" if t.is_complex() else f"; try {name}.float()"
             wanted = ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED_DTYPES)
@@ -138,22 +347,26 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: str) -> tuple[Tensor
     return q, k, v
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, head: int) -> None:
-    """``head``: which dimension counts the heads, if there are four."""
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, head: int | None, names: tuple[str, str, str], batch: bool) -> None:
+    """``head``: which dimension counts the heads, None where none does; ``batch``: whether the first counts sequences
+    of all three."""
+    q_name, k_name, v_name = names
     if q.shape[-1] == 0:
-        raise ValueError(f"q: got shape {tuple(q.shape)}, wanted a head dim (the last) of at least 1")
+        raise ValueError(f"{q_name}: got shape {tuple(q.shape)}, wanted a head dim (the last) of at least 1")
     if v.shape[-1] == 0:
-        raise ValueError(f"v: got shape {tuple(v.shape)}, wanted a value dim (the last) of at least 1")
-    if k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k: got shape {tuple(k.shape)}, wanted the batch size and head dim of q {tuple(q.shape)}")
+        raise ValueError(f"{v_name}: got shape {tuple(v.shape)}, wanted a value dim (the last) of at least 1")
+    if ((batch or head is None) and k.shape[0] != q.shape[0]) or k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"{k_name}: got shape {tuple(k.shape)}, wanted the batch size and head dim of {q_name} {tuple(q.shape)}"
+        )
     if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(f"v: got shape {tuple(v.shape)}, wanted {tuple(k.shape)} but for the last, as k")
-    if q.dim() == 4:
+        raise ValueError(f"{v_name}: got shape {tuple(v.shape)}, wanted {tuple(k.shape)} but for the last, as {k_name}")
+    if head is not None:
         heads, shared = q.shape[head], k.shape[head]
         if heads != shared and (shared == 0 or heads % shared):
             raise ValueError(
-                f"k: got {shared} heads, wanted as many as q ({heads}) or a number that divides it (query heads in "
-                f"groups that share keys)"
+                f"{k_name}: got {shared} heads, wanted as many as {q_name} ({heads}) or a number that divides it "
+                f"(query heads in groups that share keys)"
             )
 
 
@@ -178,7 +391,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
-def _check_ridge(ridge_lambda: float | Tensor, q: Tensor, flat: bool) -> Tensor:
+def _check_ridge(ridge_lambda: float | Tensor, q: Tensor, layout: str) -> Tensor:
     """ridge_lambda as (B, H, S) in the accumulator dtype; a view of few numbers where few were given."""
     dtype, rows = accumulator(q.dtype), q.shape[:-1]
     if not isinstance(ridge_lambda, Tensor):
@@ -202,14 +415,16 @@ def _check_ridge(ridge_lambda: float | Tensor, q: Tensor, flat: bool) -> Tensor:
             f"try ridge_lambda.to(q.device)"
         )
     ridge = ridge_lambda.to(q.device, dtype)
-    wanted = (rows[0], rows[2]) if flat else tuple(rows)
+    kept, letters, lacking = {"bsd": ((0, 2), "(B, S)", 1), "thd": ((1, 2), "(H, T)", 0)}.get(
+        layout, ((0, 1, 2), "(B, H, S)", None)
+    )
+    wanted = tuple(rows[i] for i in kept)
     if ridge.dim() > len(wanted) or any(n not in (1, w) for n, w in zip(ridge.shape[::-1], wanted[::-1])):
-        letters = "(B, S)" if flat else "(B, H, S)"
         raise ValueError(
             f"ridge_lambda: got shape {tuple(ridge.shape)}, wanted one that broadcasts to {letters} = {wanted}"
         )
     ridge = ridge.expand(wanted)
-    return ridge.unsqueeze(1) if flat else ridge
+    return ridge if lacking is None else ridge.unsqueeze(lacking)
 
 
 def _check_number(value: float, name: str) -> float:

@@ -38,13 +38,13 @@ def assert_same_gradients(compiled, eager, arguments):
 @pytest.mark.parametrize("backend", ["naive", "chunked"])
 def test_opcheck(backend):
     q, k, v, ridge = inputs(9)
-    settings = (True, None, 0.3, 1e-12, "cg", [1e-12, 1e-12, 32.0], True)
+    settings = (True, None, 0, 0, 0.3, 1e-12, "cg", [1e-12, 1e-12, 32.0], True)
     ridge = ridge.expand(2, 3, 9).contiguous()
-    torch.library.opcheck(forward_op, (q, k, v, ridge, None, *settings, backend))
+    torch.library.opcheck(forward_op, (q, k, v, ridge, None, None, None, *settings, backend))
     with torch.no_grad():
-        o, *residuals, _, _, _, _, choice = forward_op(q, k, v, ridge, None, *settings, backend)
+        o, *residuals, _, _, _, _, choice = forward_op(q, k, v, ridge, None, None, None, *settings, backend)
     o, q, k, v, *residuals = (t.detach() for t in (o, q, k, v, *residuals))
-    torch.library.opcheck(backward_op, (o, q, k, v, ridge.detach(), None, *residuals, choice, *settings))
+    torch.library.opcheck(backward_op, (o, q, k, v, ridge.detach(), None, None, None, *residuals, choice, *settings))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -95,12 +95,12 @@ def test_layouts_are_those_of_the_fakes(backend):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 9, 3, 4, generator=generator).transpose(1, 2).requires_grad_() for _ in range(3))
     ridge = torch.ones(1, 3, 9)
-    settings = (True, None, 0.3, 1e-12, "cg", [1e-12, 1e-12, 32.0], True)
-    torch.library.opcheck(forward_op, (q, k, v, ridge, None, *settings, backend))
+    settings = (True, None, 0, 0, 0.3, 1e-12, "cg", [1e-12, 1e-12, 32.0], True)
+    torch.library.opcheck(forward_op, (q, k, v, ridge, None, None, None, *settings, backend))
     with torch.no_grad():
-        o, *residuals, _, _, _, _, choice = forward_op(q, k, v, ridge, None, *settings, backend)
+        o, *residuals, _, _, _, _, choice = forward_op(q, k, v, ridge, None, None, None, *settings, backend)
     o, q, k, v, *residuals = (t.detach() for t in (o, q, k, v, *residuals))
-    torch.library.opcheck(backward_op, (o, q, k, v, ridge, None, *residuals, choice, *settings))
+    torch.library.opcheck(backward_op, (o, q, k, v, ridge, None, None, None, *residuals, choice, *settings))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

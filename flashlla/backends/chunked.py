@@ -47,7 +47,7 @@ def blocks(problem: Problem, inputs: Inputs) -> Iterator[Block]:
     """All blocks; those of the same heads follow one another."""
     n_heads, group, mask = problem.batch * problem.kv_heads, problem.group, problem.mask
     q_len, k_len, device = problem.q_len, problem.k_len, inputs.q.device
-    runs = mask.runs(q_len, k_len, device, inputs.seqlens_k)
+    runs = problem.runs(inputs)
     length = max(1, BLOCK_M // group)
     budget = _BLOCK_WEIGHTS.get(device.type, _BLOCK_WEIGHTS["cuda"])
     step = max(1, budget // (group * length * (k_len + problem.solver.workspace(problem.head_dim))))
@@ -59,11 +59,11 @@ def blocks(problem: Problem, inputs: Inputs) -> Iterator[Block]:
             rows = slice(queries.start, queries.stop)
             hidden = None
             if mask.hides_within(queries, keys, q_len, k_len):
-                start, stop = runs.start[rows], runs.stop[..., rows]
-                if stop.dim() > 1:  # (G, M), each head's of its sequence
-                    stop = stop[torch.arange(heads.start, heads.stop, device=device) // problem.kv_heads, 0]
+                sequence = torch.arange(heads.start, heads.stop, device=device) // problem.kv_heads
+                # (M,), or (G, M), each head's of its sequence
+                start, stop = (t[..., rows][sequence, 0] if t.dim() > 1 else t[rows] for t in runs)
                 j = torch.arange(keys.start, keys.stop, device=device)
-                hidden = (j < start[:, None]) | (j >= stop[..., None])
+                hidden = (j < start[..., None]) | (j >= stop[..., None])
                 hidden = hidden.repeat(*(1,) * (hidden.dim() - 2), group, 1)
             yield Block(heads, rows, slice(keys.start, keys.stop), hidden)
 

@@ -49,11 +49,11 @@ def about_first_key(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q - origin, k - origin, origin
 
 
-def statistics(q: Tensor, k: Tensor, ridge_lambda: Tensor, problem: Problem, seqlens_k: Tensor | None) -> Statistics:
+def statistics(q: Tensor, k: Tensor, ridge_lambda: Tensor, problem: Problem, inputs: Inputs) -> Statistics:
     logits = problem.scale * (q @ k.mT)  # (B, Hkv, M, Sk)
-    start, stop = problem.mask.runs(problem.q_len, problem.k_len, q.device, seqlens_k)
+    start, stop = problem.runs(inputs)
     j = torch.arange(problem.k_len, device=q.device)
-    visible = (j >= start[:, None]) & (j < stop[..., None])  # (Sq, Sk) or (B, 1, Sq, Sk)
+    visible = (j >= start[..., None]) & (j < stop[..., None])  # (Sq, Sk) or (B, 1, Sq, Sk)
     visible = visible.repeat(*(1,) * (visible.dim() - 2), problem.group, 1)
     logits = logits.masked_fill(~visible, float("-inf"))
     m = logits.amax(-1)
@@ -93,7 +93,7 @@ class Naive(Backend):
         k, v = inputs.k.to(dtype), inputs.v.to(dtype)
         q, ridge_lambda = split(inputs.q.to(dtype)), split(inputs.ridge_lambda.to(dtype))
         moved_q, k, origin = about_first_key(q, k)
-        p, m, omega, k_mean, systems = statistics(q, k, ridge_lambda, problem, inputs.seqlens_k)
+        p, m, omega, k_mean, systems = statistics(q, k, ridge_lambda, problem, inputs)
         d = (k_mean - moved_q) * (omega > 0).unsqueeze(-1)
         z = solve(systems, d)  # (2.1)
         error = (systems.matvec(z) - d).norm(dim=-1)
@@ -116,7 +116,7 @@ class Naive(Backend):
         _, k, _ = about_first_key(q, k)
         do = split(grad_o.to(dtype) * residuals.guard.nan_to_num().unsqueeze(-1))
         z = split(residuals.probe.nan_to_num())
-        p, _, _, k_mean, systems = statistics(q, k, ridge_lambda, problem, inputs.seqlens_k)
+        p, _, _, k_mean, systems = statistics(q, k, ridge_lambda, problem, inputs)
         a = z @ k.mT - (z * k_mean).sum(-1, keepdim=True)  # (2.2)
         g = (do @ v.mT).where(p > 0, 0)  # a hidden value may be too large for the product
         g = g - (p * g).sum(-1, keepdim=True)

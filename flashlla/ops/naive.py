@@ -49,7 +49,7 @@ def lla_forward_naive(
         >>> o, rho, denom, m = lla_forward_naive(q, k, v, 8**-0.5, 10.0, 1e-12)
     """
     call = prepare(q, k, v, ridge_lambda, qk_scale, delta_eps, solver="direct")
-    o, lse, _, z, k_mean, omega, *_ = forward_op(*call.inputs, *call.settings, "naive")
+    o, lse, _, z, k_mean, omega, *_ = forward_op(*call.arguments, "naive")
     with torch.no_grad():
         spike = 1 + ((k_mean - call.inputs.q) * z).sum(-1, keepdim=True)  # (B, 1, S, 1)
         omega = omega.unsqueeze(-1)
@@ -97,7 +97,9 @@ def lla_backward_naive(
     with torch.no_grad():
         dtype = rho.dtype
         rho, denom, m, grad_o = (t.unsqueeze(1) if q.dim() == 3 else t for t in (rho, denom, m, grad_o))
-        _, _, omega, k_mean, _ = statistics(inputs.q.to(dtype), inputs.k.to(dtype), inputs.ridge_lambda, problem, None)
+        _, _, omega, k_mean, _ = statistics(
+            inputs.q.to(dtype), inputs.k.to(dtype), inputs.ridge_lambda, problem, inputs
+        )
         spike = 1 / (1 - ((k_mean - inputs.q) * rho).sum(-1))  # 1 + d.z, since rho = z / (1 + d.z)
         guard = omega / spike / denom.squeeze(-1)
         residuals = Residuals(m.squeeze(-1) + omega.log(), guard, rho * spike.unsqueeze(-1), k_mean)

@@ -4,7 +4,7 @@ The public names are those listed here; README.md shows them at work.
 """
 
 from flashlla import ops
-from flashlla.api import LLAFunction, LLAInfo, explain, lla_attention
+from flashlla.api import LLAFunction, LLAInfo, explain, lla_attention, lla_attention_varlen, lla_decode
 from flashlla.backends.base import Backend
 from flashlla.crosscheck import verify
 from flashlla.dispatch import (
@@ -36,6 +36,8 @@ __all__ = [
     "explain",
     "get_backend",
     "lla_attention",
+    "lla_attention_varlen",
+    "lla_decode",
     "ops",
     "register_backend",
     "register_solver",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from flashlla import dispatch
-from flashlla.autograd import WithoutGradient, describe, forward_op
+from flashlla.autograd import WithoutGradient, decode_op, decode_out_op, describe, forward_op
 from flashlla.solvers import Solver
-from flashlla.validation import prepare
+from flashlla.validation import Call, check_out, prepare, prepare_decode, prepare_for, prepare_varlen
 
 
 class LLAInfo(NamedTuple):
@@ -29,7 +30,7 @@ class LLAInfo(NamedTuple):
 
     @property
     def backend(self) -> str:
-        return dispatch.backend_numbered(int(self.choice)).name
+        return dispatch.backend_numbered(int(self.choice.flatten()[0])).name  # one for each under vmap, all the same
 
 
 @overload
@@ -139,6 +140,10 @@ def lla_attention(  # type: ignore[misc]  # the overloads say only what return_i
         seqlens_k=seqlens_k,
         layout=layout,
     )
+    return _attend(call, backend, return_info)
+
+
+def _attend(call: Call, backend: str | None, return_info: bool) -> Tensor | tuple[Tensor, LLAInfo]:
     o, *_, omega, iterations, residual, converged, choice = forward_op(*call.arguments, backend)
     if not return_info:
         return call.restore(o)
@@ -146,6 +151,206 @@ def lla_attention(  # type: ignore[misc]  # the overloads say only what return_i
         call.restore(t.detach()) for t in (iterations, residual, converged, omega)
     )
     return call.restore(o), LLAInfo(iterations, residual, converged, omega, choice)
+
+
+@overload
+def lla_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, *, return_info: Literal[False] = False, **options: Any
+) -> Tensor: ...
+@overload
+def lla_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, *, return_info: Literal[True], **options: Any
+) -> tuple[Tensor, LLAInfo]: ...
+def lla_attention_varlen(  # type: ignore[misc]  # as above
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    ridge_lambda: float | Tensor = 10.0,
+    qk_scale: float | None = None,
+    delta_eps: float = 1e-12,
+    cg_atol: float = 1e-12,
+    cg_rtol: float = 1e-12,
+    cg_max_iters: int = 32,
+    cg_use_preconditioner: bool = False,
+    solver: str | Solver | None = None,
+    backend: str | None = None,
+    return_info: bool = False,
+    causal: bool = True,
+    window: int | None = None,
+) -> Tensor | tuple[Tensor, LLAInfo]:
+    """Local Linear Attention of sequences packed into one row, one behind the other.
+
+    Each sequence gets what :func:`lla_attention` gives it alone, of any length, 0 and 1 among them: one of queries
+    without keys has an output of 0. Tokens behind the last sequence belong to none: zeros for them, in gradients too,
+    whatever they hold.
+
+    Args:
+        q: (T, Hq, D), or (1, Hq, T, D); dtypes and strides as for :func:`lla_attention`.
+        k: (Tk, Hkv, D), or (1, Hkv, Tk, D).
+        v: (Tk, Hkv, Dv), or (1, Hkv, Tk, Dv).
+        cu_seqlens: (sequences + 1,) int32 on the device of q: where each sequence begins, from 0, and where the last
+            one ends; for queries and keys alike.
+        cu_seqlens_q, cu_seqlens_k: the same, where sequences have other numbers of keys than of queries.
+        max_seqlen: at least the length of the longest sequence. Default None: found from ``cu_seqlens``, which waits
+            for the device, and is not possible inside torch.compile(fullgraph=True).
+        max_seqlen_q, max_seqlen_k: the same for queries and for keys. Default None: ``max_seqlen``.
+        ridge_lambda: a number, or a tensor that broadcasts to (Hq, T), for (1, Hq, T, D) to (1, Hq, T). Default 10.0.
+        causal, window: as for :func:`lla_attention`, aligned at the last key of each sequence. Defaults True, None.
+        qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, solver, backend, return_info: as
+            for :func:`lla_attention`.
+
+    Given ``max_seqlen``, the fused kernels do not wait for the device; the PyTorch backends do, for ``cu_seqlens``.
+    The numbers there are checked on the CPU, and elsewhere where the environment variable FLASHLLA_CHECK is 1.
+    Unchecked, they reach no further than the tensors do, a sequence longer than ``max_seqlen`` is cut to its first so
+    many tokens, and one that ends before it begins has none.
+
+    Returns:
+        o, with the shape and dtype of q but for the last dimension, which is that of v; or (o, info).
+
+    Raises:
+        TypeError, ValueError, flashlla.UnsupportedError, NotImplementedError: as :func:`lla_attention`.
+        ValueError: ``cu_seqlens`` is missing, or given together with one of the others; the two tell of different
+            numbers of sequences; where checked, numbers that do not begin with 0, that fall, that leave the tensors
+            or that tell of a sequence longer than ``max_seqlen``.
+
+    Warns:
+        flashlla.ConvergenceWarning, flashlla.FallbackWarning: as :func:`lla_attention`.
+
+    Source: Zuo et al., "Local Linear Attention", ICLR 2026; packed as flash_attn_varlen_func of FlashAttention packs.
+
+    Example:
+        >>> import torch, flashlla
+        >>> q, k, v = torch.randn(3, 100, 4, 32).unbind(0)  # sequences of 30, 0 and 70 tokens
+        >>> cu_seqlens = torch.tensor([0, 30, 30, 100], dtype=torch.int32)
+        >>> o = flashlla.lla_attention_varlen(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=70, ridge_lambda=1.0)
+        >>> o.shape
+        torch.Size([100, 4, 32])
+        >>> first = [t[None, :30] for t in (q, k, v)]
+        >>> torch.allclose(o[:30], flashlla.lla_attention(*first, ridge_lambda=1.0, layout="bshd")[0], atol=1e-5)
+        True
+    """
+    call = prepare_varlen(
+        q,
+        k,
+        v,
+        ridge_lambda,
+        qk_scale,
+        delta_eps,
+        cg_atol,
+        cg_rtol,
+        cg_max_iters,
+        cg_use_preconditioner,
+        solver,
+        backend,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        causal=causal,
+        window=window,
+    )
+    return _attend(call, backend, return_info)
+
+
+def lla_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlens_k: Tensor,
+    *,
+    ridge_lambda: float | Tensor = 10.0,
+    qk_scale: float | None = None,
+    delta_eps: float = 1e-12,
+    window: int | None = None,
+    block_table: Tensor | None = None,
+    solver: str | Solver | None = None,
+    backend: str | None = None,
+    out: Tensor | None = None,
+    layout: str = "bhsd",
+) -> Tensor:
+    """Local Linear Attention of a few new tokens against a cache: inference, without gradients.
+
+    What :func:`lla_attention` gives for the last N queries of each sequence, with caches that have room for more. The
+    keys and values of the new tokens are in the cache already, the last N of the ``seqlens_k`` in use: new token i
+    sees keys up to seqlens_k - N + i. Slots beyond the length are not looked at and may hold anything, NaN too.
+
+    Args:
+        q: (B, Hq, N, D), N from 1 to 16; dtypes and strides as for :func:`lla_attention`.
+        k_cache: (B, Hkv, L, D); with ``block_table`` pages, (pages, Hkv, page size, D), the page size a multiple of 16.
+            Hq is a multiple of Hkv.
+        v_cache: (B, Hkv, L, Dv), or (pages, Hkv, page size, Dv).
+        seqlens_k: (B,) int32 on the device of q: the keys in use, the new ones counted. Taken as 0 below it, and as
+            L above it; a new token before the first key has an output of 0.
+        ridge_lambda: a number, or a tensor that broadcasts to (B, Hq, N). Default 10.0.
+        qk_scale, delta_eps: as for :func:`lla_attention`. Defaults 1 / sqrt(D), 1e-12.
+        window: a new token sees only the latest so many keys, its own included. Default None: all.
+        block_table: (B, pages a sequence) int32 on the device of q: the page that holds each sequence's keys 0 to
+            page size - 1, the page of the next, and so on. Numbers out of range are refused on the CPU, and elsewhere
+            where the environment variable FLASHLLA_CHECK is 1; unchecked they are taken as the nearest page there is.
+            Fill places not in use with 0. Default None: no pages.
+        solver: as for :func:`lla_attention`. Default None: exact, by Cholesky.
+        backend: as for :func:`lla_attention`.
+        out: written and returned, any strides; shape, dtype and device of the result, and no memory of the other
+            arguments. Default None: a new tensor.
+        layout: "bhsd", or "bshd" for tensors (B, N, H, D), (B, L, H, D) and (pages, page size, H, D); nothing is
+            copied. ridge_lambda stays (B, Hq, N). Default "bhsd".
+
+    On the fused kernels, with ``out``, a call can be captured in a CUDA graph, and replayed with other numbers in
+    ``seqlens_k`` and ``block_table``.
+
+    Returns:
+        o, with the shape and dtype of q but for the last dimension, which is that of v_cache.
+
+    Raises:
+        TypeError, ValueError, flashlla.UnsupportedError: as :func:`lla_attention`, or an argument above does not fit.
+        NotImplementedError: a gradient of the result was asked for; or, with ``out`` and gradients enabled, an
+            argument requires one.
+        torch.linalg.LinAlgError: a system is not positive definite in the accumulator's precision (PyTorch backends).
+
+    Warns:
+        flashlla.ConvergenceWarning, flashlla.FallbackWarning: as :func:`lla_attention`.
+
+    Source: Zuo et al., "Local Linear Attention", ICLR 2026; docs/math.md, (2.1) to (2.3).
+
+    Example:
+        >>> import torch, flashlla
+        >>> k_cache, v_cache = torch.randn(2, 2, 2, 128, 32).unbind(0)  # (B, Hkv, L, D), room for 128 keys
+        >>> seqlens_k = torch.tensor([100, 37], dtype=torch.int32)
+        >>> q = torch.randn(2, 8, 1, 32)  # one new token a sequence, its key at 99 and at 36
+        >>> o = flashlla.lla_decode(q, k_cache, v_cache, seqlens_k, ridge_lambda=1.0)
+        >>> o.shape
+        torch.Size([2, 8, 1, 32])
+        >>> full = flashlla.lla_attention(q[1:], k_cache[1:, :, :37], v_cache[1:, :, :37], ridge_lambda=1.0)
+        >>> torch.allclose(o[1:], full, atol=1e-4)
+        True
+    """
+    call = prepare_decode(
+        q,
+        k_cache,
+        v_cache,
+        seqlens_k,
+        ridge_lambda,
+        qk_scale,
+        delta_eps,
+        solver,
+        backend,
+        window=window,
+        block_table=block_table,
+        layout=layout,
+    )
+    if out is None:
+        return call.restore(decode_op(*call.arguments, backend))
+    decode_out_op(*call.arguments, backend, check_out(out, call))
+    return out
 
 
 class LLAFunction:
@@ -191,47 +396,34 @@ def explain(
     k: Tensor,
     v: Tensor,
     *,
-    ridge_lambda: float | Tensor = 10.0,
-    qk_scale: float | None = None,
-    delta_eps: float = 1e-12,
-    cg_atol: float = 1e-12,
-    cg_rtol: float = 1e-12,
-    cg_max_iters: int = 32,
-    cg_use_preconditioner: bool = False,
-    solver: str | Solver | None = None,
+    op: Callable[..., Any] = lla_attention,
     backend: str | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    seqlens_k: Tensor | None = None,
-    layout: str = "bhsd",
+    **options: Any,
 ) -> dispatch.Explanation:
-    """Which backend :func:`lla_attention` would run with these arguments, and every backend's reason. Runs nothing.
+    """Which backend a call would run on, and every backend's reason. Runs nothing.
 
-    Arguments and errors are those of :func:`lla_attention`; where it would be refused, ``backend`` of the result is
-    None instead of an error.
+    Args:
+        q, k, v: as for ``op``; the caches of :func:`lla_decode`.
+        op: :func:`lla_attention` (the default), :func:`lla_attention_varlen` or :func:`lla_decode`.
+        backend: as for ``op``.
+        options: its other arguments by keyword, but ``return_info`` and ``out``.
+
+    Returns:
+        A :class:`flashlla.dispatch.Explanation`; ``print`` it. Where the call would be refused, its ``backend`` is
+        None instead of an error.
+
+    Raises:
+        TypeError, ValueError: as ``op``.
 
     Example:
         >>> import torch, flashlla
         >>> q, k, v = torch.randn(3, 1, 20, 8).unbind(0)
         >>> print(flashlla.explain(q, k, v, backend="naive").backend)
         naive
+        >>> q, k, v = torch.randn(3, 1, 2, 9, 8).unbind(0)
+        >>> lengths = torch.tensor([9])
+        >>> print(flashlla.explain(q, k, v, op=flashlla.lla_decode, seqlens_k=lengths, backend="chunked").backend)
+        chunked
     """
-    call = prepare(
-        q,
-        k,
-        v,
-        ridge_lambda,
-        qk_scale,
-        delta_eps,
-        cg_atol,
-        cg_rtol,
-        cg_max_iters,
-        cg_use_preconditioner,
-        solver,
-        backend,
-        causal=causal,
-        window=window,
-        seqlens_k=seqlens_k,
-        layout=layout,
-    )
-    return dispatch.explain(describe(call.inputs, *call.settings), backend)
+    call = prepare_for(op, "explain", q, k, v, {**options, "backend": backend})
+    return dispatch.explain(describe(call.inputs, *call.settings, decoding=call.decoding), backend)

@@ -1,8 +1,8 @@
-"""The operator pair, and its derivative: the only place that knows torch.autograd and torch.library.
+"""The operators, and their derivative: the only place that knows torch.autograd and torch.library.
 
-Both operators are opaque to torch.compile. The choice of a backend is made inside the forward operator, at run time
-and in the caller's context; it travels to the backward operator, which may run on another thread, as a number on the
-CPU among the saved tensors.
+All are opaque to torch.compile. The choice of a backend is made inside the operator, at run time and in the caller's
+context; from forward it travels to the backward operator, which may run on another thread, as a number on the CPU
+among the saved tensors.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ import torch
 from torch import Tensor
 
 from flashlla import dispatch, solvers
-from flashlla.nonfinite import isolate
+from flashlla.backends.base import warn_if_stopped_early
 from flashlla.problem import (
     Inputs,
     Mask,
     Problem,
-    Report,
     Residuals,
     accumulator,
     empty_output,
 )
-from flashlla.solvers.base import warn_unconverged
 
-# Everything about a call that is not a tensor, in the order both operators take it.
+# Everything about a call that is not a tensor, in the order all operators take it.
 _SETTINGS = (
     "bool causal, SymInt? window, SymInt longest_q, SymInt longest_k, float scale, float delta_eps, str solver, "
     "float[] solver_settings, bool solver_demanded"
@@ -47,6 +45,7 @@ def describe(
     solver: str,
     settings: Sequence[float],
     demanded: bool,
+    *,
     decoding: bool = False,
 ) -> Problem:
     """The Problem of one call."""
@@ -112,8 +111,7 @@ def _forward(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *sett
         _check_ridge(ridge_lambda)
     with _no_autocast(problem):
         o, residuals, report = chosen.forward(problem, inputs)
-    if q.device.type == "cpu":
-        _warn_if_stopped_early(problem, inputs, report)
+    warn_if_stopped_early(problem, inputs, report)
     return (o, *(t.contiguous() for t in (*residuals, *report)), choice)  # laid out as the fake says
 
 
@@ -178,6 +176,84 @@ class WithoutGradient(torch.autograd.Function):
         )
 
 
+def _write_decode(q, k, v, ridge_lambda, seqlens_k, block_table, *settings_backend_and_out):  # type: ignore[no-untyped-def]
+    *settings, backend, out = settings_backend_and_out
+    inputs = Inputs(q, k, v, ridge_lambda, seqlens_k, block_table=block_table)
+    problem = describe(inputs, *settings, decoding=True)
+    chosen = dispatch.choose(problem, backend)
+    if problem.empty:
+        out.zero_()
+        return
+    if q.device.type == "cpu":
+        _check_ridge(ridge_lambda)
+    with _no_autocast(problem):
+        chosen.decode(problem, inputs, out)
+
+
+def _decode_out(*arguments):  # type: ignore[no-untyped-def]
+    _write_decode(*arguments)
+    torch.autograd.graph.increment_version(arguments[-1])  # who saved it for a backward pass shall notice
+
+
+def _decode(q, k, v, *rest):  # type: ignore[no-untyped-def]
+    out = empty_output(q, v)
+    _write_decode(q, k, v, *rest, out)
+    return out
+
+
+def _decode_fake(q, k, v, *_):  # type: ignore[no-untyped-def]
+    return empty_output(q, v)
+
+
+def _refuse_decode(ctx: Any, *_: Tensor | None) -> None:
+    raise NotImplementedError(
+        "flashlla: lla_decode has no gradient, and a loss was made of its output; try torch.no_grad() around it, or "
+        "lla_attention, which has one"
+    )
+
+
+def _fold(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """(B, ...) with a dimension of ``size`` at ``dim``, or (None) without, as (size B, ...)."""
+    if t is None:
+        return None
+    t = t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.flatten(0, 1)
+
+
+def _unfold(t: Tensor, size: int) -> Tensor:
+    rows: Tensor = t.unflatten(0, (size, t.shape[0] // size))
+    return rows
+
+
+def _forward_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
+    """The dimension becomes part of the batch."""
+    _refuse_vmap_of_packed(arguments[5])
+    folded = [_fold(t, dim, info.batch_size) for t, dim in zip(arguments[:7], in_dims)]
+    *found, choice = forward_op(*folded, *arguments[7:])
+    return (*(_unfold(t, info.batch_size) for t in found), choice), (*(0,) * len(found), None)
+
+
+def _backward_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
+    _refuse_vmap_of_packed(arguments[6])
+    folded = [_fold(t, dim, info.batch_size) for t, dim in zip(arguments[:12], in_dims)]
+    found = backward_op(*folded, *arguments[12:])
+    return tuple(_unfold(t, info.batch_size) for t in found), (0,) * len(found)
+
+
+def _refuse_vmap_of_packed(cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is not None:
+        raise NotImplementedError(
+            "flashlla: torch.vmap over lla_attention_varlen is not supported; pack the sequences of all calls into one"
+        )
+
+
+def _decode_vmap(info, in_dims, *_):  # type: ignore[no-untyped-def]
+    raise NotImplementedError(
+        "flashlla: torch.vmap over lla_decode is not supported; make the dimension part of the batch, as by "
+        "q.flatten(0, 1)"
+    )
+
+
 def _check_ridge(ridge_lambda: Tensor) -> None:
     if (bad := ridge_lambda <= 0).any():
         batch, head, query = bad.nonzero()[0].tolist()
@@ -185,25 +261,16 @@ def _check_ridge(ridge_lambda: Tensor) -> None:
         raise ValueError(f"ridge_lambda: got {number} at batch {batch}, head {head}, query {query}, wanted above 0")
 
 
-def _warn_if_stopped_early(problem: Problem, inputs: Inputs, report: Report) -> None:
-    early = ~report.converged
-    if not early.any():
-        return
-    poison = isolate(problem, inputs)[2]
-    if poison is not None:  # NaN where the inputs are not finite says itself what it comes from
-        early &= ~poison.queries
-    warn_unconverged(problem.solver, report.residual[early], early.numel())
-
-
 # Defined with Library rather than custom_op, which imports the whole compiler (seconds) at an operator's first call.
 _library = torch.library.Library("flashlla", "DEF")
 
 
-def _define(name: str, arguments: str, outputs: int, kernel: Any, fake: Any) -> Any:
+def _define(name: str, arguments: str, outputs: int, kernel: Any, fake: Any, vmap: Any) -> Any:
     schema = f"{name}({arguments}) -> ({', '.join(['Tensor'] * outputs)})"
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flashlla::{name}", fake, lib=_library)
+    torch.library.register_vmap(f"flashlla::{name}", vmap, lib=_library)
     return getattr(torch.ops.flashlla, name).default
 
 
@@ -213,6 +280,7 @@ forward_op = _define(
     10,
     _forward,
     _forward_fake,
+    _forward_vmap,
 )
 backward_op = _define(
     "backward",
@@ -221,6 +289,13 @@ backward_op = _define(
     4,
     _backward,
     _backward_fake,
+    _backward_vmap,
+)
+_CACHE = f"Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, Tensor seqlens_k, Tensor? block_table, {_SETTINGS}"
+decode_op = _define("decode", f"{_CACHE}, str? backend", 1, _decode, _decode_fake, _decode_vmap)
+decode_out_op = _define(
+    "decode_out", f"{_CACHE}, str? backend, Tensor(a!) out", 0, _decode_out, lambda *_: None, _decode_vmap
 )
 torch.library.register_autograd("flashlla::forward", _differentiate, setup_context=_save, lib=_library)
 torch.library.register_autograd("flashlla::backward", _refuse, lib=_library)
+torch.library.register_autograd("flashlla::decode", _refuse_decode, lib=_library)

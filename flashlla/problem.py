@@ -114,7 +114,8 @@ class Problem:
     @property
     def empty(self) -> bool:
         """Nothing to compute: no queries, or no keys for them to see."""
-        return 0 in (self.batch, self.q_heads, self.q_len, self.k_len)
+        sizes = (self.batch, self.q_heads, self.q_len, self.k_len)
+        return 0 in sizes or (self.mask.packed and self.sequences == 0)
 
     def runs(self, inputs: Inputs) -> Runs:
         """The keys that every query sees, by their places in k."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import os
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -178,6 +180,53 @@ def prepare_decode(
     return call._replace(settings=(*settings, demanded and solver is not None), decoding=True)  # type: ignore[arg-type]
 
 
+# By the names of the functions that users call.
+_PREPARE: dict[str, Callable[..., Call]] = {
+    "lla_attention": prepare,
+    "lla_attention_varlen": prepare_varlen,
+    "lla_decode": prepare_decode,
+}
+
+
+def prepare_for(
+    op: Callable[..., Any], caller: str, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]
+) -> Call:
+    """The call ``op(q, k, v, **arguments)``, for ``caller``, who runs it otherwise."""
+    function = _PREPARE.get(getattr(op, "__name__", ""))
+    if function is None:
+        names = ", ".join(f"flashlla.{name}" for name in _PREPARE)
+        raise ValueError(f"op: got {op!r}, wanted one of {names}")
+    parameters = inspect.signature(function).parameters
+    if unknown := set(arguments) - set(parameters):
+        raise TypeError(f"{caller}() got an unexpected keyword argument {sorted(unknown)[0]!r}")
+    for name in list(parameters)[3:]:
+        if parameters[name].default is inspect.Parameter.empty and name not in arguments:
+            raise TypeError(f"{caller}() lacks the keyword argument {name!r} of {op.__name__}")
+    return function(q, k, v, **arguments)
+
+
+def check_out(out: Tensor, call: Call) -> Tensor:
+    """``out`` of lla_decode as (B, Hq, N, Dv), what the operator writes."""
+    q, v = call.inputs.q, call.inputs.v
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: got {type(out).__name__}, wanted a torch.Tensor or None")
+    wide = out.transpose(1, 2) if call.layout == "bshd" and out.dim() == 4 else out
+    if wide.shape != (*q.shape[:-1], v.shape[-1]):
+        rows = [q.shape[i] for i in ((0, 2, 1) if call.layout == "bshd" else (0, 1, 2))]
+        raise ValueError(
+            f"out: got shape {tuple(out.shape)}, wanted {(*rows, v.shape[-1])}, that of q with the last of v_cache"
+        )
+    if out.dtype != q.dtype:
+        raise TypeError(f"out: got dtype {out.dtype}, wanted {q.dtype}, the dtype of q")
+    if out.device != q.device:
+        raise ValueError(f"out: got device {out.device}, wanted {q.device}, the device of q")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*call.inputs[:4], out)):
+        raise NotImplementedError(
+            "out: lla_decode has no gradient, and an argument requires one; try torch.no_grad() around it, or detach()"
+        )
+    return wide
+
+
 def _call(
     inputs: Inputs,
     causal: bool,
@@ -295,6 +344,8 @@ def _check_block_table(block_table: Tensor, q: Tensor, k: Tensor) -> Tensor:
     if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
         raise ValueError(f"block_table: got shape {tuple(block_table.shape)}, wanted (B, pages), B = {q.shape[0]}")
     pages, _, size, _ = k.shape
+    if pages == 0:
+        raise ValueError("k_cache: got no pages, wanted at least one")
     if size == 0 or size % PAGE:
         raise ValueError(f"k_cache: got pages of {size} keys, wanted a multiple of {PAGE}")
     if q.device.type == "cpu" or os.environ.get(CHECK_VARIABLE) == "1":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from torch import Tensor
 
-from flashlla.problem import Forward, Gradients, Inputs, Problem, Residuals
+from flashlla.nonfinite import isolate
+from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals, empty_output
+from flashlla.solvers.base import warn_unconverged
 
 
 class Backend(ABC):
@@ -41,3 +44,47 @@ class Backend(ABC):
     @abstractmethod
     def backward(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
         """The gradients of ``sum(o * grad_o)``, by (3.1) to (3.6)."""
+
+    def decode(self, problem: Problem, inputs: Inputs, out: Tensor | None = None) -> Tensor:
+        """The output of new tokens against a cache, (B, Hq, N, Dv), written to ``out`` where that is given.
+
+        No residuals, no report. Here by :meth:`forward`, on a cache gathered from its pages.
+        """
+        problem, inputs = plain_cache(problem, inputs)
+        if problem.empty:
+            o = empty_output(inputs.q, inputs.v).zero_()
+        else:
+            o, _, report = self.forward(problem, inputs)
+            warn_if_stopped_early(problem, inputs, report)
+        return o if out is None else out.copy_(o)
+
+
+def plain_cache(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs]:
+    """A decoding call on caches without pages, (B, Hkv, L, D); on the CPU without what no new token sees."""
+    assert inputs.seqlens_k is not None
+    k, v, seqlens_k, table = inputs.k, inputs.v, inputs.seqlens_k, inputs.block_table
+    first, last = 0, problem.k_len
+    if problem.device.type == "cpu" and not problem.empty:  # elsewhere to read the lengths would wait for the device
+        seqlens_k = seqlens_k.clamp(0, problem.k_len)
+        last = int(seqlens_k.max())
+        if problem.mask.window is not None:
+            first = max(0, int(seqlens_k.min()) - problem.q_len + 1 - problem.mask.window)
+    begin = 0  # where k and v do
+    if table is not None:
+        size = k.shape[2]
+        table = table[:, first // size : -(-last // size)].long().clamp(0, k.shape[0] - 1)
+        k, v = (t[table].transpose(1, 2).flatten(2, 3) for t in (k, v))  # of (B, pages, Hkv, page size, D)
+        begin = first // size * size
+    seen = slice(first - begin, last - begin)
+    problem = dataclasses.replace(problem, k_len=last - first, page_size=None)
+    return problem, inputs._replace(k=k[:, :, seen], v=v[:, :, seen], seqlens_k=seqlens_k - first, block_table=None)
+
+
+def warn_if_stopped_early(problem: Problem, inputs: Inputs, report: Report) -> None:
+    """Say so where a solver did, on the CPU: elsewhere to look would wait for the device."""
+    if problem.device.type != "cpu" or not (early := ~report.converged).any():
+        return
+    poison = isolate(problem, inputs)[2]
+    if poison is not None:  # NaN where the inputs are not finite says itself what it comes from
+        early &= ~poison.queries
+    warn_unconverged(problem.solver, report.residual[early], early.numel())

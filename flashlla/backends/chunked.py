@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashlla.backends import packed
 from flashlla.backends.base import Backend
 from flashlla.covariance import Systems
 from flashlla.nonfinite import isolate
@@ -113,6 +114,7 @@ class Chunked(Backend):
     def unsupported(self, problem: Problem) -> str | None:
         return None
 
+    @packed.forward
     def forward(self, problem: Problem, inputs: Inputs) -> Forward:
         inputs, _, poison = isolate(problem, inputs)
         dtype, grouped = accumulator(problem.dtype), _Grouped(problem)
@@ -155,6 +157,7 @@ class Chunked(Backend):
         )
         return result if poison is None else poison.forward(result)
 
+    @packed.backward
     def backward(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
         inputs, grad_o, poison = isolate(problem, inputs, grad_o)  # type: ignore[assignment]
         if poison is not None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashlla.backends import packed
 from flashlla.backends.base import Backend
 from flashlla.covariance import Systems
 from flashlla.nonfinite import isolate
@@ -87,6 +88,7 @@ class Naive(Backend):
             )
         return None
 
+    @packed.forward
     def forward(self, problem: Problem, inputs: Inputs) -> Forward:
         inputs, _, poison = isolate(problem, inputs)
         dtype, (split, join) = accumulator(problem.dtype), _by_key_head(problem)
@@ -108,6 +110,7 @@ class Naive(Backend):
         result = Forward(o, Residuals(*map(join, (m + omega.log(), guard, z, k_mean + origin))), report)
         return result if poison is None else poison.forward(result)
 
+    @packed.backward
     def backward(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
         inputs, grad_o, poison = isolate(problem, inputs, grad_o)  # type: ignore[assignment]
         dtype, (split, join) = accumulator(problem.dtype), _by_key_head(problem)

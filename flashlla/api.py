@@ -396,7 +396,7 @@ def explain(
     k: Tensor,
     v: Tensor,
     *,
-    op: Callable[..., Any] = lla_attention,
+    op: Callable[..., Any] | None = None,
     backend: str | None = None,
     **options: Any,
 ) -> dispatch.Explanation:
@@ -404,7 +404,7 @@ def explain(
 
     Args:
         q, k, v: as for ``op``; the caches of :func:`lla_decode`.
-        op: :func:`lla_attention` (the default), :func:`lla_attention_varlen` or :func:`lla_decode`.
+        op: :func:`lla_attention_varlen` or :func:`lla_decode`. Default None: :func:`lla_attention`.
         backend: as for ``op``.
         options: its other arguments by keyword, but ``return_info`` and ``out``.
 

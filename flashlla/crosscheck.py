@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashlla import dispatch
-from flashlla.autograd import describe, forward_op
-from flashlla.validation import prepare
+from flashlla.autograd import decode_op, describe, forward_op
+from flashlla.backends.base import plain_cache
+from flashlla.validation import prepare_for
 
 Floats = NDArray[np.float64]
 
@@ -24,8 +25,8 @@ class Verification:
     Prints as a short table.
 
     ``row``: (rows, 3) integers, (batch, head, query). ``condition``: condition number of A. ``error``: error of the
-    backend's output, \\|o - o_ref\\| / \\|o_ref\\|. ``residual``: \\|A z - d\\| / \\|d\\| of the backend's probe z.
-    ``backend``: the name of the backend that ran.
+    backend's output, \\|o - o_ref\\| / \\|o_ref\\|. ``residual``: \\|A z - d\\| / \\|d\\| of the backend's probe z, NaN
+    for :func:`flashlla.lla_decode`, which shows none. ``backend``: the name of the backend that ran.
     """
 
     row: NDArray[np.int64]
@@ -49,7 +50,15 @@ class Verification:
 
 
 def verify(
-    q: Tensor, k: Tensor, v: Tensor, *, rows: int = 64, seed: int = 0, backend: str | None = None, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    op: Callable[..., Any] | None = None,
+    rows: int = 64,
+    seed: int = 0,
+    backend: str | None = None,
+    **options: Any,
 ) -> Verification:
     """Check a backend's output against SciPy on some queries.
 
@@ -57,17 +66,20 @@ def verify(
     inputs as they are, and solved with scipy.linalg.cho_solve; the output follows by (2.3).
 
     Args:
-        q, k, v: as in :func:`flashlla.lla_attention`.
+        q, k, v: as for ``op``; the caches of :func:`flashlla.lla_decode`.
+        op: :func:`flashlla.lla_attention_varlen` or :func:`flashlla.lla_decode`. Default None:
+            :func:`flashlla.lla_attention`.
         rows: how many queries to check, drawn at random. Default 64; all, where there are fewer.
         seed: of the random draw. Default 0.
-        backend: as in :func:`flashlla.lla_attention`.
-        options: its other keyword arguments, but ``return_info``.
+        backend: as for ``op``.
+        options: its other arguments by keyword, but ``return_info`` and ``out``.
 
     Returns:
         A :class:`Verification`; ``print`` it.
 
     Raises:
-        ValueError: ``rows`` is under 1, or as :func:`flashlla.lla_attention`.
+        ValueError: ``rows`` is under 1, or as ``op``.
+        TypeError: as ``op``.
         numpy.linalg.LinAlgError: a system is not positive definite even in float64.
 
     Source: docs/math.md, section 2.
@@ -81,16 +93,21 @@ def verify(
     """
     if not isinstance(rows, int) or rows < 1:
         raise ValueError(f"rows: got {rows}, wanted a whole number of at least 1")
-    if unknown := set(options) - set(inspect.signature(prepare).parameters):
-        raise TypeError(f"verify() got an unexpected keyword argument {sorted(unknown)[0]!r}")
-    call = prepare(q, k, v, backend=backend, **options)
+    call = prepare_for(op, "verify", q, k, v, {**options, "backend": backend})
+    problem, inputs = describe(call.inputs, *call.settings, decoding=call.decoding), call.inputs
     with torch.no_grad():
-        o, _, _, z, *_, choice = forward_op(*call.arguments, backend)
-    problem = describe(call.inputs, *call.settings)
-    runs = problem.runs(call.inputs)
+        if call.decoding:
+            name = dispatch.choose(problem, backend).name
+            o = decode_op(*call.arguments, backend)
+            z = torch.full_like(inputs.q, float("nan"))
+            problem, inputs = plain_cache(problem, inputs)
+        else:
+            o, _, _, z, *_, choice = forward_op(*call.arguments, backend)
+            name = dispatch.backend_numbered(int(choice)).name
+    runs = problem.runs(inputs)
     start, stop = (t.cpu().expand(problem.batch, 1, problem.q_len)[:, 0] for t in runs)  # (B, Sq)
-    picked = _pick(tuple(call.inputs.q.shape[:3]), rows, seed)
-    q, k, v, ridge = call.inputs[:4]
+    picked = _pick(tuple(inputs.q.shape[:3]), rows, seed)
+    q, k, v, ridge = inputs[:4]
     found = [
         _check_row(
             _numpy(k[b, h // problem.group, start[b, i] : stop[b, i]]),
@@ -105,7 +122,7 @@ def verify(
         for b, h, i in picked.tolist()
     ]
     condition, error, residual = np.array(found, dtype=np.float64).reshape(-1, 3).T
-    return Verification(picked, condition, error, residual, dispatch.backend_numbered(int(choice)).name)
+    return Verification(picked, condition, error, residual, name)
 
 
 def _pick(shape: tuple[int, ...], rows: int, seed: int) -> NDArray[np.int64]:

@@ -189,19 +189,19 @@ _PREPARE: dict[str, Callable[..., Call]] = {
 
 
 def prepare_for(
-    op: Callable[..., Any], caller: str, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]
+    op: Callable[..., Any] | None, caller: str, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]
 ) -> Call:
-    """The call ``op(q, k, v, **arguments)``, for ``caller``, who runs it otherwise."""
-    function = _PREPARE.get(getattr(op, "__name__", ""))
+    """The call ``op(q, k, v, **arguments)``, of lla_attention where that is None, for ``caller``."""
+    name = "lla_attention" if op is None else getattr(op, "__name__", "")
+    function = _PREPARE.get(name)
     if function is None:
-        names = ", ".join(f"flashlla.{name}" for name in _PREPARE)
-        raise ValueError(f"op: got {op!r}, wanted one of {names}")
+        raise ValueError(f"op: got {op!r}, wanted one of {', '.join(f'flashlla.{name}' for name in _PREPARE)}")
     parameters = inspect.signature(function).parameters
     if unknown := set(arguments) - set(parameters):
         raise TypeError(f"{caller}() got an unexpected keyword argument {sorted(unknown)[0]!r}")
-    for name in list(parameters)[3:]:
-        if parameters[name].default is inspect.Parameter.empty and name not in arguments:
-            raise TypeError(f"{caller}() lacks the keyword argument {name!r} of {op.__name__}")
+    for wanted in list(parameters.values())[3:]:
+        if wanted.default is inspect.Parameter.empty and wanted.name not in arguments:
+            raise TypeError(f"{caller}() lacks the keyword argument {wanted.name!r} of {name}")
     return function(q, k, v, **arguments)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flashlla.problem import resolution
-from tests.cases import BY_NAME, Case
+from tests.cases import BY_NAME, LAYOUTS, Case
 from tests.oracle import Reference, reference
 
 # An error is a random number, and the budget knows its standard deviation, not its size: none of some thousand rows
@@ -250,23 +250,20 @@ def _spreads(name: str) -> dict[str, list[Tensor]]:
 def disturbed(case: Case, leaves: Mapping[str, Tensor], rounding: Rounding, seed: int = 0) -> list[Tensor]:
     """The output, then the gradient of every leaf in the order of ``leaves``, of one disturbed evaluation."""
     exact = {name: t.double().requires_grad_(name != "grad_o") for name, t in leaves.items()}
-    q, k, v = views = case.arrange(exact)
-    ridge = exact.get("ridge_lambda", torch.tensor(case.ridge_lambda, dtype=torch.float64))
-    flat = q.dim() == 3
-    four = [t.detach().unsqueeze(1) if flat else t.detach() for t in (*views, exact["grad_o"])]
-    four[1:3] = [torch.where(t.isnan(), 0, t) for t in four[1:3]]  # beyond seqlens
+    layout = LAYOUTS[case.layout]
+    views = case.arrange(exact)
+    four = [layout.wide(t.detach()) for t in (*views, exact["grad_o"])]
+    four[:3] = [torch.where(t.isnan(), 0, t) for t in four[:3]]  # beyond seqlens, or of no sequence
     group = four[0].shape[1] // four[1].shape[1]
     four[1:3] = [t.repeat_interleave(group, 1) for t in four[1:3]]
-    rows = (q.shape[0], q.shape[1]) if flat else q.shape[:3]
-    ridge = ridge.expand(rows)
-    scale = 1 / math.sqrt(q.shape[-1]) if case.scale is None else case.scale
-    wide_ridge = (ridge.unsqueeze(1) if flat else ridge).detach()
-    o, *gradients = evaluate(*four[:3], wide_ridge, four[3], scale, case.delta_eps, case.visible(), rounding, seed)
-    gradients[1:3] = [t.unflatten(1, (-1, group)).sum(2) for t in gradients[1:3]]
-    if flat:
-        o, *gradients = (t.squeeze(1) for t in (o, *gradients))
-    targets, values = [q, k, v], gradients[:3]
+    ridge = exact.get("ridge_lambda", torch.tensor(case.ridge_lambda, dtype=torch.float64))
+    ridge = layout.wide_ridge(ridge, four[0].shape[:-1])
+    scale = 1 / math.sqrt(four[0].shape[-1]) if case.scale is None else case.scale
+    found = evaluate(*four[:3], ridge.detach(), four[3], scale, case.delta_eps, case.visible(), rounding, seed)
+    o, dq, dk, dv, dridge = found
+    dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (dk, dv))
+    targets, values = [*views], [layout.narrow(t) for t in (dq, dk, dv)]
     if ridge.requires_grad:
-        targets, values = [*targets, ridge], gradients
+        targets, values = [*targets, ridge], [*values, dridge]
     names = [name for name in exact if name != "grad_o"]
-    return [o, *torch.autograd.grad(targets, [exact[name] for name in names], values)]
+    return [layout.narrow(o), *torch.autograd.grad(targets, [exact[name] for name in names], values)]

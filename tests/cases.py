@@ -1,9 +1,9 @@
 """The table of cases: what the operator is tested and timed on, by name. Tests and benchmarks share it.
 
 A case has no dtype and no device: ``case.make(dtype, device)`` gives its numbers, rounded to a dtype, and
-``case.arrange(leaves)`` the views of them that the operator is called with. To add a case, add a line to ``CASES``.
-A new argument of ``lla_attention`` goes into ``Case.options`` and, where it changes shapes or which keys a query sees,
-into ``Case.shapes`` and ``Case.visible``; the oracle follows them.
+``case.arrange(leaves)`` the views of them that ``case.op``, the function of the package, is called with. To add a case,
+add a line to ``CASES``. A new argument of the function goes into ``Case.options`` and, where it changes shapes or which
+keys a query sees, into ``Case.shapes`` and ``Case.visible``; the oracle follows them.
 """
 
 from __future__ import annotations
@@ -11,29 +11,59 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import flashlla
+
 Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """How the caller's tensors lie in memory: ``pack`` makes them from (B, H, S, D), ``view`` is what is passed on."""
+    """How the caller's tensors lie in memory: ``pack`` makes them from (B, H, S, D), ``view`` is what is passed on.
+
+    lacking: which of the dimensions (B, H) the caller's tensors, the result and the ridge are without.
+    turned: whether tokens come before heads, in all but the ridge.
+    """
 
     pack: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
     view: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor, Tensor]]
-    one_head: bool = False
+    lacking: int | None = None
+    turned: bool = False
+
+    def wide(self, t: Tensor) -> Tensor:
+        """(B, H, S, ...) of q, k, v, a result or what belongs to one, as the caller has it."""
+        t = t.transpose(0, 1) if self.turned else t
+        return t if self.lacking is None else t.unsqueeze(self.lacking)
+
+    def narrow(self, t: Tensor) -> Tensor:
+        """The inverse of :meth:`wide`."""
+        t = t if self.lacking is None else t.squeeze(self.lacking)
+        return t.transpose(0, 1) if self.turned else t
+
+    def ridge_rows(self, rows: Shape) -> Shape:
+        """What a ridge broadcasts to, of (B, H, S)."""
+        return tuple(n for i, n in enumerate(rows) if i != self.lacking)
+
+    def wide_ridge(self, ridge: Tensor, rows: Shape) -> Tensor:
+        """(B, H, S) of a ridge."""
+        ridge = ridge.expand(self.ridge_rows(rows))
+        return ridge if self.lacking is None else ridge.unsqueeze(self.lacking)
 
 
-def _separate(pack: Callable[[Tensor], Tensor], view: Callable[[Tensor], Tensor], one_head: bool = False) -> Layout:
+def _separate(
+    pack: Callable[[Tensor], Tensor], view: Callable[[Tensor], Tensor], lacking: int | None = None, turned: bool = False
+) -> Layout:
     """q, k and v each a tensor of its own, all treated alike."""
     return Layout(
         lambda q, k, v: {"q": pack(q), "k": pack(k), "v": pack(v)},
         lambda leaves: (view(leaves["q"]), view(leaves["k"]), view(leaves["v"])),
-        one_head,
+        lacking,
+        turned,
     )
 
 
@@ -47,9 +77,10 @@ def _scatter(t: Tensor) -> Tensor:
 
 LAYOUTS = {
     "bhsd": _separate(lambda t: t, lambda t: t),
-    "bsd": _separate(lambda t: t.squeeze(1), lambda t: t, one_head=True),
+    "bsd": _separate(lambda t: t.squeeze(1), lambda t: t, lacking=1),
     "transposed": _separate(lambda t: t.transpose(1, 2).contiguous(), lambda t: t.transpose(1, 2)),
-    "bsd_transposed": _separate(lambda t: t[:, 0].mT.contiguous(), lambda t: t.mT, one_head=True),
+    "bsd_transposed": _separate(lambda t: t[:, 0].mT.contiguous(), lambda t: t.mT, lacking=1),
+    "thd": _separate(lambda t: t.squeeze(0).transpose(0, 1).contiguous(), lambda t: t, lacking=0, turned=True),
     "sliced": _separate(_scatter, lambda t: t[:, :, 1::2, 1::2]),
     "packed": Layout(
         lambda q, k, v: {"qkv": torch.stack([t.transpose(1, 2) for t in (q, k, v)], dim=2).contiguous()},
@@ -131,7 +162,8 @@ class Case:
     small: fit for backends that run slowly, such as kernels in an interpreter.
     key_heads, keys, value_dim: of k and v, where they are not those of q.
     causal, window: as in ``lla_attention``. seqlens: of seqlens_k; keys beyond hold NaN.
-    options: further keyword arguments of ``lla_attention``.
+    packed, packed_keys: lengths of packed sequences, of keys where they are others; tokens behind them hold NaN.
+    options: further keyword arguments.
     """
 
     name: str
@@ -152,10 +184,25 @@ class Case:
     causal: bool = True
     window: int | None = None
     seqlens: tuple[int, ...] | None = None
+    packed: tuple[int, ...] | None = None
+    packed_keys: tuple[int, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        assert not (LAYOUTS[self.layout].one_head and self.heads > 1), f"{self.name}: {self.layout} has no heads"
+        assert LAYOUTS[self.layout].lacking != 1 or self.heads == 1, f"{self.name}: {self.layout} has no heads"
+        for lengths, total in zip(self.sequences, (self.length, self.keys or self.length)):
+            assert sum(lengths) <= total, f"{self.name}: sequences of {lengths} in {total} tokens"
+
+    @property
+    def op(self) -> Callable[..., Any]:
+        """The function that the case calls."""
+        return flashlla.lla_attention if self.packed is None else flashlla.lla_attention_varlen
+
+    @property
+    def sequences(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Lengths of packed sequences, in queries and in keys."""
+        queries = self.packed or ()
+        return queries, self.packed_keys or queries
 
     @property
     def small(self) -> bool:
@@ -169,13 +216,24 @@ class Case:
     def visible(self) -> Tensor:
         """(queries, keys) or (B, 1, queries, keys), True where the query sees the key."""
         (_, _, queries, _), (_, _, keys, _), _ = self.shapes()
+        if self.packed is not None:
+            seen = torch.zeros(queries, keys, dtype=torch.bool)
+            q_edges, k_edges = map(_edges, self.sequences)
+            for (i, i_end), (j, j_end) in zip(pairwise(q_edges), pairwise(k_edges)):
+                seen[i:i_end, j:j_end] = self._seen(i_end - i, j_end - j)
+            return seen
+        seen = self._seen(queries, keys)
+        if self.seqlens is not None:
+            seen = seen & (torch.arange(keys) < torch.tensor(self.seqlens)[:, None, None, None])
+        return seen
+
+    def _seen(self, queries: int, keys: int) -> Tensor:
+        """The same for one sequence."""
         seen = torch.ones(queries, keys, dtype=torch.bool)
         if self.causal:
             seen = seen.tril(keys - queries)
         if self.window is not None:
             seen = seen.triu(keys - queries - self.window + 1)
-        if self.seqlens is not None:
-            seen = seen & (torch.arange(keys) < torch.tensor(self.seqlens)[:, None, None, None])
         return seen
 
     def make(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -189,19 +247,19 @@ class Case:
         v, grad_o = rng.standard_normal(v_shape), rng.standard_normal((*q_shape[:-1], v_shape[-1]))
         for sequence, length in enumerate(self.seqlens or ()):
             k[sequence, :, length:] = v[sequence, :, length:] = np.nan
+        if self.packed is not None:
+            in_q, in_k = map(sum, self.sequences)
+            q[:, :, in_q:] = k[:, :, in_k:] = v[:, :, in_k:] = np.nan
         leaves = LAYOUTS[self.layout].pack(*(torch.from_numpy(t).to(device, dtype) for t in (q, k, v)))
         shape_of = RIDGES[self.ridge]
         if shape_of is not None:
-            one_head = LAYOUTS[self.layout].one_head
             shape = shape_of(self.batch, self.heads, self.length)
-            if one_head and len(shape) == 3:
-                shape = (shape[0], shape[2])
+            if len(shape) == 3:
+                shape = LAYOUTS[self.layout].ridge_rows(shape)
             ridge = self.ridge_lambda * 3.0 ** rng.uniform(-1, 1, shape)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             leaves["ridge_lambda"] = torch.from_numpy(np.asarray(ridge)).to(device, wide)
-        grad = torch.from_numpy(grad_o).to(device, dtype)
-        if LAYOUTS[self.layout].one_head:
-            grad = grad.squeeze(1)
+        grad = LAYOUTS[self.layout].narrow(torch.from_numpy(grad_o).to(device, dtype))
         leaves["grad_o"] = grad[..., :1, :1].expand(grad.shape) if self.expanded_grad else grad
         return leaves
 
@@ -210,14 +268,27 @@ class Case:
         return LAYOUTS[self.layout].view(leaves)
 
     def keywords(self, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The other arguments of ``lla_attention``, but the solver and the backend."""
+        """The other arguments of the function, but the solver and the backend."""
         ridge = leaves.get("ridge_lambda", self.ridge_lambda)
         found = {"ridge_lambda": ridge, "qk_scale": self.scale, "delta_eps": self.delta_eps, **self.options}
         if self.seqlens is not None:
             found["seqlens_k"] = torch.tensor(self.seqlens, dtype=torch.int32, device=leaves["grad_o"].device)
         if not self.causal or self.window is not None:
             found |= {"causal": self.causal, "window": self.window}
+        if self.packed is not None:
+            q_lengths, k_lengths = self.sequences
+            cu = lambda lengths: torch.tensor(_edges(lengths), dtype=torch.int32, device=leaves["grad_o"].device)
+            if self.packed_keys is None:
+                found |= {"cu_seqlens": cu(q_lengths), "max_seqlen": max(q_lengths)}
+            else:
+                found |= {"cu_seqlens_q": cu(q_lengths), "cu_seqlens_k": cu(k_lengths)}
+                found |= {"max_seqlen_q": max(q_lengths), "max_seqlen_k": max(k_lengths)}
         return found
+
+
+def _edges(lengths: tuple[int, ...]) -> list[int]:
+    """Where each of the packed sequences begins, and the end."""
+    return list(accumulate(lengths, initial=0))
 
 
 CASES = (
@@ -303,6 +374,36 @@ CASES = (
         ridge_lambda=0.1,
         ridge="per_head_and_token",
         layout="transposed",
+    ),
+    # packed sequences
+    Case("varlen", heads=2, length=111, dim=16, packed=(63, 1, 0, 47), ridge_lambda=0.1),
+    Case("varlen_thd", heads=2, length=63, dim=8, packed=(17, 1, 0, 33), layout="thd"),  # and a tail of 12
+    Case("varlen_one", length=17, dim=8, packed=(17,), layout="thd"),
+    Case("varlen_tokens", heads=3, length=7, dim=8, packed=(1,) * 7, ridge="per_head_and_token"),
+    Case("varlen_all_keys", heads=2, length=63, dim=16, packed=(20, 43), causal=False, ridge_lambda=0.1),
+    Case("varlen_window", length=63, dim=8, packed=(5, 40, 18), window=7, layout="thd"),
+    Case("varlen_keys", heads=2, length=40, keys=63, dim=8, packed=(1, 30, 0, 9), packed_keys=(17, 20, 5, 21)),
+    Case("varlen_no_keys", length=33, keys=20, dim=8, packed=(9, 20, 4), packed_keys=(0, 12, 8), causal=False),
+    Case("varlen_ridge_head", heads=3, length=33, dim=8, packed=(16, 17), ridge="per_head", layout="thd"),
+    Case("varlen_heads_3", heads=6, key_heads=2, length=63, dim=60, packed=(20, 43), layout="thd"),
+    Case("varlen_heads_8", heads=8, key_heads=1, length=63, dim=16, packed=(1, 62), ridge="per_head_and_token"),
+    Case("varlen_values", heads=2, length=33, dim=16, value_dim=5, packed=(13, 20), layout="thd"),
+    Case("varlen_wide", length=63, dim=100, packed=(50, 10)),
+    Case("varlen_long", length=300, dim=16, packed=(150, 3, 147), ridge="per_token"),
+    Case(
+        "varlen_everything",
+        heads=6,
+        key_heads=2,
+        length=111,
+        keys=140,
+        dim=12,
+        value_dim=20,
+        packed=(1, 60, 0, 40),
+        packed_keys=(3, 66, 10, 50),
+        window=30,
+        ridge_lambda=0.1,
+        ridge="per_head_and_token",
+        layout="thd",
     ),
 )
 

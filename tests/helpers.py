@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from flashlla.autograd import describe
 from flashlla.backends.base import Backend
 from flashlla.dispatch import all_backends
 from flashlla.problem import Inputs, Problem
-from flashlla.validation import prepare
+from flashlla.validation import prepare_for
 from tests.interpreter import hasten
 
 BACKENDS = [pytest.param(backend, id=backend.name) for backend in all_backends()]
@@ -36,7 +36,7 @@ if any(interpreted(backend) and backend.unavailable() is None for backend in all
 
 
 def refusal(backend: Backend, q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> str | None:
-    """Why ``backend`` cannot take the call; None where it can."""
+    """Why ``backend`` cannot take the call (of ``op`` among the keywords); None where it can."""
     return flashlla.explain(q, k, v, **keywords, backend=backend.name).reasons[backend.name]
 
 
@@ -45,10 +45,12 @@ def skip_if_refused(backend: Backend, q: Tensor, k: Tensor, v: Tensor, **keyword
         pytest.skip(f"{backend.name}: {reason}")
 
 
-def problem_of(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> tuple[Problem, Inputs]:
+def problem_of(
+    q: Tensor, k: Tensor, v: Tensor, op: Callable[..., Any] | None = None, **keywords: Any
+) -> tuple[Problem, Inputs]:
     """What a backend is called with."""
-    call = prepare(q, k, v, **keywords)
-    return describe(call.inputs, *call.settings), call.inputs
+    call = prepare_for(op, "problem_of", q, k, v, keywords)
+    return describe(call.inputs, *call.settings, decoding=call.decoding), call.inputs
 
 
 def differentiable(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.cases import Case
+from tests.cases import LAYOUTS, Case
 
 
 def attention(
@@ -41,7 +41,7 @@ def attention(
 
 @dataclass(frozen=True)
 class Reference:
-    """What a backend should give: ``o`` and ``gradients`` (by leaf) with the caller's shapes, ``omega`` (B, H, S)."""
+    """What a backend should give: ``o``, ``gradients`` (by leaf) and ``omega`` with the caller's shapes."""
 
     o: Tensor
     gradients: Mapping[str, Tensor]
@@ -51,18 +51,16 @@ class Reference:
 def reference(case: Case, leaves: Mapping[str, Tensor]) -> Reference:
     """The exact result on ``leaves`` as they are, rounded to whatever dtype they have."""
     exact = {name: t.detach().cpu().double().requires_grad_(name != "grad_o") for name, t in leaves.items()}
-    q, k, v = case.arrange(exact)
+    layout = LAYOUTS[case.layout]
+    q, k, v = (layout.wide(t) for t in case.arrange(exact))
     ridge = exact.get("ridge_lambda", torch.tensor(case.ridge_lambda, dtype=torch.float64))
-    flat = q.dim() == 3
-    k, v = (torch.where(t.isnan(), 0, t) for t in (k, v))  # beyond seqlens
-    if not flat and k.shape[1] != q.shape[1]:
+    q, k, v = (torch.where(t.isnan(), 0, t) for t in (q, k, v))  # beyond seqlens, or of no sequence
+    if k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    if flat:
-        q, k, v = (t.unsqueeze(1) for t in (q, k, v))
-        ridge = ridge.expand(q.shape[0], q.shape[2]).unsqueeze(1)
+    ridge = layout.wide_ridge(ridge, q.shape[:-1])
     scale = 1 / math.sqrt(q.shape[-1]) if case.scale is None else case.scale
     o, omega = attention(q, k, v, ridge, scale, case.delta_eps, case.visible())
-    o = o.squeeze(1) if flat else o
+    o, omega = layout.narrow(o), layout.narrow(omega)
     names = [name for name in exact if name != "grad_o"]
     gradients = torch.autograd.grad(o, [exact[name] for name in names], exact["grad_o"])
     return Reference(o.detach(), dict(zip(names, gradients, strict=True)), omega.detach())

@@ -17,7 +17,8 @@ from tests.helpers import BACKENDS, DTYPES, interpreted, problem_of
 
 # Several heads, odd lengths, a strong guard, keys far from the origin; all with q, k and v apart, as (B, H, S, D).
 NAMES = ("length_7", "guard_large", "offset", "one_token_weak")
-CASES = [BY_NAME[name] for name in NAMES]
+PACKED = ("varlen_keys",)
+CASES = [BY_NAME[name] for name in (*NAMES, *PACKED)]
 SOLVER = CG(atol=0.0, rtol=0.0, max_iters=1000)
 
 
@@ -25,7 +26,7 @@ def _call(name: str, dtype: torch.dtype) -> tuple[Problem, Inputs, Tensor]:
     case = BY_NAME[name]
     assert case.layout in ("bhsd", "transposed")
     leaves = case.make(dtype)
-    problem, inputs = problem_of(*case.arrange(leaves), **case.keywords(leaves), solver=SOLVER)
+    problem, inputs = problem_of(*case.arrange(leaves), op=case.op, **case.keywords(leaves), solver=SOLVER)
     return problem, inputs, leaves["grad_o"]
 
 
@@ -36,7 +37,7 @@ def _skip_unless_both(problem: Problem, *backends: Backend) -> None:
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("name", [case.name for case in CASES])
+@pytest.mark.parametrize("name", [*NAMES, *PACKED])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backward", BACKENDS)
 @pytest.mark.parametrize("forward", BACKENDS)
@@ -56,7 +57,7 @@ def test_backward_of_anothers_forward(forward: Backend, backward: Backend, dtype
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("name", [case.name for case in CASES])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_residuals_have_one_layout(backend: Backend, dtype: torch.dtype, name: str) -> None:
@@ -98,4 +99,4 @@ def _residuals(problem: Problem, inputs: Inputs) -> Residuals:
 
 
 def test_cases_have_their_heads_apart() -> None:
-    assert all(not LAYOUTS[case.layout].one_head for case in CASES)
+    assert all(LAYOUTS[case.layout].lacking is None for case in CASES)

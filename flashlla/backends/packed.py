@@ -6,6 +6,7 @@ waits for the device.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -31,10 +32,19 @@ B = TypeVar("B", bound=Backend)
 
 
 class _Sequence(NamedTuple):
+    number: int
     rows: slice  # of q, in its third dimension
     keys: slice  # of k and v
     problem: Problem
     inputs: Inputs
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Messages about a system count queries in the sequence: they need its number."""
+        try:
+            yield
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise type(error)(f"packed sequence {self.number}: {error}") from error
 
 
 def _sequences(problem: Problem, inputs: Inputs) -> Iterator[_Sequence]:
@@ -43,7 +53,8 @@ def _sequences(problem: Problem, inputs: Inputs) -> Iterator[_Sequence]:
     own_mask = dataclasses.replace(problem.mask, packed=False)
     q_edges = bounds(inputs.cu_seqlens_q, problem.q_len, problem.longest_q)
     k_edges = bounds(inputs.cu_seqlens_k, problem.k_len, problem.longest_k)
-    for q_first, q_last, k_first, k_last in torch.stack([*q_edges, *k_edges], 1).tolist():
+    for number, edges in enumerate(torch.stack([*q_edges, *k_edges], 1).tolist()):
+        q_first, q_last, k_first, k_last = edges
         rows, keys = slice(q_first, q_last), slice(k_first, k_last)
         alone = dataclasses.replace(
             problem,
@@ -55,7 +66,8 @@ def _sequences(problem: Problem, inputs: Inputs) -> Iterator[_Sequence]:
             longest_k=0,
         )
         if not alone.empty:
-            yield _Sequence(rows, keys, alone, Inputs(q[:, :, rows], k[:, :, keys], v[:, :, keys], ridge[:, :, rows]))
+            views = Inputs(q[:, :, rows], k[:, :, keys], v[:, :, keys], ridge[:, :, rows])
+            yield _Sequence(number, rows, keys, alone, views)
 
 
 def forward(unpacked: Callable[[B, Problem, Inputs], Forward]) -> Callable[[B, Problem, Inputs], Forward]:
@@ -72,10 +84,11 @@ def forward(unpacked: Callable[[B, Problem, Inputs], Forward]) -> Callable[[B, P
             per_query(dtype), per_query(dtype), q.new_zeros(q.shape, dtype=dtype), q.new_zeros(q.shape, dtype=dtype)
         )
         report = Report(per_query(dtype), per_query(torch.int32), per_query(dtype), ~per_query(torch.bool))
-        for rows, _, alone, views in _sequences(problem, inputs):
-            part = unpacked(self, alone, views)
+        for sequence in _sequences(problem, inputs):
+            with sequence.named():
+                part = unpacked(self, sequence.problem, sequence.inputs)
             for whole, piece in zip((o, *residuals, *report), (part.o, *part.residuals, *part.report)):
-                whole[:, :, rows] = piece
+                whole[:, :, sequence.rows] = piece
         return Forward(o, residuals, report)
 
     return run
@@ -92,9 +105,11 @@ def backward(
             return unpacked(self, problem, inputs, residuals, grad_o)
         q, k, v, ridge = inputs[:4]
         found = Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), ridge.new_zeros(ridge.shape))
-        for rows, keys, alone, views in _sequences(problem, inputs):
+        for sequence in _sequences(problem, inputs):
+            rows, keys = sequence.rows, sequence.keys
             own = Residuals(*(t[:, :, rows] for t in residuals))
-            part = unpacked(self, alone, views, own, grad_o[:, :, rows])
+            with sequence.named():
+                part = unpacked(self, sequence.problem, sequence.inputs, own, grad_o[:, :, rows])
             for whole, piece, place in zip(found, part, (rows, keys, keys, rows)):
                 whole[:, :, place] = piece
         return found

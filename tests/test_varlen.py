@@ -1,0 +1,300 @@
+"""Packed sequences: each is what it is alone, and nothing crosses from one to the next."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashlla
+from flashlla import lla_attention, lla_attention_varlen, problem
+from flashlla.backends.base import Backend
+from tests.helpers import BACKENDS, interpreted, normal, problem_of, skip_if_refused
+
+DTYPE = torch.float32
+EDGES = (0, 9, 9, 10, 27)  # sequences of 9, 0, 1 and 17 tokens
+TOTAL = 30  # and 3 tokens of no sequence
+NAMES = ("q", "k", "v", "ridge_lambda")
+
+
+def cu(edges: tuple[int, ...] = EDGES, **keywords: Any) -> Tensor:
+    return torch.tensor(edges, **{"dtype": torch.int32, **keywords})
+
+
+def leaves(heads: int = 2, key_heads: int = 2, dim: int = 8, value_dim: int = 8) -> dict[str, Tensor]:
+    """(1, H, T, D)."""
+    shapes = ((heads, TOTAL, dim), (key_heads, TOTAL, dim), (key_heads, TOTAL, value_dim), (heads, TOTAL))
+    made = [normal(1, *shape, seed=i, dtype=DTYPE) for i, shape in enumerate(shapes)]
+    made[3] = made[3].exp()
+    return dict(zip(NAMES, made))
+
+
+def results(o: Tensor, given: dict[str, Tensor], grad_o: Tensor) -> dict[str, Tensor]:
+    gradients = torch.autograd.grad(o, list(given.values()), grad_o)
+    return {"o": o.detach(), **dict(zip(given, gradients))}
+
+
+def run(
+    backend: Backend, given: dict[str, Tensor], edges: tuple[int, ...] = EDGES, **options: Any
+) -> dict[str, Tensor]:
+    """The output and the gradients by name."""
+    given = {name: t.clone().requires_grad_() for name, t in given.items()}
+    q, k, v, ridge = given.values()
+    keywords = {"ridge_lambda": ridge, "cu_seqlens": cu(edges), "max_seqlen": TOTAL, **options}
+    skip_if_refused(backend, q, k, v, op=lla_attention_varlen, **keywords)
+    o = lla_attention_varlen(q, k, v, backend=backend.name, **keywords)
+    return results(o, given, normal(*o.shape, seed=7, dtype=DTYPE))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 4}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_sequence_is_what_it_is_alone(backend: Backend, options: dict[str, Any]) -> None:
+    """Under the PyTorch backends to the last bit: they see the same views."""
+    given = leaves(heads=6, value_dim=5) if not interpreted(backend) else leaves()
+    packed = run(backend, given, **options)
+    grad_o = normal(*packed["o"].shape, seed=7, dtype=DTYPE)
+    same = functools.partial(torch.testing.assert_close, **({} if interpreted(backend) else {"rtol": 0, "atol": 0}))
+    for first, last in pairwise(EDGES):
+        alone = {name: t[:, :, first:last].detach().requires_grad_() for name, t in given.items()}
+        q, k, v, ridge = alone.values()
+        o = lla_attention(q, k, v, ridge_lambda=ridge, backend=backend.name, **options)
+        for name, wanted in results(o, alone, grad_o[:, :, first:last]).items():
+            same(packed[name][:, :, first:last], wanted, msg=lambda m, name=name: f"{name}: {m}")
+    for name, t in packed.items():
+        assert not t[:, :, EDGES[-1] :].any(), f"{name} of tokens that belong to no sequence"
+
+
+@pytest.mark.parametrize("where", [*NAMES[:3], "ridge_lambda"])
+@pytest.mark.parametrize("at", [3, 9, 12, 28])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_in_its_sequence(backend: Backend, at: int, where: str) -> None:
+    if interpreted(backend) and (at != 12 or where == "q"):
+        pytest.skip("too many for the interpreter")
+    given = leaves()
+    clean = run(backend, given)
+    given[where][:, :, at] = float("nan")
+    spoilt = run(backend, given)
+    own = torch.zeros(TOTAL, dtype=torch.bool)
+    for first, last in pairwise(EDGES):
+        own[first:last] = first <= at < last
+    for name, t in spoilt.items():
+        assert torch.equal(t[:, :, ~own], clean[name][:, :, ~own]), name
+    if own.any():
+        assert spoilt["o"][:, :, at].isnan().all()
+        assert spoilt["q"][:, :, at].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_agree(backend: Backend) -> None:
+    """(T, H, D) and (1, H, T, D), the ridge being (H, T) and (1, H, T)."""
+    given = leaves()
+    four = run(backend, given)
+    three = run(
+        backend,
+        {name: t[0] if name == "ridge_lambda" else t[0].transpose(0, 1).contiguous() for name, t in given.items()},
+    )
+    grad_o = normal(*three["o"].shape, seed=7, dtype=DTYPE)
+    assert three["o"].is_contiguous()
+    torch.testing.assert_close(three["o"].transpose(0, 1), four["o"][0])
+    q, k, v = (t[0].transpose(0, 1).clone().requires_grad_() for t in list(given.values())[:3])
+    ridge = given["ridge_lambda"][0].clone().requires_grad_()
+    o, info = lla_attention_varlen(q, k, v, cu_seqlens=cu(), ridge_lambda=ridge, backend=backend.name, return_info=True)
+    assert torch.equal(o.detach(), three["o"])
+    assert {t.shape for t in info[:4]} == {(TOTAL, 2)}
+    assert info.converged.all()
+    for name, got in zip(NAMES, torch.autograd.grad(o, (q, k, v, ridge), grad_o)):
+        assert torch.equal(got, three[name])
+
+
+@pytest.mark.parametrize("shape", [(), (2, 1), (TOTAL,), (2, TOTAL)])
+def test_ridge_has_a_gradient_of_its_own_shape(shape: tuple[int, ...]) -> None:
+    given = leaves()
+    q, k, v = (given[name][0].transpose(0, 1) for name in NAMES[:3])
+    ridge = normal(*shape, seed=5, dtype=DTYPE).exp().requires_grad_()
+    full = ridge.detach().expand(2, TOTAL).clone().requires_grad_()
+    grads = []
+    for r in (ridge, full):
+        o = lla_attention_varlen(q, k, v, cu_seqlens=cu(), max_seqlen=17, ridge_lambda=r)
+        grads.append(torch.autograd.grad(o.square().sum(), r)[0])
+    assert grads[0].abs().sum() > 0
+    torch.testing.assert_close(grads[0], grads[1].sum_to_size(shape) if shape else grads[1].sum())
+
+
+def test_gradients_are_right() -> None:
+    """Against finite differences, with queries that have no key and keys that no query has."""
+    q, k, v = normal(6, 2, 3), normal(7, 1, 3, seed=1), normal(7, 1, 2, seed=2)
+    ridge = normal(2, 6, seed=3).exp()
+    edges = {"cu_seqlens_q": cu((0, 1, 5, 5)), "cu_seqlens_k": cu((0, 0, 4, 6))}
+
+    def attention(*given: Tensor) -> Tensor:
+        *qkv, ridge = given
+        return lla_attention_varlen(*qkv, ridge_lambda=ridge, solver="direct", delta_eps=0.0, **edges)
+
+    given = [t.requires_grad_() for t in (q, k, v, ridge)]
+    assert torch.autograd.gradcheck(attention, given, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_max_seqlen_may_be_left_out(backend: Backend) -> None:
+    given = leaves()
+    exact = run(backend, given, max_seqlen=17)
+    for name, t in run(backend, given, max_seqlen=None).items():
+        assert torch.equal(t, exact[name]), name
+    for name, t in run(backend, given, max_seqlen=1000).items():
+        torch.testing.assert_close(t, exact[name], msg=lambda m, name=name: f"{name}: {m}")
+    apart = {"cu_seqlens": None, "cu_seqlens_q": cu(), "cu_seqlens_k": cu()}
+    for more in (
+        {"max_seqlen": None},
+        {"max_seqlen": 17},
+        {"max_seqlen": 1000, "max_seqlen_q": 17, "max_seqlen_k": 17},
+    ):
+        for name, t in run(backend, given, **apart, **more).items():
+            torch.testing.assert_close(t, exact[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("edges", [(0,), (0, 0), (0, 0, 0, 0)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens_at_all(backend: Backend, edges: tuple[int, ...]) -> None:
+    for t in run(backend, leaves(), edges).values():
+        assert not t.any()
+    q, k, v = (torch.zeros(0, 2, 8, requires_grad=True) for _ in range(3))
+    o = lla_attention_varlen(q, k, v, cu_seqlens=cu(edges))
+    assert o.shape == (0, 2, 8)
+    o.sum().backward()
+    assert q.grad.shape == q.shape
+
+
+@pytest.mark.parametrize("edges", [(0, 40, 20, 25), (3, 50), (-5, 4, 100), (9, 0)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_that_only_the_device_sees(backend: Backend, edges: tuple[int, ...]) -> None:
+    """Unchecked, whatever they are, nothing outside the tensors is touched, and sequences are cut to max_seqlen."""
+    given = {name: t.requires_grad_() for name, t in leaves().items()}
+    q, k, v, ridge = given.values()
+    keywords = {"ridge_lambda": ridge, "max_seqlen": 5}
+    skip_if_refused(backend, q, k, v, op=lla_attention_varlen, cu_seqlens=cu((0, 5)), **keywords)
+    asked, inputs = problem_of(q, k, v, lla_attention_varlen, cu_seqlens=cu((0,) * len(edges)), **keywords)
+    inputs = inputs._replace(cu_seqlens_q=cu(edges), cu_seqlens_k=cu(edges))
+    with torch.no_grad():
+        o, residuals, report = backend.forward(asked, inputs)
+        gradients = backend.backward(asked, inputs, residuals, torch.ones_like(o))
+    assert all(t.isfinite().all() for t in (o, *gradients))
+    assert report.converged.all()
+    first, last = problem.bounds(cu(edges), TOTAL, 5)
+    inside = torch.zeros(TOTAL, dtype=torch.bool)
+    for i, j in zip(first.tolist(), last.tolist()):
+        assert 0 <= i <= j <= min(TOTAL, i + 5)
+        inside[i:j] = True
+    assert not o[:, :, ~inside].any()
+    assert o[:, :, inside].any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"cu_seqlens": None}, ValueError, ["cu_seqlens_q", "None", "cu_seqlens"]),
+        ({"cu_seqlens": None, "cu_seqlens_q": cu()}, ValueError, ["cu_seqlens_k", "None"]),
+        ({"cu_seqlens_q": cu()}, ValueError, ["cu_seqlens_q", "together with cu_seqlens"]),
+        ({"cu_seqlens_k": cu()}, ValueError, ["cu_seqlens_k", "together with cu_seqlens"]),
+        ({"cu_seqlens": [0, 9]}, TypeError, ["cu_seqlens", "list", "torch.tensor"]),
+        ({"cu_seqlens": cu(dtype=torch.float32)}, TypeError, ["cu_seqlens", "float32", ".int()"]),
+        ({"cu_seqlens": cu()[None]}, ValueError, ["cu_seqlens", "(1, 5)", "(sequences + 1,)", "cumsum"]),
+        ({"cu_seqlens": cu(())}, ValueError, ["cu_seqlens", "(0,)", "(sequences + 1,)"]),
+        ({"cu_seqlens": cu(device="meta")}, ValueError, ["cu_seqlens", "meta", "cpu"]),
+        ({"cu_seqlens": cu((1, 9))}, ValueError, ["cu_seqlens", "1 first", "wanted 0"]),
+        ({"cu_seqlens": cu((0, 9, 8))}, ValueError, ["cu_seqlens", "9 and then 8", "never fall"]),
+        ({"cu_seqlens": cu((0, 9, 31))}, ValueError, ["cu_seqlens", "31 last", "at most 30"]),
+        ({"max_seqlen": 16}, ValueError, ["max_seqlen", "16", "17", "sequence 3"]),
+        ({"max_seqlen": 0}, ValueError, ["max_seqlen", "0", "at least 1"]),
+        ({"max_seqlen": 17.0}, TypeError, ["max_seqlen", "float", "int("]),
+        ({"max_seqlen_k": torch.tensor(17)}, TypeError, ["max_seqlen_k", "Tensor", "int("]),
+        (
+            {"cu_seqlens": None, "cu_seqlens_q": cu(), "cu_seqlens_k": cu((0, 9))},
+            ValueError,
+            ["cu_seqlens_k", "(2,)", "(5,)", "cu_seqlens_q"],
+        ),
+        (
+            {"cu_seqlens": None, "cu_seqlens_q": cu(), "cu_seqlens_k": cu((0, 9, 9, 10, 31))},
+            ValueError,
+            ["cu_seqlens_k", "31 last"],
+        ),
+        ({"q": torch.zeros(2, 2, TOTAL, 8)}, ValueError, ["q:", "(2, 2, 30, 8)", "(1, H, T, D)"]),
+        ({"q": torch.zeros(TOTAL, 8)}, ValueError, ["q:", "(30, 8)", "(T, H, D)", "unsqueeze(1)"]),
+        ({"k": torch.zeros(1, 2, TOTAL, 8)}, ValueError, ["k:", "3 dimensions"]),
+        ({"k": torch.zeros(TOTAL, 3, 8), "v": torch.zeros(TOTAL, 3, 8)}, ValueError, ["k:", "3 heads", "divides"]),
+        ({"k": torch.zeros(TOTAL, 2, 7)}, ValueError, ["k:", "(30, 2, 7)", "head dim"]),
+        ({"v": torch.zeros(TOTAL - 1, 2, 8)}, ValueError, ["v:", "(29, 2, 8)", "(30, 2, 8)"]),
+        ({"ridge_lambda": torch.ones(TOTAL, 2)}, ValueError, ["ridge_lambda", "(30, 2)", "(H, T)", "(2, 30)"]),
+        ({"window": 0}, ValueError, ["window", "0"]),
+        ({"causal": None}, TypeError, ["causal", "NoneType"]),
+        ({"backend": "chunkd"}, ValueError, ["backend", "did you mean 'chunked'"]),
+        ({"seqlens_k": torch.tensor([3])}, TypeError, ["seqlens_k"]),
+    ],
+    ids=lambda x: "-".join(map(str, x)) if isinstance(x, dict) else None,
+)
+def test_bad_input_names_the_argument_and_what_came(change: dict[str, Any], error: type, words: list[str]) -> None:
+    q, k, v = (torch.zeros(TOTAL, 2, 8) for _ in range(3))
+    arguments = {"q": q, "k": k, "v": v, "cu_seqlens": cu(), **change}
+    with pytest.raises(error) as caught:
+        lla_attention_varlen(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_checks_that_wait_for_the_device_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device of which no number can be read at all."""
+    q, k, v = (torch.zeros(TOTAL, 2, 8, device="meta") for _ in range(3))
+    call = lambda **options: flashlla.explain(q, k, v, op=lla_attention_varlen, cu_seqlens=cu(device="meta"), **options)
+    call(max_seqlen=17)
+    with pytest.raises(RuntimeError, match="meta"):
+        call()
+    monkeypatch.setenv("FLASHLLA_CHECK", "1")
+    with pytest.raises(NotImplementedError, match="meta"):
+        call(max_seqlen=17)
+
+
+def test_the_system_that_cannot_be_solved_is_named() -> None:
+    q, k, v = (torch.zeros(5, 1, 2) for _ in range(3))
+    k[4] = 1e10
+    with pytest.raises(torch.linalg.LinAlgError, match=r"packed sequence 2: .* query 0 "):
+        lla_attention_varlen(q, k, v, cu_seqlens=cu((0, 3, 3, 5)), ridge_lambda=1e-30, solver="direct", causal=False)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic: bool) -> None:
+    torch._dynamo.reset()
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, ridge: Tensor, edges: Tensor) -> Tensor:
+        return lla_attention_varlen(q, k, v, cu_seqlens=edges, max_seqlen=17, ridge_lambda=ridge).sin().sum()
+
+    backend = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
+    compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=dynamic)
+    for edges in ((0, 9, 9, 10, 27), (0, 17, 20, 20, 30)):
+        given = [t.requires_grad_() for t in leaves().values()]
+        got, wanted = (torch.autograd.grad(f(*given, cu(edges)), given) for f in (compiled, loss))
+        for a, b in zip(got, wanted):
+            torch.testing.assert_close(a, b)
+
+
+def test_vmap_is_refused_with_what_to_do() -> None:
+    q, k, v = torch.randn(3, 4, TOTAL, 2, 8).unbind(0)
+    with pytest.raises(NotImplementedError, match=r"vmap over lla_attention_varlen.*pack the sequences"):
+        torch.vmap(lambda q, k, v: lla_attention_varlen(q, k, v, cu_seqlens=cu(), max_seqlen=17))(q, k, v)
+
+
+def test_verify_and_explain() -> None:
+    q, k, v, ridge = leaves(heads=6, value_dim=5).values()
+    options = {"ridge_lambda": ridge, "window": 6, "cu_seqlens": cu()}
+    report = flashlla.verify(q, k, v, op=lla_attention_varlen, rows=1000, **options)
+    assert len(report.row) == 6 * TOTAL
+    assert report.error.max() < 1e-4
+    assert flashlla.explain(q, k, v, op=lla_attention_varlen, backend="naive", **options).backend == "naive"
+    with pytest.raises(TypeError, match="seqlens_k"):
+        flashlla.explain(q, k, v, op=lla_attention_varlen, seqlens_k=ridge, **options)
+    with pytest.raises(ValueError, match=r"op: got .*lla_attention_varlen"):
+        flashlla.explain(q, k, v, op=flashlla.verify)

@@ -10,12 +10,15 @@ waits for single matrix instructions.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from unittest import mock
 import torch
 
 from flashlla.backends.triton import configs
-from flashlla.problem import Inputs, Problem, Residuals
+from flashlla.problem import Inputs, Mask, Problem, Residuals
 from flashlla.solvers import CG
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -44,10 +47,28 @@ POINTERS = {
 }
 
 
+def calls(head_dim: int, dtype: torch.dtype) -> Iterator[tuple[Problem, Inputs, str]]:
+    """What is compiled: (problem, its inputs, preconditioner) of the plain call, then of what makes other kernels."""
+    meta = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device="meta")
+    q, shared = meta(2, 6, 512, head_dim, dtype=dtype), meta(2, 2, 512, head_dim, dtype=dtype)
+    rows, cu_seqlens = meta(2, 6, 512, dtype=torch.float32), meta(9)
+    plain = Problem(2, 6, 6, 512, 512, head_dim, head_dim, dtype, q.device, 0.3, 1e-12, CG())
+    grouped = dataclasses.replace(plain, kv_heads=2)
+    packed = dataclasses.replace(grouped, batch=1, sequences=8, longest_q=512, longest_k=512, mask=Mask(packed=True))
+    yield plain, Inputs(q, q, q, rows), "none"
+    yield plain, Inputs(q, q, q, rows), "jacobi"
+    yield dataclasses.replace(plain, mask=Mask(causal=False)), Inputs(q, q, q, rows), "none"
+    yield grouped, Inputs(q, shared, shared, rows), "none"
+    yield dataclasses.replace(plain, mask=Mask(window=100)), Inputs(q, q, q, rows), "none"
+    yield dataclasses.replace(plain, mask=Mask(padded=True)), Inputs(q, q, q, rows, meta(2)), "none"
+    yield packed, Inputs(*(t[:1] for t in (q, shared, shared, rows)), None, cu_seqlens, cu_seqlens), "none"
+
+
 def launches(
-    head_dim: int, dtype: torch.dtype, architecture: int, precision: str
+    head_dim: int, dtype: torch.dtype, architecture: int, precision: str, plain: bool = False
 ) -> list[tuple[Any, str, tuple, dict]]:
-    """(kernel, pass, arguments, settings) of each launch of a step, forward and backward, all preconditioners."""
+    """(kernel, pass, arguments, settings) of each launch of a step, forward and backward; ``plain``: of the plain call
+    and the preconditioned one."""
     from flashlla.backends.triton import launch
 
     found: list[tuple[Any, str, tuple, dict]] = []
@@ -55,24 +76,27 @@ def launches(
     def record(self: Any, kernel: Any, name: str, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
         found.append((kernel, name, arguments, settings))
 
-    shape = (2, 3, 512, head_dim)
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    rows = torch.empty(shape[:3], device="meta")
-    vectors = torch.empty(shape, device="meta")
-    problem = Problem(2, 3, 3, 512, 512, head_dim, head_dim, dtype, x.device, 0.3, 1e-12, CG())
-    inputs = Inputs(x, x, x, rows)
     with (
         mock.patch.object(launch.Launcher, "run", record),
         mock.patch.object(launch, "capability", return_value=divmod(architecture, 10)),
         mock.patch.object(torch, "get_float32_matmul_precision", return_value=precision),
     ):
-        launch.forward(problem, inputs, "none")
-        launch.backward(problem, inputs, Residuals(rows, rows, vectors, vectors), x, "none")
-        launch.forward(problem, inputs, "jacobi")
-        launch.backward(problem, inputs, Residuals(rows, rows, vectors, vectors), x, "jacobi")
+        for problem, inputs, preconditioner in itertools.islice(calls(head_dim, dtype), 2 if plain else None):
+            launch.forward(problem, inputs, preconditioner)
+            rows = inputs.ridge_lambda
+            vectors = torch.empty(inputs.q.shape, device="meta")
+            launch.backward(problem, inputs, Residuals(rows, rows, vectors, vectors), inputs.q, preconditioner)
     given = lambda arguments: tuple(x is None for x in arguments)
     unique = {(k.__name__, given(a), str(sorted(s.items()))): (k, n, a, s) for k, n, a, s in found}
     return list(unique.values())
+
+
+def variant(kernel: Any, arguments: tuple, settings: dict) -> str:
+    """What the call asks for beyond the plain one, as far as the kernel knows of it."""
+    given = {param.name: value for param, value in zip(kernel.params, arguments)}
+    found = [name for name in ("cu_q", "seqlens_k", "window") if given.get(name) is not None]
+    found += [] if settings.get("CAUSAL", True) else ["full"]
+    return " ".join(found + (["group"] if settings.get("GROUP", 1) > 1 else []))
 
 
 def compile_launch(kernel: Any, arguments: tuple, settings: dict, architecture: int) -> dict[str, Any]:
@@ -163,17 +187,17 @@ def waits(listing: str) -> float:
     return round(worst, 2)
 
 
-def report(task: tuple[int, str, int, str]) -> list[dict[str, Any]]:
+def report(task: tuple[int, str, int, str, bool]) -> list[dict[str, Any]]:
     """All kernels of one architecture, dtype, head dim and precision."""
-    architecture, dtype, head_dim, precision = task
+    architecture, dtype, head_dim, precision, plain = task
     lines: list[dict[str, Any]] = []
     if configs.too_large(head_dim, torch.float32 if dtype == "float32" else torch.float16, divmod(architecture, 10)):
         return lines  # the backend refuses it there
-    for kernel, name, arguments, settings in launches(head_dim, DTYPES[dtype], architecture, precision):
+    for kernel, name, arguments, settings in launches(head_dim, DTYPES[dtype], architecture, precision, plain):
         line: dict[str, Any] = {
             "architecture": architecture, "dtype": dtype, "precision": precision, "dim": head_dim, "pass": name,
             "kernel": kernel.__name__, "preconditioner": settings.get("PRECONDITIONER", ""),
-            "adjoint": settings.get("ADJOINT", ""),
+            "adjoint": settings.get("ADJOINT", ""), "variant": variant(kernel, arguments, settings),
             "config": [settings.get(s) for s in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")],
         }  # fmt: skip
         try:
@@ -194,10 +218,11 @@ def main() -> int:
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 32, 64, 80, 128, 256])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float16", "float32"])
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument("--plain", action="store_true", help="no windows, lengths, packed sequences or shared heads")
     parser.add_argument("--json", type=Path, help="write the table here too")
     options = parser.parse_args()
     tasks = [
-        (architecture, dtype, dim, precision)
+        (architecture, dtype, dim, precision, options.plain)
         for architecture in options.architectures
         for dtype in options.dtypes
         for dim in options.dims
@@ -210,7 +235,7 @@ def main() -> int:
             for x in found:
                 print(
                     f"sm_{x['architecture']:<4}{x['dtype']:<9}{x['precision']:<8}D={x['dim']:<4}{x['kernel']:<18}"
-                    f"{x['preconditioner']:<7}{x['adjoint']!s:<6}{x['config']!s:<18}"
+                    f"{x['preconditioner']:<7}{x['adjoint']!s:<6}{x['variant']:<10}{x['config']!s:<18}"
                     f"shared {x.get('shared', -1):>7}  registers {x.get('reg', -1):>4}  stack {x.get('stack', -1):>5}"
                     f"  spills {' '.join(f'{100 * share:.0f}%' for share in x.get('spills', [])):<8}"
                     f"  waits {x.get('waits', -1):<5} {x['verdict']}",

@@ -66,22 +66,15 @@ class Triton(Backend):
     def _tensors(self, problem: Problem) -> str | None:
         if problem.dtype == torch.float64:
             return "its kernels take bfloat16, float16 and float32, not float64"
-        if problem.head_dim > 256:
-            return f"it takes head dims up to 256, and this one is {problem.head_dim}"
+        widest = max(problem.head_dim, problem.v_dim)
+        if widest > 256:
+            return f"it takes head dims up to 256, and this one is {widest}"
         if problem.device.type == "cuda" and problem.dtype == torch.float32:
             capability = torch.cuda.get_device_capability(problem.device)
-            if reason := configs.too_large(problem.head_dim, problem.dtype, capability):
+            if reason := configs.too_large(widest, problem.dtype, capability):
                 return reason
-        if problem.v_dim != problem.head_dim:
-            return f"it takes values as wide as the keys ({problem.head_dim}), and these have {problem.v_dim}"
-        if problem.q_len != problem.k_len:
-            return f"it takes as many keys as queries ({problem.q_len}), and there are {problem.k_len}"
-        if problem.q_heads != problem.kv_heads:
-            return f"it takes as many key heads as query heads ({problem.q_heads}), and there are {problem.kv_heads}"
-        if problem.mask.window is not None:
-            return "it takes no window"
-        if problem.mask.padded:
-            return "it takes no seqlens_k"
+        if problem.mask.at_lengths:
+            return "it does not decode"
         return None
 
     def _solver(self, problem: Problem) -> str | None:

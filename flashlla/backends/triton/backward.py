@@ -10,26 +10,31 @@ import triton.language as tl
 from flashlla.backends.triton.primitives import (
     LN2,
     LOG2E,
+    NUMBERS,
     TOP,
     WEIGHT,
     WEIGHT_BITS,
     finite_or_zero,
-    head_of,
+    handed_on,
     inverse_or_zero,
     inverse_power,
+    keys_of,
     load_keys,
     load_rows,
     load_tile,
+    outside,
+    place,
     power_of_two,
+    queries_of,
     query_in,
     ridge_in,
     rounded,
     rows_of,
+    sees_some,
     store_rows,
     store_tile,
     sweep_keys,
     sweep_queries,
-    tile_and_head,
     times,
     units_of,
     weights,
@@ -40,7 +45,7 @@ from flashlla.backends.triton.primitives import (
 @triton.jit
 def moments_body(
     state, rows, keys, j, k_len, seen,
-    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j w_ij g_ij k_j, of sum_j w_ij g_ij as rounded for it and unrounded, and of sum_j w_ij; g_ij from
     g_near."""
@@ -48,7 +53,7 @@ def moments_body(
     q, do, g_near, NEAR, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
     k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
-    v = load_tile(v_base, v_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
+    v = load_tile(v_base, v_stride, j, k_len, V_DIM, N, do.shape[1], CUT)  # (N, V)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
     whole += tl.sum(w, 1)
     g = times(do, tl.trans(v), zeros(do, tl.trans(v)), PRECISION)
@@ -62,39 +67,44 @@ def moments_body(
     return times(w, k_weighed, acc, PRECISION), weighed + tl.sum(w.to(tl.float32), 1), total, whole
 
 
-@triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len"])
+@triton.jit(do_not_specialize=NUMBERS)
 def moments_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, units, lse_ptr, k_mean_ptr, g_near_ptr, lse_out, t_out, t_size_out, g_mean_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    n_heads, heads, q_len, k_len, scale,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """g_mean, t of (3.1) as a direction of unit length and its length, and lse without the rounding it came with.
 
     g_near (B H, S): where g_mean is about, so that t is no small difference of large sums; None for 0.
     """
-    i, head = tile_and_head(n_heads, q_len, BLOCK_M, CAUSAL)
-    q_unit, k_unit, _ = units_of(units, head, n_heads)
-    q_base = head_of(q_ptr, q_stride_b, q_stride_h, head, heads)
-    k_base = head_of(k_ptr, k_stride_b, k_stride_h, head, heads)
-    v_base = head_of(v_ptr, v_stride_b, v_stride_h, head, heads)
-    q = load_tile(q_base, q_stride_s, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
-    do = load_tile(rows_of(do_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    shift = load_rows(rows_of(lse_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0) * LOG2E - WEIGHT_BITS
+    at = place(
+        n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, window, BLOCK_M, CAUSAL, False
+    )
+    if outside(at, at.q_len, cu_q):
+        return
+    q_unit, k_unit, _ = units_of(units, at, n_heads, group)
+    i = at.start
+    q_base = queries_of(q_ptr, q_stride_b, q_stride_h, q_stride_s, at)
+    k_base = keys_of(k_ptr, k_stride_b, k_stride_h, k_stride_s, at)
+    v_base = keys_of(v_ptr, v_stride_b, v_stride_h, v_stride_s, at)
+    q = load_tile(q_base, q_stride_s, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
+    do = load_tile(rows_of(do_ptr, at, V_DIM), V_DIM, i, at.q_len, V_DIM, BLOCK_M, BLOCK_V, True)  # (M, V)
+    shift = load_rows(rows_of(lse_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) * LOG2E - WEIGHT_BITS
     factor = scale * LOG2E * q_unit * k_unit
     nothing = tl.zeros([BLOCK_M], tl.float32)
     NEAR: tl.constexpr = g_near_ptr is not None
     g_near = nothing
     if NEAR:
-        g_near = load_rows(rows_of(g_near_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0)
+        g_near = load_rows(rows_of(g_near_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
     acc, weighed, total, whole = sweep_keys(
         moments_body,
         (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), nothing, nothing, nothing),
-        (q, do, g_near, NEAR, shift, factor), (k_base, k_stride_s, v_base, v_stride_s), i, q_len, k_len,
-        HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+        (q, do, g_near, NEAR, shift, factor), (k_base, k_stride_s, v_base, v_stride_s), at,
+        HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    k_mean = load_tile(rows_of(k_mean_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    k_mean = load_tile(rows_of(k_mean_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     k_mean = k_mean * inverse_power(k_unit)
     # By the weights' own sum: g - g_mean is then exactly zero for a lone key, and lse that of these very weights.
     own = inverse_or_zero(whole)
@@ -104,24 +114,24 @@ def moments_kernel(
     halves = tl.abs(weighed) * own * tl.sqrt(tl.sum(k_mean * k_mean, 1))
     t_size = tl.where(t_size < 1e-6 * halves, 0.0, t_size)
     t = t * inverse_or_zero(t_size)[:, None]
-    store_tile(rows_of(t_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, t, HEAD_DIM)
-    store_rows(rows_of(t_size_out, head, q_len, 1), i, q_len, t_size)
-    store_rows(rows_of(g_mean_out, head, q_len, 1), i, q_len, total * own + g_near)
-    lse = load_rows(rows_of(lse_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0)
-    store_rows(rows_of(lse_out, head, q_len, 1), i, q_len, lse + (tl.log2(whole) - WEIGHT_BITS) * LN2)
+    store_tile(rows_of(t_out, at, HEAD_DIM), HEAD_DIM, i, at.q_len, t, HEAD_DIM)
+    store_rows(rows_of(t_size_out, at, 1), i, at.q_len, t_size)
+    store_rows(rows_of(g_mean_out, at, 1), i, at.q_len, total * own + g_near)
+    lse = load_rows(rows_of(lse_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
+    store_rows(rows_of(lse_out, at, 1), i, at.q_len, lse + (tl.log2(whole) - WEIGHT_BITS) * LN2)
 
 
 @triton.jit
 def dq_body(
     state, rows, keys, j, k_len, seen,
-    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j dl_ij k_j and of sum_j dl_ij."""
     acc, total = state
     q, z, do, y_neg, minus_size, rest, e_mean, push, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
     k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
-    v = load_tile(v_base, v_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
+    v = load_tile(v_base, v_stride, j, k_len, V_DIM, N, do.shape[1], CUT)  # (N, V)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
     # 1 - a of (2.2)
     not_a = times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * minus_size[:, None] + rest[:, None]
@@ -134,47 +144,52 @@ def dq_body(
     return times(dl, k_weighed, acc, PRECISION), total + tl.sum(dl.to(tl.float32), 1)
 
 
-@triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len", "rows_len"])
+@triton.jit(do_not_specialize=[*NUMBERS, "rows_len"])
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, z_ptr, units, origin_ptr, do_unit_ptr, z_size_ptr, z_y_ptr, lse_ptr,
-    k_mean_ptr, ridge_ptr, g_mean_ptr, dq_out, dridge_out, rows_out, rows_len,
+    k_mean_ptr, ridge_ptr, g_mean_ptr, dq_out, dridge_out, rows_out, top_out, rows_len, rows_stride,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     ridge_stride_b, ridge_stride_h, ridge_stride_s, dq_stride_b, dq_stride_h, dq_stride_s,
-    n_heads, heads, q_len, k_len, scale,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dq by (3.3) and dlambda by (3.6); and what dk and dv need of each query, rows_out (6, B H, rows_len): whole
-    tiles, queries beyond the last with a weight of 0."""
-    i, head = tile_and_head(n_heads, q_len, BLOCK_M, CAUSAL)
-    q_unit, k_unit, v_unit = units_of(units, head, n_heads)
-    q_base = head_of(q_ptr, q_stride_b, q_stride_h, head, heads)
-    k_base = head_of(k_ptr, k_stride_b, k_stride_h, head, heads)
-    v_base = head_of(v_ptr, v_stride_b, v_stride_h, head, heads)
-    at = head.to(tl.int64) * q_len * HEAD_DIM  # of this head in the contiguous (B H, S, D) tensors
-    q = load_tile(q_base, q_stride_s, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
-    do = load_tile(do_ptr + at, HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    y_neg = load_tile(y_neg_ptr + at, HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    k_mean = load_tile(k_mean_ptr + at, HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True) * inverse_power(k_unit)
-    z = load_tile(z_ptr + at, HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    """dq by (3.3) and dlambda by (3.6); and what dk and dv need of each query, rows_out (5, B Hq, rows_len): whole
+    tiles, queries beyond the last with a weight of 0; and top_out (B Hkv,), zeros before, what bounds their weights."""
+    at = place(
+        n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, window, BLOCK_M, CAUSAL, False
+    )
+    if outside(at, at.q_len, cu_q):
+        return
+    q_unit, k_unit, v_unit = units_of(units, at, n_heads, group)
+    i = at.start
+    q_base = queries_of(q_ptr, q_stride_b, q_stride_h, q_stride_s, at)
+    k_base = keys_of(k_ptr, k_stride_b, k_stride_h, k_stride_s, at)
+    v_base = keys_of(v_ptr, v_stride_b, v_stride_h, v_stride_s, at)
+    q = load_tile(q_base, q_stride_s, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
+    do = load_tile(rows_of(do_ptr, at, V_DIM), V_DIM, i, at.q_len, V_DIM, BLOCK_M, BLOCK_V, True)  # (M, V)
+    y_neg = load_tile(rows_of(y_neg_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    k_mean = load_tile(rows_of(k_mean_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    k_mean = k_mean * inverse_power(k_unit)
+    z = load_tile(rows_of(z_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     row = i + tl.arange(0, BLOCK_M)
-    ridge_base = head_of(ridge_ptr, ridge_stride_b, ridge_stride_h, head, heads)
-    ridge = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=row < q_len, other=1.0)  # (M,)
-    lse = load_rows(rows_of(lse_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0)
-    g_mean = load_rows(rows_of(g_mean_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0)
-    do_unit = load_rows(rows_of(do_unit_ptr, head, q_len, 1), i, q_len, BLOCK_M, 1.0)
-    z_size = load_rows(rows_of(z_size_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0) * k_unit
+    ridge_base = queries_of(ridge_ptr, ridge_stride_b, ridge_stride_h, ridge_stride_s, at)
+    ridge = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=row < at.q_len, other=1.0)  # (M,)
+    lse = load_rows(rows_of(lse_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
+    g_mean = load_rows(rows_of(g_mean_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
+    do_unit = load_rows(rows_of(do_unit_ptr, at, 1), i, at.q_len, BLOCK_M, 1.0)
+    z_size = load_rows(rows_of(z_size_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) * k_unit
 
     z_wide = z.to(tl.float32)
     a_mean = z_size * tl.sum(z_wide * k_mean, 1)
     y_wide, do_wide = y_neg.to(tl.float32), do.to(tl.float32)
     e_mean = g_mean + tl.sum(y_wide * k_mean, 1)
-    z_y = load_rows(rows_of(z_y_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0)
+    z_y = load_rows(rows_of(z_y_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
     push = ridge_in(ridge, k_unit) * z_y
     # p a^2 sums to z.C z <= d.z and p e^2 to no more than the variance of g, so both sums bound their terms.
-    d = k_mean - query_in(q, q_unit, k_unit, origin_ptr, head, HEAD_DIM)
+    d = k_mean - query_in(q, q_unit, k_unit, origin_ptr, at, HEAD_DIM)
     spread = 1 + tl.sqrt(tl.maximum(z_size * tl.sum(d * z_wide, 1), 0.0))  # >= p |1 - a|
-    ROOM: tl.constexpr = 32 if BLOCK_D > 64 else (16 if BLOCK_D > 16 else 8)  # >= |v|
+    ROOM: tl.constexpr = 32 if BLOCK_V > 64 else (16 if BLOCK_V > 16 else 8)  # >= |v|
     e_top = ROOM * tl.sqrt(tl.sum(do_wide * do_wide, 1))  # >= p |e|
     dl_top = spread * e_top + tl.abs(push)
     gain = tl.minimum(power_of_two((1 / (dl_top + 1e-30)) * TOP), WEIGHT * WEIGHT)
@@ -184,48 +199,51 @@ def dq_kernel(
         dq_body,
         (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)),
         (q, z, do, y_neg, -z_size, 1 + a_mean, e_mean, push, lse * LOG2E - tl.log2(gain), factor),
-        (k_base, k_stride_s, v_base, v_stride_s), i, q_len, k_len, HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+        (k_base, k_stride_s, v_base, v_stride_s), at, HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     # The sum of dl is zero but for rounding, which k_mean takes out of keys far from the origin.
-    k_mean = load_tile(k_mean_ptr + at, HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True) * inverse_power(k_unit)
-    y_wide = load_tile(y_neg_ptr + at, HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    k_mean = load_tile(rows_of(k_mean_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    k_mean = k_mean * inverse_power(k_unit)
+    y_wide = load_tile(rows_of(y_neg_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    y_wide = y_wide.to(tl.float32)
     dq = (acc - k_mean * total[:, None]) * (scale * k_unit * inverse_power(gain))[:, None] - y_wide * inverse_power(
         k_unit
     )
     unit = do_unit * v_unit
-    store_tile(
-        head_of(dq_out, dq_stride_b, dq_stride_h, head, heads), dq_stride_s, i, q_len, dq * unit[:, None], HEAD_DIM
-    )
+    dq_base = queries_of(dq_out, dq_stride_b, dq_stride_h, dq_stride_s, at)
+    store_tile(dq_base, dq_stride_s, i, at.q_len, dq * unit[:, None], HEAD_DIM)
     dridge = unit * (z_y * inverse_power(k_unit) * inverse_power(k_unit))
-    store_rows(rows_of(dridge_out, head, q_len, 1), i, q_len, dridge)
+    store_rows(rows_of(dridge_out, at, 1), i, at.q_len, dridge)
 
     kappa = tl.abs(scale * q_unit * k_unit)
     top = do_unit * tl.maximum(tl.maximum(dl_top * kappa, e_top * z_size), spread)
     top = tl.where(top < float("inf"), top, 0.0)  # a row of NaN must not decide for the others
     # Any NaN of this query must reach the weights of dk_kernel's products.
     shift = lse * LOG2E - tl.log2(do_unit) + 0.0 * (a_mean + e_mean + push + z_size)
-    shift = tl.where(row < q_len, shift, float("inf"))
-    base, stride = rows_of(rows_out, head, rows_len, 1), n_heads.to(tl.int64) * rows_len
+    some = sees_some(row, at, CAUSAL)
+    shift = tl.where(some, shift, float("inf"))
+    base = handed_on(rows_out, at, at.q_head, heads, rows_len, cu_q)
     store_rows(base, i, rows_len, shift)
-    store_rows(base + stride, i, rows_len, z_size)
-    store_rows(base + 2 * stride, i, rows_len, 1 + a_mean)
-    store_rows(base + 3 * stride, i, rows_len, e_mean)
-    store_rows(base + 4 * stride, i, rows_len, push * (scale * q_unit * k_unit))
-    store_rows(base + 5 * stride, i, rows_len, top)
+    store_rows(base + rows_stride, i, rows_len, z_size)
+    store_rows(base + 2 * rows_stride, i, rows_len, 1 + a_mean)
+    store_rows(base + 3 * rows_stride, i, rows_len, e_mean)
+    store_rows(base + 4 * rows_stride, i, rows_len, push * (scale * q_unit * k_unit))
+    # The largest of several numbers is the same in any order.
+    tl.atomic_max(top_out + at.k_head, tl.max(tl.where(some, top, 0.0), 0))
 
 
 @triton.jit
 def dk_body(
     state, keys, rows, i, q_len, seen,
-    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, CUT: tl.constexpr
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of the sums over queries in (3.4) and (3.5). Weights stand transposed, (N, M): keys are their rows."""
     dk, dv = state
     k, v, factor, kappa, gain_bits = keys
     q_base, q_stride, z_base, do_base, y_neg_base, rows_base, rows_stride = rows
-    q = load_tile(q_base, q_stride, i, q_len, HEAD_DIM, M, k.shape[1], True)  # (M, D), as the next three
+    q = load_tile(q_base, q_stride, i, q_len, HEAD_DIM, M, k.shape[1], True)  # (M, D), as z and y_neg
     z = load_tile(z_base, HEAD_DIM, i, q_len, HEAD_DIM, M, k.shape[1], True)
-    do = load_tile(do_base, HEAD_DIM, i, q_len, HEAD_DIM, M, k.shape[1], True)
+    do = load_tile(do_base, V_DIM, i, q_len, V_DIM, M, v.shape[1], True)  # (M, V)
     y_neg = load_tile(y_neg_base, HEAD_DIM, i, q_len, HEAD_DIM, M, k.shape[1], True)
     at = rows_base + i + tl.arange(0, M)
     shift = tl.load(at) - gain_bits  # (M,), as the next four
@@ -247,45 +265,82 @@ def dk_body(
         w_probe = tl.where(seen, w_probe, 0.0)
         q, z, do, y_neg = finite_or_zero(q), finite_or_zero(z), finite_or_zero(do), finite_or_zero(y_neg)
     w_value = rounded(w_value, k, PRECISION)
-    dv = times(w_value, do, dv, PRECISION)  # (N, D), (3.5)
-    dk = times(w_value, y_neg, dk, PRECISION)  # (3.4), and the next two
+    dv = times(w_value, do, dv, PRECISION)  # (N, V), (3.5)
+    dk = times(w_value, y_neg, dk, PRECISION)  # (N, D), (3.4), and the next two
     dk = times(rounded(w_logit, k, PRECISION), q, dk, PRECISION)
     dk = times(rounded(w_probe, k, PRECISION), z, dk, PRECISION)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len", "rows_len"])
+@triton.jit
+def one_head(
+    state, k, v, at, member, gain, units, k_unit, q_ptr, z_ptr, do_ptr, y_neg_ptr, rows_ptr, rows_len, rows_stride,
+    q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_q, scale,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``state`` (dk, dv) of a tile of keys after the queries of one head, the ``member``-th of its group."""
+    kappa = scale * tl.load(units + at.q_head + member) * k_unit
+    q_base = q_ptr + at.sequence.to(tl.int64) * q_stride_b + (at.head + member).to(tl.int64) * q_stride_h
+    q_base += at.q_first.to(tl.int64) * q_stride_s
+    row = at.q_row + member * q_len.to(tl.int64)
+    rows = (
+        q_base, q_stride_s, z_ptr + row * HEAD_DIM, do_ptr + row * V_DIM, y_neg_ptr + row * HEAD_DIM,
+        handed_on(rows_ptr, at, at.q_head + member, heads, rows_len, cu_q), rows_stride,
+    )  # fmt: skip
+    return sweep_queries(
+        dk_body, state, (k, v, kappa * LOG2E, kappa, tl.log2(gain)), rows, at,
+        HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*NUMBERS, "rows_len"])
 def dk_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, z_ptr, units, rows_ptr, top_ptr, dk_out, dv_out, rows_len,
+    rows_stride,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
-    n_heads, heads, q_len, k_len, scale,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dk by (3.4) and dv by (3.5), one program a tile of keys: every sum has one order, run after run."""
-    j, head = tile_and_head(n_heads, k_len, BLOCK_N, False)
-    q_unit, k_unit, v_unit = units_of(units, head, n_heads)
-    q_base = head_of(q_ptr, q_stride_b, q_stride_h, head, heads)
-    k_base = head_of(k_ptr, k_stride_b, k_stride_h, head, heads)
-    v_base = head_of(v_ptr, v_stride_b, v_stride_h, head, heads)
-    at = head.to(tl.int64) * q_len * HEAD_DIM
-    k = load_tile(k_base, k_stride_s, j, k_len, HEAD_DIM, BLOCK_N, BLOCK_D, True)  # (N, D)
-    v = load_tile(v_base, v_stride_s, j, k_len, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-    # As large as the weights of this head's queries can be without overflow.
-    gain = power_of_two((1 / tl.maximum(tl.load(top_ptr + head), 1e-30)) * TOP)
-    kappa = scale * q_unit * k_unit
-    nothing = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dk, dv = sweep_queries(
-        dk_body, (nothing, nothing), (k, v, kappa * LOG2E, kappa, tl.log2(gain)),
-        (
-            q_base, q_stride_s, z_ptr + at, do_ptr + at, y_neg_ptr + at,
-            rows_of(rows_ptr, head, rows_len, 1), n_heads.to(tl.int64) * rows_len,
-        ),
-        j, q_len, k_len, HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+    """dk by (3.4) and dv by (3.5), one program a tile of keys: every sum has one order, run after run.
+
+    GROUP query heads share the keys; their sums follow one another.
+    """
+    at = place(
+        n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, window, BLOCK_N, CAUSAL, True
+    )
+    if outside(at, at.k_len, cu_k):
+        return
+    _, k_unit, v_unit = units_of(units, at, n_heads, group)
+    j = at.start
+    k_base = keys_of(k_ptr, k_stride_b, k_stride_h, k_stride_s, at)
+    v_base = keys_of(v_ptr, v_stride_b, v_stride_h, v_stride_s, at)
+    k = load_tile(k_base, k_stride_s, j, at.k_stop, HEAD_DIM, BLOCK_N, BLOCK_D, True)  # (N, D)
+    v = load_tile(v_base, v_stride_s, j, at.k_stop, V_DIM, BLOCK_N, BLOCK_V, True)  # (N, V)
+    # As large as the weights of these heads' queries can be without overflow.
+    gain = power_of_two((1 / tl.maximum(tl.load(top_ptr + at.k_head), 1e-30)) * TOP)
+    state = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    if GROUP == 1:
+        dk, dv = one_head(
+            state, k, v, at, 0, gain, units, k_unit, q_ptr, z_ptr, do_ptr, y_neg_ptr, rows_ptr, rows_len, rows_stride,
+            q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_q, scale,
+            HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        dk, dv = state
+        for member in tl.range(0, GROUP):
+            dk, dv = one_head(
+                (dk, dv), k, v, at, member, gain, units, k_unit, q_ptr, z_ptr, do_ptr, y_neg_ptr, rows_ptr, rows_len,
+                rows_stride, q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_q, scale,
+                HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
     unit = inverse_power(gain)
-    dk_base = head_of(dk_out, dk_stride_b, dk_stride_h, head, heads)
-    store_tile(dk_base, dk_stride_s, j, k_len, dk * (unit * v_unit * inverse_power(k_unit)), HEAD_DIM)
-    dv_base = head_of(dv_out, dv_stride_b, dv_stride_h, head, heads)
-    store_tile(dv_base, dv_stride_s, j, k_len, dv * unit, HEAD_DIM)
+    there = (j + tl.arange(0, BLOCK_N) < at.k_stop)[:, None]  # beyond, zero weights met nothing that was masked
+    dk = tl.where(there, dk * (unit * v_unit * inverse_power(k_unit)), 0.0)
+    dv = tl.where(there, dv * unit, 0.0)
+    dk_base = keys_of(dk_out, dk_stride_b, dk_stride_h, dk_stride_s, at)
+    store_tile(dk_base, dk_stride_s, j, at.k_len, dk, HEAD_DIM)
+    dv_base = keys_of(dv_out, dv_stride_b, dv_stride_h, dv_stride_s, at)
+    store_tile(dv_base, dv_stride_s, j, at.k_len, dv, V_DIM)

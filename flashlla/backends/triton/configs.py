@@ -11,6 +11,10 @@ from typing import NamedTuple
 import torch
 
 
+# What a query hands on to the keys' pass is kept for whole tiles of queries; none has more than this.
+ROWS_PAD = 128
+
+
 class Config(NamedTuple):
     """Queries and keys a tile, warps a program, tiles of the sweep in flight, cap on registers a thread."""
 

@@ -6,24 +6,30 @@ import triton.language as tl
 from flashlla.backends.triton.primitives import (
     LN2,
     LOG2E,
+    NUMBERS,
     TOP,
     WEIGHT,
     WEIGHT_BITS,
     finite_or_zero,
-    head_of,
     inverse_or_zero,
     inverse_power,
+    keys_of,
     load_keys,
     load_rows,
     load_tile,
+    load_tile_at,
+    outside,
+    own_key,
+    place,
     power_of_two,
+    queries_of,
     query_in,
     rounded,
     rows_of,
+    sees_some,
     store_rows,
     store_tile,
     sweep_keys,
-    tile_and_head,
     times,
     units_of,
     weights,
@@ -35,7 +41,7 @@ from flashlla.backends.triton.primitives import (
 @triton.jit
 def statistics_body(
     state, rows, keys, j, k_len, seen,
-    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of the running maximum m, and of the sums of w, w k, c and c k, c = w u.(k - origin)."""
     m, total, acc, c_total, c_acc = state
@@ -47,13 +53,15 @@ def statistics_body(
     if CUT:
         s = tl.where(seen, s, float("-inf"))
         m_next = tl.maximum(m, tl.max(s, 1))  # (M,)
+        base = tl.where(m_next == float("-inf"), 0.0, m_next)  # where no key has been seen yet
     else:  # the product of a sign that is known: one multiplication a query instead of one a pair
         m_next = tl.maximum(m, (tl.min(product, 1) if FLIP else tl.max(product, 1)) * factor)
-    w = tl.exp2(s - (m_next - WEIGHT_BITS)[:, None])  # (M, N)
+        base = m_next
+    w = tl.exp2(s - (base - WEIGHT_BITS)[:, None])  # (M, N)
     c = w * (product * inverse[:, None] - u_origin[:, None])
     if CUT:
         c = tl.where(seen, c, 0.0)
-    fade = tl.exp2(m - m_next)
+    fade = tl.exp2(m - base)
     # Totals of the rounded numbers: they make k_mean a mean of keys, and C u a covariance, wherever the origin is.
     w = rounded(w, k, PRECISION)
     total = total * fade + tl.sum(w.to(tl.float32), 1)
@@ -64,54 +72,61 @@ def statistics_body(
     return m_next, total, acc, c_total, c_acc
 
 
-@triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len"])
+@triton.jit(do_not_specialize=NUMBERS)
 def statistics_kernel(
     q_ptr, k_ptr, units, lse_out, omega_out, k_mean_out, image_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
-    n_heads, heads, q_len, k_len, scale,
-    FLIP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale,
+    FLIP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """lse, omega and k_mean of section 2; and C u in units of the keys, u the query's direction, for the first
     guess (4.3).
 
     FLIP: the scale is negative, and the smallest product has the largest logit.
     """
-    i, head = tile_and_head(n_heads, q_len, BLOCK_M, CAUSAL)
-    q_unit, k_unit, _ = units_of(units, head, n_heads)
-    q_base = head_of(q_ptr, q_stride_b, q_stride_h, head, heads)
-    k_base = head_of(k_ptr, k_stride_b, k_stride_h, head, heads)
-    q = load_tile(q_base, q_stride_s, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
+    at = place(
+        n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, window, BLOCK_M, CAUSAL, False
+    )
+    if outside(at, at.q_len, cu_q):
+        return
+    q_unit, k_unit, _ = units_of(units, at, n_heads, group)
+    i = at.start
+    q_base = queries_of(q_ptr, q_stride_b, q_stride_h, q_stride_s, at)
+    k_base = keys_of(k_ptr, k_stride_b, k_stride_h, k_stride_s, at)
+    q = load_tile(q_base, q_stride_s, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
     factor = scale * LOG2E * q_unit * k_unit
     wide = q.to(tl.float32)
     inverse = inverse_or_zero(tl.sqrt(tl.sum(wide * wide, 1)))  # (M,)
     # Keys far from the origin are near each other, but for some: u.k is measured from that of the query's own key.
-    own = load_tile(k_base, k_stride_s, i + (k_len - q_len), k_len, HEAD_DIM, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    own = load_tile_at(k_base, k_stride_s, own_key(i, at, BLOCK_M), at.k_stop, HEAD_DIM, BLOCK_D).to(tl.float32)
     u_origin = tl.sum(wide * own, 1) * inverse  # (M,)
     nothing, nowhere = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m, total, acc, c_total, c_acc = sweep_keys(
         statistics_body, (nothing - float("inf"), nothing, nowhere, nothing, nowhere),
-        (q, factor, inverse, u_origin, FLIP), (k_base, k_stride_s), i, q_len, k_len,
-        HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+        (q, factor, inverse, u_origin, FLIP), (k_base, k_stride_s), at,
+        HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    store_rows(rows_of(lse_out, head, q_len, 1), i, q_len, (m + (tl.log2(total) - WEIGHT_BITS)) * LN2)
-    store_rows(rows_of(omega_out, head, q_len, 1), i, q_len, total * (1 / WEIGHT))
-    k_mean = with_nan(acc / total[:, None])
-    store_tile(rows_of(k_mean_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, k_mean * k_unit, HEAD_DIM)
-    image = (c_acc - k_mean * c_total[:, None]) / total[:, None]
-    store_tile(rows_of(image_out, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, image, HEAD_DIM)
+    store_rows(rows_of(lse_out, at, 1), i, at.q_len, (m + (tl.log2(total) - WEIGHT_BITS)) * LN2)
+    store_rows(rows_of(omega_out, at, 1), i, at.q_len, total * (1 / WEIGHT))
+    some = sees_some(i + tl.arange(0, BLOCK_M), at, CAUSAL)  # (M,)
+    whole = tl.where(some, total, 1.0)  # the sums of a query that sees nothing are 0
+    k_mean = with_nan(acc / whole[:, None])
+    store_tile(rows_of(k_mean_out, at, HEAD_DIM), HEAD_DIM, i, at.q_len, k_mean * k_unit, HEAD_DIM)
+    image = (c_acc - k_mean * c_total[:, None]) / whole[:, None]
+    store_tile(rows_of(image_out, at, HEAD_DIM), HEAD_DIM, i, at.q_len, image, HEAD_DIM)
 
 
 @triton.jit
 def output_body(
     state, rows, keys, j, k_len, seen,
-    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j p_ij (1 - a_ij) v_j, (2.3)."""
     q, z, minus_size, rest, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
     k, _ = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
-    v = load_tile(v_base, v_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
+    v = load_tile(v_base, v_stride, j, k_len, V_DIM, N, state.shape[1], CUT)  # (N, V)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
     # 1 - a of (2.2) in one multiply-add
     w = w * (times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * minus_size[:, None] + rest[:, None])
@@ -120,29 +135,35 @@ def output_body(
         flaw = tl.sum((v - v).to(tl.float32), 1)  # (N,) 0 or NaN
         w = tl.where(seen, w + flaw[None, :], 0.0)
         v = finite_or_zero(v)
-    return times(rounded(w, v, PRECISION), v, state, PRECISION)  # (M, D)
+    return times(rounded(w, v, PRECISION), v, state, PRECISION)  # (M, V)
 
 
-@triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len"])
+@triton.jit(do_not_specialize=NUMBERS)
 def output_kernel(
     q_ptr, k_ptr, v_ptr, units, origin_ptr, lse_ptr, omega_ptr, k_mean_ptr, probe_ptr, guard_out, o_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    o_stride_b, o_stride_h, o_stride_s, n_heads, heads, q_len, k_len, scale, delta_eps,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    o_stride_b, o_stride_h, o_stride_s,
+    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale, delta_eps,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """o by (2.2) and (2.3), and the guard that delta_eps makes of the probe."""
-    i, head = tile_and_head(n_heads, q_len, BLOCK_M, CAUSAL)
-    q_unit, k_unit, v_unit = units_of(units, head, n_heads)
-    q_base = head_of(q_ptr, q_stride_b, q_stride_h, head, heads)
-    k_base = head_of(k_ptr, k_stride_b, k_stride_h, head, heads)
-    v_base = head_of(v_ptr, v_stride_b, v_stride_h, head, heads)
-    q = load_tile(q_base, q_stride_s, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
-    k_mean = load_tile(rows_of(k_mean_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    probe = load_tile(rows_of(probe_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    at = place(
+        n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, window, BLOCK_M, CAUSAL, False
+    )
+    if outside(at, at.q_len, cu_q):
+        return
+    q_unit, k_unit, v_unit = units_of(units, at, n_heads, group)
+    i = at.start
+    q_base = queries_of(q_ptr, q_stride_b, q_stride_h, q_stride_s, at)
+    k_base = keys_of(k_ptr, k_stride_b, k_stride_h, k_stride_s, at)
+    v_base = keys_of(v_ptr, v_stride_b, v_stride_h, v_stride_s, at)
+    q = load_tile(q_base, q_stride_s, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
+    k_mean = load_tile(rows_of(k_mean_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    probe = load_tile(rows_of(probe_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     k_mean = k_mean * inverse_power(k_unit)
     probe = probe * k_unit
-    d = k_mean - query_in(q, q_unit, k_unit, origin_ptr, head, HEAD_DIM)
+    d = k_mean - query_in(q, q_unit, k_unit, origin_ptr, at, HEAD_DIM)
     d_z = tl.sum(d * probe, 1)  # (M,) d.z, which is also z.A z
     z_size = tl.sqrt(tl.sum(probe * probe, 1))
     z = rounded(probe * inverse_or_zero(z_size)[:, None], q, PRECISION)  # (M, D) of unit length
@@ -150,17 +171,17 @@ def output_kernel(
     # p a^2 sums to z.C z <= d.z, so |p (1 - a)| <= 1 + sqrt(d.z): the largest weight scale that cannot overflow.
     bound = 1 + tl.sqrt(tl.maximum(d_z, 0.0))
     gain = tl.minimum(power_of_two((1 / bound) * TOP), WEIGHT)
-    shift = load_rows(rows_of(lse_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0) * LOG2E - tl.log2(gain)
+    shift = load_rows(rows_of(lse_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) * LOG2E - tl.log2(gain)
     factor = scale * LOG2E * q_unit * k_unit
     acc = sweep_keys(
-        output_body, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), (q, z, -z_size, rest, shift, factor),
-        (k_base, k_stride_s, v_base, v_stride_s), i, q_len, k_len, HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+        output_body, tl.zeros([BLOCK_M, BLOCK_V], tl.float32), (q, z, -z_size, rest, shift, factor),
+        (k_base, k_stride_s, v_base, v_stride_s), at, HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    omega = load_rows(rows_of(omega_ptr, head, q_len, 1), i, q_len, BLOCK_M, 1.0)
-    guard = 1 / (1 + delta_eps * (1 + d_z) / omega)
-    store_rows(rows_of(guard_out, head, q_len, 1), i, q_len, guard)
-    o_base = head_of(o_out, o_stride_b, o_stride_h, head, heads)
+    omega = load_rows(rows_of(omega_ptr, at, 1), i, at.q_len, BLOCK_M, 1.0)
+    guard = 1 / (1 + delta_eps * (1 + d_z) / tl.maximum(omega, 1.0))
+    store_rows(rows_of(guard_out, at, 1), i, at.q_len, guard)
+    o_base = queries_of(o_out, o_stride_b, o_stride_h, o_stride_s, at)
     acc = with_nan(acc)
     acc += (0.0 * tl.sum(acc, 1))[:, None]  # a query that sees one number that is not has none in its output
     o = acc * (guard * v_unit * inverse_power(gain))[:, None]
-    store_tile(o_base, o_stride_s, i, q_len, o, HEAD_DIM)
+    store_tile(o_base, o_stride_s, i, at.q_len, o, V_DIM)

@@ -15,13 +15,21 @@ from flashlla.backends.triton import backward as backward_kernels
 from flashlla.backends.triton import configs, prepare
 from flashlla.backends.triton import forward as forward_kernels
 from flashlla.backends.triton.solve import solve_kernel
-from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals, empty_output, resolution
+from flashlla.problem import (
+    Forward,
+    Gradients,
+    Inputs,
+    Problem,
+    Report,
+    Residuals,
+    bounds,
+    empty_output,
+    resolution,
+)
 
 # Rows that one program of the cast kernels takes.
 CAST_ROWS = 64
-# What a query hands on to the keys' pass is kept for whole tiles of queries; none has more than this.
-ROWS_PAD = 128
-# How much coarser than the dtype's resolution the probe of 16-bit inputs may be.
+# How much coarser than the dtype's resolution the probe of 16-bit inputs may be where queries see many keys.
 PROBE_SLACK = 2.0
 # Without fused multiply-adds, which Triton means to stop using by default, every sweep takes a third more instructions.
 COMPILER = {"enable_fp_fusion": True}
@@ -37,96 +45,132 @@ class Launcher:
     """The kernels of one call: what all their launches share."""
 
     def __init__(self, problem: Problem, inputs: Inputs) -> None:
-        self.problem = problem
-        self.n_heads = problem.batch * problem.q_heads
+        self.problem, self.inputs = problem, inputs
+        mask, self.device = problem.mask, problem.device
+        sequences = problem.sequences if mask.packed else problem.batch
+        self.n_heads, self.n_shared = sequences * problem.q_heads, sequences * problem.kv_heads
         half = problem.dtype != torch.float32
         self.operand = torch.float16 if half else torch.float32
         full = torch.get_float32_matmul_precision() == "highest"
-        self.settings = {
+        self.dims = {
             "HEAD_DIM": problem.head_dim,
-            "CAUSAL": problem.mask.causal,
-            "PRECISION": "ieee" if half or full else "tf32",
+            "V_DIM": problem.v_dim,
+            "BLOCK_D": configs.padded(problem.head_dim),
+            "BLOCK_V": configs.padded(problem.v_dim),
         }
-        self.lengths = (self.n_heads, problem.q_heads, problem.q_len, problem.k_len)
-        self.device = problem.device
+        self.precision = "ieee" if half or full else "tf32"
+        # The longest sequence's queries and keys.
+        self.longest = (problem.longest_q, problem.longest_k) if mask.packed else (problem.q_len, problem.k_len)
+        self.lengths = (
+            self.n_heads, problem.q_heads, problem.group, problem.q_len, problem.k_len, *self.longest,
+        )  # fmt: skip
+        self.runs = inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqlens_k
+        # What tells a kernel which keys its queries see, as `primitives.place` takes it.
+        self.where = (*self.runs, mask.window, *self.lengths)
         q, k, v = (with_unit_stride(t) for t in inputs[:3])
-        self.units = (q.new_empty if half else q.new_ones)((3, self.n_heads), dtype=torch.float32)
+        self.units = (q.new_empty if half else q.new_ones)(self.n_heads + 2 * self.n_shared, dtype=torch.float32)
         # float32 has digits to lose: keys are taken relative to their sequence's first (docs/math.md, section 6).
-        self.origin = None if half else k[:, :, 0].nan_to_num(0.0, 0.0, 0.0).contiguous()  # (B, H, D)
+        self.origin = None if half else self.first_keys(k)  # (sequences Hkv, D)
         if self.origin is not None:
-            k = with_unit_stride(k - self.origin.unsqueeze(2))
+            k = with_unit_stride(k - self.of_sequence(self.origin, inputs.cu_seqlens_k, problem.k_len))
         self.q, self.k, self.v = self.cast(q, k, v) if half else (q, k, v)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        """Uninitialised. Packed: zeros, since no program comes to tokens of no sequence."""
+        make = torch.zeros if self.problem.mask.packed else torch.empty
+        return make(shape, dtype=dtype, device=self.device)
 
     def rows(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uninitialised (B, H, S)."""
-        return self.empty(*self.rows_shape, dtype=dtype)
+        """(B, Hq, Sq) to be filled."""
+        return self.empty(*self.inputs.q.shape[:3], dtype=dtype)
 
-    def vectors(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uninitialised (B, H, S, D)."""
-        return self.empty(*self.rows_shape, self.problem.head_dim, dtype=dtype)
+    def vectors(self, dtype: torch.dtype = torch.float32, width: int | None = None) -> Tensor:
+        """(B, Hq, Sq, D) to be filled."""
+        return self.empty(*self.inputs.q.shape[:3], width or self.problem.head_dim, dtype=dtype)
 
-    @property
-    def rows_shape(self) -> tuple[int, int, int]:
-        return self.problem.batch, self.problem.q_heads, self.problem.q_len
+    def strides(self, *tensors: Tensor) -> tuple[int, ...]:
+        """Of batch, head and row of each."""
+        packed = self.problem.mask.packed
+        return tuple(0 if packed and i == 0 else t.stride(i) for t in tensors for i in range(3))
+
+    def target(self, out: Tensor) -> Tensor:
+        """What a kernel writes instead of ``out``: itself, where its rows are such as kernels take."""
+        rowed = out if with_unit_stride(out) is out else out.new_empty(out.shape)
+        return rowed.zero_() if self.problem.mask.packed else rowed  # no program comes to tokens of no sequence
+
+    def first_keys(self, k: Tensor) -> Tensor:
+        if self.problem.mask.packed:
+            first, _ = bounds(self.inputs.cu_seqlens_k, self.problem.k_len, self.problem.longest_k)
+            found = k[0].index_select(1, first.clamp(max=self.problem.k_len - 1)).transpose(0, 1)  # (sequences, Hkv, D)
+        else:
+            found = k[:, :, 0]
+        return found.nan_to_num(0.0, 0.0, 0.0).flatten(0, 1).contiguous()
+
+    def of_sequence(self, x: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
+        """``x`` (sequences Hkv, D) for every row: (B, Hkv, 1 or S, D)."""
+        x = x.unflatten(0, (-1, self.problem.kv_heads))
+        if cu_seqlens is None:
+            return x.unsqueeze(2)
+        row = torch.arange(length, device=self.device)
+        sequence = torch.searchsorted(cu_seqlens[1:].long(), row, right=True).clamp(max=x.shape[0] - 1)
+        return x[sequence].transpose(0, 1).unsqueeze(0)
 
     def moved(self, lse: Tensor, k_mean: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
         """lse and k_mean of keys as they came, for keys as the kernels have them; ``back``: the other way."""
         if self.origin is None:
             return lse, k_mean
-        sign, origin = -1 if back else 1, self.origin.unsqueeze(2)
+        origin = self.of_sequence(self.origin, self.inputs.cu_seqlens_q, self.problem.q_len)
+        origin = origin.repeat_interleave(self.problem.group, 1)
+        sign = -1 if back else 1
         logit = self.problem.scale * (self.q * origin).sum(-1)
         return lse - sign * logit, k_mean - sign * origin
 
     def cast(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """q, k and v in float16, contiguous, in units of a power of two a head, with which ``self.units`` is filled."""
-        batch, heads, length, d = tensors[0].shape
         # Runs of rows that look for a head's largest number side by side; the interpreter has no sides.
         chunks = 16 if self.device.type == "cuda" else 1
-        chunk = triton.cdiv(triton.cdiv(length, chunks), CAST_ROWS) * CAST_ROWS
-        largest = self.empty(3, self.n_heads, chunks)
-        y = self.empty(3, batch, heads, length, d, dtype=torch.float16)
-        sizes = {"HEAD_DIM": d, "CHUNKS": chunks, "BLOCK_M": CAST_ROWS, "BLOCK_D": configs.padded(d)}
-        strides = [stride for t in tensors for stride in t.stride()[:3]]
+        longest = max(self.longest)
+        chunk = triton.cdiv(triton.cdiv(longest, chunks), CAST_ROWS) * CAST_ROWS
+        largest = torch.empty(self.n_heads + 2 * self.n_shared, chunks, device=self.device)
+        outs = [torch.empty(t.shape, dtype=torch.float16, device=self.device) for t in tensors]
+        sizes = {"CHUNKS": chunks, "BLOCK_M": CAST_ROWS, **self.dims}
+        strides = self.strides(*tensors)
         self.run(
             prepare.largest_kernel, "cast", (self.n_heads * chunks, 3), *tensors, largest, *strides,
-            heads, length, chunk, **sizes,
+            *self.runs, *self.lengths, chunk, **sizes,
         )  # fmt: skip
         self.run(
-            prepare.cast_kernel, "cast", (self.n_heads * triton.cdiv(length, CAST_ROWS), 3), *tensors, largest, y,
-            self.units,
-            *strides, self.n_heads, heads, length, **sizes,
+            prepare.cast_kernel, "cast", (self.n_heads * triton.cdiv(longest, CAST_ROWS), 3), *tensors, largest, *outs,
+            self.units, *strides, *self.runs, *self.lengths, **sizes,
         )  # fmt: skip
-        return y.unbind(0)
+        return tuple(outs)
 
     def cast_rows(self, grad_o: Tensor, guard: Tensor, probe: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``guard * grad_o`` in the operands' dtype, contiguous, in units of a power of two a row, and those units; the
         probe so, in rows of unit length, and their lengths."""
         grad_o = with_unit_stride(grad_o)
-        y, y_unit, z, z_size = self.vectors(self.operand), self.rows(), self.vectors(self.operand), self.rows()
-        length, d = grad_o.shape[2:]
+        y, y_unit = self.vectors(self.operand, grad_o.shape[-1]), self.rows()
+        z, z_size = self.vectors(self.operand), self.rows()
         self.run(
-            prepare.cast_rows_kernel, "cast", (self.n_heads * triton.cdiv(length, CAST_ROWS),),
-            grad_o, guard, probe, y, y_unit, z, z_size, *grad_o.stride()[:3], grad_o.shape[1], length,
-            HEAD_DIM=d, PRECISION=self.settings["PRECISION"], BLOCK_D=configs.padded(d), BLOCK_M=CAST_ROWS,
+            prepare.cast_rows_kernel, "cast", (self.n_heads * triton.cdiv(self.longest[0], CAST_ROWS),),
+            grad_o, guard, probe, y, y_unit, z, z_size, *self.strides(grad_o), self.runs[0], *self.lengths,
+            PRECISION=self.precision, BLOCK_M=CAST_ROWS, **self.dims,
         )  # fmt: skip
         return y, y_unit, z, z_size
 
     def sweep(self, kernel: Any, name: str, *arguments: Any, over_keys: bool = False, **settings: Any) -> None:
         """Launch ``kernel`` of pass ``name``, one program a tile of queries (``over_keys``: of keys) and head."""
-        length = self.problem.k_len if over_keys else self.problem.q_len
-        settings.update(self.settings, BLOCK_D=configs.padded(self.problem.head_dim))
+        heads = self.n_shared if over_keys else self.n_heads
+        settings.update(self.dims, CAUSAL=self.problem.mask.causal, PRECISION=self.precision)
 
         def with_config(c: configs.Config) -> None:
-            tiles = triton.cdiv(length, c.n if over_keys else c.m)
-            self.run(kernel, name, (self.n_heads * tiles,), *arguments, **c.options(), **settings)
+            tiles = triton.cdiv(self.longest[over_keys], c.n if over_keys else c.m)
+            self.run(kernel, name, (heads * tiles,), *arguments, **c.options(), **settings)
 
         with_config(self.config(name, with_config))
 
     def config(self, name: str, with_config: Callable[[configs.Config], None]) -> configs.Config:
-        key = (name, self.problem.head_dim, self.operand, capability(self.device))
+        key = (name, max(self.problem.head_dim, self.problem.v_dim), self.operand, capability(self.device))
         if os.environ.get("FLASHLLA_AUTOTUNE") != "1" or self.device.type != "cuda":
             return configs.config(*key)
         if key not in _tuned:
@@ -139,7 +183,7 @@ class Launcher:
             with on_device:
                 kernel[grid](*arguments, **settings, **COMPILER)
         except Exception as error:
-            tiles = {n: value for n, value in settings.items() if n not in ("HEAD_DIM", "CAUSAL")}
+            tiles = {n: value for n, value in settings.items() if n not in ("HEAD_DIM", "V_DIM", "CAUSAL")}
             raise RuntimeError(
                 f"flashlla: the Triton backends could not compile or launch kernel {kernel.__name__} (pass {name!r}, "
                 f"head dim {self.problem.head_dim}, {self.problem.dtype}, config {tiles}) on {self.device} with Triton "
@@ -164,15 +208,17 @@ def fastest(configs_: list[configs.Config], with_config: Callable[[configs.Confi
     return min(times, key=times.__getitem__) if times else configs_[0]
 
 
-def tolerances(problem: Problem, adjoint: bool) -> tuple[float, float, int]:
-    """atol, rtol and cap of the solver, rtol no smaller than the dtype can make use of.
+def tolerances(problem: Problem, adjoint: bool) -> tuple[float, float, float, int]:
+    """atol, rtol and cap of the solver, rtol no smaller than the dtype can make use of; and before the cap, what rtol
+    may be where queries see many keys.
 
-    Of 16-bit inputs the probe may be coarser than the adjoint probe: dlambda, the most sensitive gradient, is off by as
-    much as the adjoint probe is. docs/performance.md has the measurement.
+    Of 16-bit inputs the probe may be coarser there than the adjoint probe: dlambda, the most sensitive gradient, is off
+    by as much as the adjoint probe is. docs/performance.md has the measurement.
     """
     solver: Any = problem.solver
-    floor = resolution(problem.dtype) * (1 if adjoint or problem.dtype == torch.float32 else PROBE_SLACK)
-    return solver.atol, max(solver.rtol, floor**2), solver.max_iters
+    floor = resolution(problem.dtype)
+    coarse = 0.0 if adjoint or problem.dtype == torch.float32 else (PROBE_SLACK * floor) ** 2
+    return solver.atol, max(solver.rtol, floor**2), coarse, solver.max_iters
 
 
 def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
@@ -182,19 +228,20 @@ def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
     lse, omega, k_mean, image = at.rows(), at.rows(), at.vectors(), at.vectors()
     at.sweep(
         forward_kernels.statistics_kernel, "statistics", q, k, at.units, lse, omega, k_mean, image,
-        *q.stride()[:3], *k.stride()[:3], *at.lengths, problem.scale, FLIP=problem.scale < 0,
+        *at.strides(q, k), *at.where, problem.scale, FLIP=problem.scale < 0,
     )  # fmt: skip
     probe = at.vectors()
     iterations, residual, converged = at.rows(torch.int32), at.rows(), at.rows(torch.bool)
+    if problem.mask.packed:
+        converged.fill_(True)
     report = iterations, residual, converged
     solve(at, inputs.ridge_lambda, lse, k_mean, image, probe, preconditioner, report=report)
     del image
     guard, o = at.rows(), empty_output(inputs.q, inputs.v)
-    o_rows = o if with_unit_stride(o) is o else torch.empty_like(o, memory_format=torch.contiguous_format)
+    o_rows = at.target(o)
     at.sweep(
         forward_kernels.output_kernel, "output", q, k, v, at.units, at.origin, lse, omega, k_mean, probe, guard, o_rows,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o_rows.stride()[:3], *at.lengths,
-        problem.scale, problem.delta_eps,
+        *at.strides(q, k, v, o_rows), *at.where, problem.scale, problem.delta_eps,
     )  # fmt: skip
     if o_rows is not o:
         o.copy_(o_rows)
@@ -213,7 +260,7 @@ def solve(
     at.sweep(
         solve_kernel, "solve", at.q, at.k, at.units, at.origin, lse, k_mean, ridge, b, b_size, probe, x,
         z_y, iterations, residual, converged,
-        *at.q.stride()[:3], *at.k.stride()[:3], *ridge.stride(), *at.lengths, at.problem.scale,
+        *at.strides(at.q, at.k, ridge), *at.where, at.problem.scale,
         *tolerances(at.problem, adjoint is not None), ADJOINT=adjoint is not None, PRECONDITIONER=preconditioner,
     )  # fmt: skip
 
@@ -223,36 +270,39 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """The passes of operator section 4: moments, solve, dq with dlambda, dk and dv."""
     at = Launcher(problem, inputs)
-    q, k, v = at.q, at.k, at.v
+    q, k, v, ridge = at.q, at.k, at.v, inputs.ridge_lambda
     lse, guard, probe, k_mean = (t.contiguous() for t in residuals)
     do, do_unit, z, z_size = at.cast_rows(grad_o, guard, probe)
     given, k_mean = at.moved(lse, k_mean)
+    given, k_mean = given.contiguous(), k_mean.contiguous()
     lse, t, t_size, g_near = at.rows(), at.vectors(), at.rows(), None
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     # float32 takes them twice, then about the g_mean of the first time: its t shall hold where weights are sharp.
     for _ in range(1 if at.operand == torch.float16 else 2):
         g_mean = at.rows()
         at.sweep(
             backward_kernels.moments_kernel, "moments", q, k, v, do, at.units, given, k_mean, g_near, lse, t, t_size,
-            g_mean, *strides, *at.lengths, problem.scale,
+            g_mean, *at.strides(q, k, v), *at.where, problem.scale,
         )  # fmt: skip
         g_near = g_mean
     y_neg, z_y = at.vectors(at.operand), at.rows()
-    solve(at, inputs.ridge_lambda, lse, k_mean, t, y_neg, preconditioner, adjoint=(t_size, probe, z_y))
+    solve(at, ridge, lse, k_mean, t, y_neg, preconditioner, adjoint=(t_size, probe, z_y))
     del t
     dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
-    outs = [x if with_unit_stride(x) is x else x.new_empty(x.shape) for x in (dq, dk, dv)]
+    outs = [at.target(x) for x in (dq, dk, dv)]
     dridge = at.rows()
-    rows = at.empty(6, at.n_heads, triton.cdiv(problem.q_len, ROWS_PAD) * ROWS_PAD)
+    # What queries hand on to keys: whole tiles of queries, a sequence's apart from the next one's.
+    tiles = triton.cdiv(problem.q_len, configs.ROWS_PAD) + (problem.sequences if problem.mask.packed else 0)
+    rows = torch.empty(5, problem.batch * problem.q_heads, tiles * configs.ROWS_PAD, device=at.device)
+    top = torch.zeros(at.n_shared, device=at.device)
     at.sweep(
         backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, at.units, at.origin, do_unit, z_size, z_y, lse, k_mean,
-        inputs.ridge_lambda, g_mean, outs[0], dridge, rows, rows.stride(1),
-        *strides, *inputs.ridge_lambda.stride(), *outs[0].stride()[:3], *at.lengths, problem.scale,
+        ridge, g_mean, outs[0], dridge, rows, top, rows.stride(1), rows.stride(0),
+        *at.strides(q, k, v, ridge, outs[0]), *at.where, problem.scale,
     )  # fmt: skip
     at.sweep(
-        backward_kernels.dk_kernel, "dk", q, k, v, do, y_neg, z, at.units, rows,
-        rows[5, :, : problem.q_len].amax(-1), outs[1], outs[2], rows.stride(1),
-        *strides, *outs[1].stride()[:3], *outs[2].stride()[:3], *at.lengths, problem.scale, over_keys=True,
+        backward_kernels.dk_kernel, "dk", q, k, v, do, y_neg, z, at.units, rows, top, outs[1], outs[2],
+        rows.stride(1), rows.stride(0), *at.strides(q, k, v, outs[1], outs[2]), *at.where, problem.scale,
+        over_keys=True, GROUP=problem.group,
     )  # fmt: skip
     for x, rowed in zip((dq, dk, dv), outs):
         if rowed is not x:

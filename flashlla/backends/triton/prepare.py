@@ -8,28 +8,56 @@ import triton
 import triton.language as tl
 
 from flashlla.backends.triton.primitives import (
-    head_of,
+    NUMBERS,
     inverse_or_zero,
     inverse_power,
     load_rows,
     load_tile,
+    outside,
+    place,
     power_of_two,
+    queries_of,
     rounded,
     rows_of,
+    run_of,
     store_rows,
     store_tile,
     with_nan,
 )
 
 
-@triton.jit(do_not_specialize=["heads", "length", "chunk"])
+@triton.jit
+def rows_of_operand(
+    program, tensor, stride_b, stride_h, stride_s, cu_q, cu_k, seqlens_k, heads, group, q_len, k_len,
+    longest_q, longest_k, OVER_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Where a head of q, or (OVER_KEYS) of k or v, begins; how many rows it has; and the place of its first among the
+    rows of a contiguous (B, H, S). ``program`` counts the heads."""
+    if OVER_KEYS:
+        heads = heads // group
+        cu, total, longest = cu_k, k_len, longest_k
+    else:
+        cu, total, longest = cu_q, q_len, longest_q
+    sequence, head = program // heads, program % heads
+    first, length = run_of(cu, sequence, total, longest)
+    if OVER_KEYS and seqlens_k is not None:
+        length = tl.minimum(tl.maximum(tl.load(seqlens_k + sequence), 0), length)
+    base = tensor + sequence.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + first.to(tl.int64) * stride_s
+    row = (program if cu is None else head).to(tl.int64) * total + first
+    return base, length, row
+
+
+@triton.jit(do_not_specialize=[*NUMBERS, "chunk"])
 def largest_kernel(
     q, k, v, largest, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
-    v_stride_b, v_stride_h, v_stride_s, heads, length, chunk,
-    HEAD_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    v_stride_b, v_stride_h, v_stride_s,
+    cu_q, cu_k, seqlens_k, n_heads, heads, group, q_len, k_len, longest_q, longest_k, chunk,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The largest finite magnitude of each of CHUNKS runs of rows of each tensor: (3, B H, CHUNKS)."""
-    head, part = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
+    """The largest finite magnitude of each of CHUNKS runs of rows of each head: of q's heads, of k's, of v's."""
+    program, part = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
+    n_shared = n_heads // group
     tensors = (
         (q, q_stride_b, q_stride_h, q_stride_s),
         (k, k_stride_b, k_stride_h, k_stride_s),
@@ -37,61 +65,82 @@ def largest_kernel(
     )
     found = tl.zeros([BLOCK_M], tl.float32)
     for which in tl.static_range(3):
-        if tl.program_id(1) == which:
-            base = head_of(tensors[which][0], tensors[which][1], tensors[which][2], head, heads)
+        here = (tl.program_id(1) == which) & ((which == 0) | (program < n_shared))
+        if here:
+            WIDTH: tl.constexpr = V_DIM if which == 2 else HEAD_DIM
+            COLUMNS: tl.constexpr = BLOCK_V if which == 2 else BLOCK_D
+            base, length, _ = rows_of_operand(
+                program, tensors[which][0], tensors[which][1], tensors[which][2], tensors[which][3],
+                cu_q, cu_k, seqlens_k, heads, group, q_len, k_len, longest_q, longest_k, which > 0,
+            )  # fmt: skip
             for i in tl.range(part * chunk, tl.minimum((part + 1) * chunk, length), BLOCK_M):
-                tile = load_tile(base, tensors[which][3], i, length, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
+                tile = load_tile(base, tensors[which][3], i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
                 tile = tl.abs(tile.to(tl.float32))
                 found = tl.maximum(found, tl.max(tl.where(tile < float("inf"), tile, 0.0), 1))
-    tl.store(largest + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.max(found, 0))
+            slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_shared) + program
+            tl.store(largest + slot * CHUNKS + part, tl.max(found, 0))
 
 
-@triton.jit(do_not_specialize=["n_heads", "heads", "length"])
+@triton.jit(do_not_specialize=NUMBERS)
 def cast_kernel(
-    q, k, v, largest, y, units, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
-    v_stride_b, v_stride_h, v_stride_s, n_heads, heads, length,
-    HEAD_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, k, v, largest, q_out, k_out, v_out, units, q_stride_b, q_stride_h, q_stride_s,
+    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+    cu_q, cu_k, seqlens_k, n_heads, heads, group, q_len, k_len, longest_q, longest_k,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """y (3, B H, S, D) = x / unit, NaN for all that is not finite; units (3, B H): powers of two under the largest."""
-    tiles = tl.cdiv(length, BLOCK_M)
-    head, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
-    slot = tl.program_id(1) * n_heads + head
-    top = tl.max(tl.load(largest + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
-    unit = tl.where(top > 0, power_of_two(top), 1.0)
-    tl.store(units + slot, unit, mask=i == 0)
+    """q, k and v divided by their heads' units, contiguous, NaN for all that is not finite; and these units, powers of
+    two under the largest. Rows that no sequence has are not written."""
+    tiles = tl.cdiv(tl.maximum(longest_q, longest_k), BLOCK_M)
+    program, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
+    n_shared = n_heads // group
     tensors = (
-        (q, q_stride_b, q_stride_h, q_stride_s),
-        (k, k_stride_b, k_stride_h, k_stride_s),
-        (v, v_stride_b, v_stride_h, v_stride_s),
+        (q, q_stride_b, q_stride_h, q_stride_s, q_out),
+        (k, k_stride_b, k_stride_h, k_stride_s, k_out),
+        (v, v_stride_b, v_stride_h, v_stride_s, v_out),
     )
     for which in tl.static_range(3):
-        if tl.program_id(1) == which:
-            base = head_of(tensors[which][0], tensors[which][1], tensors[which][2], head, heads)
-            tile = load_tile(base, tensors[which][3], i, length, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-            tile = with_nan(tile.to(tl.float32) * inverse_power(unit))  # (M, D)
-            store_tile(rows_of(y, slot, length, HEAD_DIM), HEAD_DIM, i, length, tile, HEAD_DIM)
+        here = (tl.program_id(1) == which) & ((which == 0) | (program < n_shared))
+        if here:
+            WIDTH: tl.constexpr = V_DIM if which == 2 else HEAD_DIM
+            COLUMNS: tl.constexpr = BLOCK_V if which == 2 else BLOCK_D
+            slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_shared) + program
+            top = tl.max(tl.load(largest + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
+            unit = tl.where(top > 0, power_of_two(top), 1.0)
+            tl.store(units + slot, unit, mask=i == 0)
+            base, length, row = rows_of_operand(
+                program, tensors[which][0], tensors[which][1], tensors[which][2], tensors[which][3],
+                cu_q, cu_k, seqlens_k, heads, group, q_len, k_len, longest_q, longest_k, which > 0,
+            )  # fmt: skip
+            tile = load_tile(base, tensors[which][3], i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
+            tile = with_nan(tile.to(tl.float32) * inverse_power(unit))
+            store_tile(tensors[which][4] + row * WIDTH, WIDTH, i, length, tile, WIDTH)
 
 
-@triton.jit(do_not_specialize=["heads", "length"])
+@triton.jit(do_not_specialize=NUMBERS)
 def cast_rows_kernel(
-    grad_o, guard, probe, y, y_unit_out, z_out, z_size_out, stride_b, stride_h, stride_s, heads, length,
-    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad_o, guard, probe, y, y_unit_out, z_out, z_size_out, stride_b, stride_h, stride_s,
+    cu_q, n_heads, heads, group, q_len, k_len, longest_q, longest_k,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Row by row y = guard grad_o / y_unit, so that no row of y is longer than 1 and none but zeros is short; and
     probe = z_size z, z of unit length."""
-    tiles = tl.cdiv(length, BLOCK_M)
-    head, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
-    base = head_of(grad_o, stride_b, stride_h, head, heads)
-    tile = load_tile(base, stride_s, i, length, HEAD_DIM, BLOCK_M, BLOCK_D, True).to(tl.float32)  # (M, D)
-    tile = with_nan(tile * load_rows(rows_of(guard, head, length, 1), i, length, BLOCK_M, 1.0)[:, None])
+    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_q, None, None, BLOCK_M, False, False)
+    if outside(at, at.q_len, cu_q):
+        return
+    i, length = at.start, at.q_len
+    base = queries_of(grad_o, stride_b, stride_h, stride_s, at)
+    tile = load_tile(base, stride_s, i, length, V_DIM, BLOCK_M, BLOCK_V, True).to(tl.float32)  # (M, V)
+    tile = with_nan(tile * load_rows(rows_of(guard, at, 1), i, length, BLOCK_M, 1.0)[:, None])
     top = tl.max(tl.where(tile == tile, tl.abs(tile), 0.0), 1)  # (M,)
-    # Elements under 2 / (2 sqrt(D)): the row's length is under 1. ROOM is the power of two at or above 2 sqrt(D).
-    ROOM: tl.constexpr = 32 if BLOCK_D > 64 else (16 if BLOCK_D > 16 else 8)
+    # Elements under 2 / (2 sqrt(V)): the row's length is under 1. ROOM is the power of two at or above 2 sqrt(V).
+    ROOM: tl.constexpr = 32 if BLOCK_V > 64 else (16 if BLOCK_V > 16 else 8)
     unit = power_of_two(top * ROOM)
-    store_tile(rows_of(y, head, length, HEAD_DIM), HEAD_DIM, i, length, tile * inverse_power(unit)[:, None], HEAD_DIM)
-    store_rows(rows_of(y_unit_out, head, length, 1), i, length, unit)
-    z = load_tile(rows_of(probe, head, length, HEAD_DIM), HEAD_DIM, i, length, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    store_tile(rows_of(y, at, V_DIM), V_DIM, i, length, tile * inverse_power(unit)[:, None], V_DIM)
+    store_rows(rows_of(y_unit_out, at, 1), i, length, unit)
+    z = load_tile(rows_of(probe, at, HEAD_DIM), HEAD_DIM, i, length, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
     z_size = tl.sqrt(tl.sum(z * z, 1))  # (M,)
-    z = rounded(z * inverse_or_zero(z_size)[:, None], tl.zeros([1], z_out.dtype.element_ty), PRECISION)  # (M, D)
-    store_tile(rows_of(z_out, head, length, HEAD_DIM), HEAD_DIM, i, length, z, HEAD_DIM)
-    store_rows(rows_of(z_size_out, head, length, 1), i, length, z_size)
+    z = rounded(z * inverse_or_zero(z_size)[:, None], tl.zeros([1], z_out.dtype.element_ty), PRECISION)
+    store_tile(rows_of(z_out, at, HEAD_DIM), HEAD_DIM, i, length, z, HEAD_DIM)
+    store_rows(rows_of(z_size_out, at, 1), i, length, z_size)

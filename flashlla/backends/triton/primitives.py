@@ -1,7 +1,7 @@
 """What every kernel is made of: heads and tiles of memory, weights, the sweep over tiles, rounding.
 
-Letters of the shape comments: M = BLOCK_M queries, N = BLOCK_N keys, D = BLOCK_D, the head dim rounded up to a power of
-two of at least 16. Operands of products are float16 or float32; all else is float32.
+Letters of the shape comments: M = BLOCK_M queries, N = BLOCK_N keys, D = BLOCK_D and V = BLOCK_V, the dims of keys and
+values rounded up to a power of two of at least 16. Operands of products are float16 or float32; all else is float32.
 
 Units. Operands come divided by powers of two, one for each head and tensor (prepare.py's), so that their largest number
 lies in [1, 2): nothing finite overflows float16, and nothing that matters falls under it. The kernels compute in the
@@ -9,8 +9,12 @@ units of the keys, where keys, k_mean and d are smaller by k_unit, probes larger
 square: the equations of docs/math.md hold as they stand.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+from flashlla.backends.triton import configs
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -20,19 +24,120 @@ WEIGHT_BITS: tl.constexpr = tl.constexpr(8.0)
 WEIGHT: tl.constexpr = tl.constexpr(256.0)
 # What weights scaled to the bound of their rows may reach.
 TOP: tl.constexpr = tl.constexpr(32768.0)
+ROWS_PAD: tl.constexpr = tl.constexpr(configs.ROWS_PAD)
+
+
+# Arguments of every kernel that no kernel is compiled anew for.
+NUMBERS = ("window", "n_heads", "heads", "group", "q_len", "k_len", "longest_q", "longest_k")
+
+
+class Place(NamedTuple):
+    """Where a program works: a tile of rows of one head of one sequence."""
+
+    start: Any  # first row of the tile: of the queries, or of the keys
+    sequence: Any
+    head: Any  # of the queries; of the keys' programs, the first of the group
+    shared: Any  # of the keys
+    q_head: Any  # the same two, counted through all sequences
+    k_head: Any
+    q_first: Any  # where the sequence begins in a packed row; 0
+    k_first: Any
+    q_row: Any  # where the head begins in a contiguous (B, Hq, Sq)
+    q_len: Any
+    k_len: Any
+    k_stop: Any  # keys that there are: k_len, or fewer by seqlens_k
+    shift: Any  # query i is at the place of key i + shift
+    window: Any  # None, or how many of the latest keys a query sees
 
 
 @triton.jit
-def head_of(pointer, stride_b, stride_h, head, heads):
-    """Where a head of a strided (B, H, S, D) tensor begins."""
-    batch = (head // heads).to(tl.int64)
-    return pointer + batch * stride_b + (head % heads).to(tl.int64) * stride_h
+def between(x, least, most):
+    return tl.minimum(tl.maximum(x, least), most)
 
 
 @triton.jit
-def rows_of(pointer, head, length, width: tl.constexpr):
-    """Where a head of a contiguous (B H, length, width) tensor begins."""
-    return pointer + head.to(tl.int64) * length * width
+def run_of(cu_seqlens, sequence, total, longest):
+    """Where a sequence begins in a row of ``total``, and its length: never outside the row, whatever the numbers."""
+    if cu_seqlens is None:
+        return sequence * 0, total
+    else:
+        first = between(tl.load(cu_seqlens + sequence), 0, total)
+        last = between(tl.load(cu_seqlens + sequence + 1), first, total)
+        return first, tl.minimum(last - first, longest)
+
+
+@triton.jit
+def place(
+    n_heads, heads, group, q_total, k_total, longest_q, longest_k, cu_q, cu_k, seqlens_k, window,
+    BLOCK: tl.constexpr, CAUSAL: tl.constexpr, OVER_KEYS: tl.constexpr,
+):  # fmt: skip
+    """The tile of this program, of BLOCK queries or (OVER_KEYS) keys. Neighbours share a tile's place: the longest
+    sweeps start first. With sequences of several lengths some tiles lie outside theirs: see `outside`."""
+    program = tl.program_id(0)
+    if OVER_KEYS:
+        n_shared = n_heads // group
+        tile, k_head = program // n_shared, program % n_shared
+        sequence, shared = k_head // (heads // group), k_head % (heads // group)
+        head = shared * group
+        q_head = k_head * group
+    else:
+        tile, q_head = program // n_heads, program % n_heads
+        sequence, head = q_head // heads, q_head % heads
+        shared = head // group
+        k_head = q_head // group
+    q_first, q_len = run_of(cu_q, sequence, q_total, longest_q)
+    k_first, k_len = run_of(cu_k, sequence, k_total, longest_k)
+    k_stop = k_len
+    if seqlens_k is not None:
+        k_stop = between(tl.load(seqlens_k + sequence), 0, k_len)
+    q_row = (q_head if cu_q is None else head).to(tl.int64) * q_total + q_first
+    if CAUSAL and not OVER_KEYS:
+        tile = tl.cdiv(q_len, BLOCK) - 1 - tile
+    return Place(
+        tile * BLOCK, sequence, head, shared, q_head, k_head, q_first, k_first, q_row, q_len, k_len, k_stop,
+        k_len - q_len, window,
+    )  # fmt: skip
+
+
+@triton.jit
+def outside(at, length, cu_seqlens):
+    """Whether the program's tile lies outside its sequence of ``length``: it then has nothing to do."""
+    if cu_seqlens is None:
+        return False
+    else:
+        return (at.start < 0) | (at.start >= length)
+
+
+@triton.jit
+def queries_of(pointer, stride_b, stride_h, stride_s, at):
+    """Where a program's queries begin in a strided (B, Hq, Sq, ...) tensor. Packed: its stride_b comes as 0."""
+    return pointer + at.sequence.to(tl.int64) * stride_b + at.head.to(tl.int64) * stride_h + (
+        at.q_first.to(tl.int64) * stride_s
+    )  # fmt: skip
+
+
+@triton.jit
+def keys_of(pointer, stride_b, stride_h, stride_s, at):
+    """The same of a (B, Hkv, Sk, ...) tensor."""
+    return pointer + at.sequence.to(tl.int64) * stride_b + at.shared.to(tl.int64) * stride_h + (
+        at.k_first.to(tl.int64) * stride_s
+    )  # fmt: skip
+
+
+@triton.jit
+def handed_on(pointer, at, q_head, heads, rows_len, cu_q):
+    """Where the numbers that a head's queries hand on to the keys' pass begin, in (B Hq, rows_len): each sequence has
+    whole tiles of ROWS_PAD queries, so that none needs a mask."""
+    if cu_q is None:
+        return pointer + q_head.to(tl.int64) * rows_len
+    else:
+        return pointer + (q_head % heads).to(tl.int64) * rows_len + (at.q_first // ROWS_PAD + at.sequence) * ROWS_PAD
+
+
+@triton.jit
+def rows_of(pointer, at, width: tl.constexpr):
+    """Where a program's queries begin in a contiguous (B, Hq, Sq, width) tensor."""
+    return pointer + at.q_row * width
 
 
 @triton.jit
@@ -53,6 +158,14 @@ def load_tile(
         return tl.load(pointers, mask=(dim < HEAD_DIM)[None, :], other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def load_tile_at(base, stride, row, length, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """The rows ``row`` (ROWS,) of a (length, HEAD_DIM) matrix: (ROWS, D)."""
+    dim = tl.arange(0, D)
+    pointers = base + (row.to(tl.int64)[:, None] * stride + dim[None, :])
+    return tl.load(pointers, mask=((row >= 0) & (row < length))[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -143,87 +256,131 @@ def inverse_or_zero(x):
 
 
 @triton.jit
-def tile_and_head(n_heads, length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """First row and head of this program. Neighbours share a tile's place: the longest sweeps start first."""
-    program = tl.program_id(0)
-    tile = program // n_heads
-    if LAST_FIRST:
-        tile = tl.cdiv(length, BLOCK) - 1 - tile
-    return tile * BLOCK, program % n_heads
+def visible(row, key, at, CAUSAL: tl.constexpr):
+    """Whether queries ``row`` see ``key``s; shapes broadcast."""
+    if CAUSAL:
+        seen = (key < at.k_stop) & (key <= row + at.shift)
+        if at.window is not None:
+            seen = seen & (key > row + (at.shift - at.window))
+        return seen
+    else:
+        return (key < at.k_stop) & (row == row)
 
 
 @triton.jit
-def visible(row, key, q_len, k_len, CAUSAL: tl.constexpr):
-    """Whether queries ``row`` see ``key``s; shapes broadcast. Causal is aligned at the end of the keys."""
+def keys_seen(row, at, CAUSAL: tl.constexpr):
+    """How many keys queries ``row`` see; 0 or less: none."""
     if CAUSAL:
-        return (key < k_len) & (key <= row + (k_len - q_len))
+        stop = tl.minimum(row + 1 + at.shift, at.k_stop)
+        if at.window is None:
+            return stop
+        else:
+            return stop - tl.maximum(row + 1 + at.shift - at.window, 0)
     else:
-        return (key < k_len) & (row == row)
+        return row * 0 + at.k_stop
 
 
 @triton.jit
-def key_range(row, q_len, k_len, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """Of the keys in tiles of N: where those end that each of the M queries from ``row`` on sees, and that any sees."""
-    if CAUSAL:
-        first = tl.minimum(tl.maximum(row + 1 + k_len - q_len, 0), k_len)  # keys that the first query sees
-        return first // N * N, tl.minimum(tl.maximum(row + M + k_len - q_len, 0), k_len)
-    else:
-        return k_len // N * N, k_len
+def sees_some(row, at, CAUSAL: tl.constexpr):
+    """Whether queries ``row`` are there and see any key."""
+    return (row < at.q_len) & (keys_seen(row, at, CAUSAL) > 0)
 
 
 @triton.jit
-def query_range(key, q_len, k_len, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """Of the queries in tiles of M: where those start that see any of the N keys from ``key`` on, and that see all."""
+def own_key(start, at, M: tl.constexpr):
+    """A key near the place of each of M queries: its own, if it is there."""
+    return between(start + tl.arange(0, M) + at.shift, 0, at.k_stop - 1)
+
+
+@triton.jit
+def key_range(at, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Of the keys in tiles of N: where those begin and end that any of the M queries from ``at.start`` on sees, and,
+    within, those that each of them sees: (first, whole, whole_stop, stop)."""
     if CAUSAL:
-        shift = k_len - q_len
-        start = tl.maximum(key - shift, 0) // M * M
-        whole = tl.cdiv(tl.maximum(tl.minimum(key + N, k_len) - 1 - shift, 0), M) * M
-        return start, tl.minimum(whole, tl.cdiv(q_len, M) * M)
+        own = at.start + at.shift
+        stop = between(own + M, 0, at.k_stop)
+        whole_stop = between(own + 1, 0, at.k_stop) // N * N
+        if at.window is None:
+            return 0, 0, whole_stop, stop
+        else:
+            first = between(own + 1 - at.window, 0, stop) // N * N
+            whole_stop = tl.maximum(whole_stop, first)
+            whole = between(tl.cdiv(tl.maximum(own + M - at.window, 0), N) * N, first, whole_stop)
+            return first, whole, whole_stop, stop
     else:
-        return 0, 0
+        return 0, 0, at.k_stop // N * N, at.k_stop
+
+
+@triton.jit
+def query_range(at, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Of the queries in tiles of M: where those begin and end that see any of the N keys from ``at.start`` on, and,
+    within, those that see all of them: (first, whole, whole_stop, stop). A tile that the end of the queries cuts needs
+    no mask: missing queries have weight 0 from their shift."""
+    end = tl.where(at.start < at.k_stop, at.q_len, 0)
+    if CAUSAL:
+        own = at.start - at.shift  # the query at the first key's place
+        first = between(own, 0, end) // M * M
+        last_key = tl.minimum(at.start + N, at.k_stop) - 1
+        whole = between(tl.cdiv(tl.maximum(last_key - at.shift, 0), M) * M, first, tl.cdiv(end, M) * M)
+        if at.window is None:
+            return first, whole, end, end
+        else:
+            stop = between(last_key - at.shift + at.window, 0, end)
+            whole_stop = tl.maximum(tl.maximum(own + at.window, 0) // M * M, whole)
+            return first, whole, tl.minimum(whole_stop, tl.maximum(stop, whole)), stop
+    else:
+        return 0, 0, end, end
+
+
+@triton.jit
+def cut_tile(step, first, whole, whole_stop):
+    """The tile at ``step`` of those that the mask cuts: those before the whole ones, then those after."""
+    before = whole - first
+    return step + tl.where(step < before, first, whole_stop - before)
 
 
 @triton.jit
 def sweep_keys(
-    body: tl.constexpr, state, rows, keys, row, q_len, k_len,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    body: tl.constexpr, state, rows, keys, at,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
-    """``state`` after ``body`` on each tile of keys that queries ``row`` to ``row + M`` see.
+    """``state`` after ``body`` on each tile of keys that the M queries from ``at.start`` on see.
 
     Two runs of one body: the tiles that the mask or the length cuts, then those that every query sees whole, if any.
     Matrix instructions of the second run are still under way when it ends: were the run skipped on a path that joins
     there, the assembler would copy accumulators beside them, and wait for every single instruction instead. ``rows`` is
     what ``body`` needs of the queries; ``keys`` the keys' (and values') places and strides.
     """
-    whole, stop = key_range(row, q_len, k_len, CAUSAL, M, N)
-    for j in tl.range(whole, stop, N):
-        i_column, j_row = (row + tl.arange(0, M))[:, None], (j + tl.arange(0, N))[None, :]
-        seen = visible(i_column, j_row, q_len, k_len, CAUSAL)
-        state = body(state, rows, keys, j, k_len, seen, HEAD_DIM, PRECISION, N, True)
-    if whole > 0:
+    first, whole, whole_stop, stop = key_range(at, CAUSAL, M, N)
+    for step in tl.range(0, whole - first + stop - whole_stop, N):
+        j = cut_tile(step, first, whole, whole_stop)
+        i_column, j_row = (at.start + tl.arange(0, M))[:, None], (j + tl.arange(0, N))[None, :]
+        seen = visible(i_column, j_row, at, CAUSAL)
+        state = body(state, rows, keys, j, at.k_stop, seen, HEAD_DIM, V_DIM, PRECISION, N, True)
+    if whole < whole_stop:
         seen = tl.full([M, N], True, tl.int1)
-        for j in tl.range(0, whole, N):
-            state = body(state, rows, keys, j, k_len, seen, HEAD_DIM, PRECISION, N, False)
+        for j in tl.range(whole, whole_stop, N):
+            state = body(state, rows, keys, j, at.k_stop, seen, HEAD_DIM, V_DIM, PRECISION, N, False)
     return state
 
 
 @triton.jit
 def sweep_queries(
-    body: tl.constexpr, state, keys, rows, key, q_len, k_len,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    body: tl.constexpr, state, keys, rows, at,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
-    """``state`` after ``body`` on each tile of queries that see one of the keys ``key`` to ``key + N``.
-
-    The tile that the end of the queries cuts needs no mask: missing queries have weight 0 from their shift.
-    """
-    start, whole = query_range(key, q_len, k_len, CAUSAL, M, N)
+    """``state`` after ``body`` on each tile of queries that see one of the N keys from ``at.start`` on."""
+    first, whole, whole_stop, stop = query_range(at, CAUSAL, M, N)
     seen = tl.full([N, M], True, tl.int1)
-    for i in tl.range(start, whole, M):
-        i_row, j_column = (i + tl.arange(0, M))[None, :], (key + tl.arange(0, N))[:, None]
-        seen = visible(i_row, j_column, q_len, k_len, CAUSAL)
-        state = body(state, keys, rows, i, q_len, seen, HEAD_DIM, PRECISION, M, True)
-    for i in tl.range(whole, q_len, M):
-        state = body(state, keys, rows, i, q_len, seen, HEAD_DIM, PRECISION, M, False)
+    for step in tl.range(0, whole - first + stop - whole_stop, M):
+        i = cut_tile(step, first, whole, whole_stop)
+        i_row, j_column = (i + tl.arange(0, M))[None, :], (at.start + tl.arange(0, N))[:, None]
+        seen = visible(i_row, j_column, at, CAUSAL)
+        state = body(state, keys, rows, i, at.q_len, seen, HEAD_DIM, V_DIM, PRECISION, M, True)
+    for i in tl.range(whole, whole_stop, M):
+        state = body(state, keys, rows, i, at.q_len, seen, HEAD_DIM, V_DIM, PRECISION, M, False)
     return state
 
 
@@ -251,9 +408,10 @@ def weights(q, k, factor, shift, seen, PRECISION: tl.constexpr, CUT: tl.constexp
 
 
 @triton.jit
-def units_of(units, head, n_heads):
+def units_of(units, at, n_heads, group):
     """The powers of two that a head's queries, keys and values were divided by."""
-    return tl.load(units + head), tl.load(units + n_heads + head), tl.load(units + 2 * n_heads + head)
+    k_unit = units + n_heads + at.k_head
+    return tl.load(units + at.q_head), tl.load(k_unit), tl.load(k_unit + n_heads // group)
 
 
 @triton.jit
@@ -263,10 +421,10 @@ def ridge_in(ridge, k_unit):
 
 
 @triton.jit
-def query_in(q, q_unit, k_unit, origin_ptr, head, HEAD_DIM: tl.constexpr):
-    """The queries q (M, D) in the units of the keys, from the keys' origin (B H, D) if that has been moved: (M, D)."""
+def query_in(q, q_unit, k_unit, origin_ptr, at, HEAD_DIM: tl.constexpr):
+    """The queries q (M, D) in the units of the keys, from their origin (heads, D) if that has been moved: (M, D)."""
     x = q.to(tl.float32) * (q_unit * inverse_power(k_unit))
     if origin_ptr is not None:
         dim = tl.arange(0, q.shape[1])
-        x -= tl.load(origin_ptr + head.to(tl.int64) * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)[None, :]
+        x -= tl.load(origin_ptr + at.k_head.to(tl.int64) * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)[None, :]
     return x

@@ -8,23 +8,28 @@ import triton.language as tl
 
 from flashlla.backends.triton.primitives import (
     LOG2E,
+    NUMBERS,
     WEIGHT,
     WEIGHT_BITS,
-    head_of,
     inverse_or_zero,
     inverse_power,
+    keys_of,
+    keys_seen,
     load_keys,
     load_rows,
     load_tile,
+    outside,
+    place,
+    queries_of,
     query_in,
     ridge_in,
     rounded,
     rows_of,
     saturated,
+    sees_some,
     store_rows,
     store_tile,
     sweep_keys,
-    tile_and_head,
     times,
     units_of,
     weights,
@@ -35,7 +40,7 @@ from flashlla.backends.triton.primitives import (
 @triton.jit
 def matvec_body(
     state, rows, keys, j, k_len, seen,
-    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j w_ij c_ij k_j and of sum_j w_ij c_ij, c_ij = x_i.(k_j - k_mean_i)."""
     acc, total = state
@@ -54,7 +59,7 @@ def matvec_body(
 @triton.jit
 def diagonal_body(
     state, rows, keys, j, k_len, seen,
-    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j w_ij (k_j - origin)^2, element by element."""
     q, origin, shift, factor = rows
@@ -67,31 +72,38 @@ def diagonal_body(
 
 @triton.jit
 def prepare_jacobi(
-    q, k_mean, ridge, shift, factor, k_base, k_stride, i, q_len, k_len,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    q, k_mean, ridge, shift, factor, k_base, k_stride, at,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
-    """The inverse diagonals of A, (M, D): sum_j p_j (k_j - origin)^2 - (k_mean - origin)^2 + lambda."""
+    """The inverse diagonals of A, (M, D): sum_j p_j (k_j - origin)^2 - (k_mean - origin)^2 + lambda.
+
+    1 for queries that see no more keys than there are dimensions: what they solve for lies in the span of those keys,
+    which plain directions do not leave; beside it rounding would meet the ridge alone.
+    """
     dim = tl.arange(0, q.shape[1])
-    origin = tl.load(k_base + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)  # (D,) the first key
+    origin = tl.load(k_base + dim, mask=(dim < HEAD_DIM) & (at.k_stop > 0), other=0.0)  # (D,) the first key
+    origin = origin.to(tl.float32)
     origin = tl.where((origin - origin) == 0, origin, 0.0)
     squares = sweep_keys(
         diagonal_body, tl.zeros([M, q.shape[1]], tl.float32), (q, origin, shift, factor), (k_base, k_stride),
-        i, q_len, k_len, HEAD_DIM, CAUSAL, PRECISION, M, N,
+        at, HEAD_DIM, V_DIM, CAUSAL, PRECISION, M, N,
     )  # fmt: skip
     mean = k_mean - origin[None, :]
-    return 1 / (tl.maximum(squares * (1 / WEIGHT) - mean * mean, 0.0) + ridge[:, None])
+    inverse = 1 / (tl.maximum(squares * (1 / WEIGHT) - mean * mean, 0.0) + ridge[:, None])
+    return tl.where((keys_seen(at.start + tl.arange(0, M), at, CAUSAL) > HEAD_DIM)[:, None], inverse, 1.0)
 
 
-@triton.jit(do_not_specialize=["n_heads", "heads", "q_len", "k_len", "max_iters"])
+@triton.jit(do_not_specialize=[*NUMBERS, "max_iters"])
 def solve_kernel(
     q_ptr, k_ptr, units, origin_ptr, lse_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, probe_ptr, x_out,
     z_y_out, iterations_out, residual_out, converged_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, ridge_stride_b, ridge_stride_h,
     ridge_stride_s,
-    n_heads, heads, q_len, k_len, scale, atol, rtol, max_iters,
-    ADJOINT: tl.constexpr, PRECONDITIONER: tl.constexpr,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale,
+    atol, rtol, coarse, max_iters, ADJOINT: tl.constexpr, PRECONDITIONER: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Forward: the probe z of (2.1), right-hand side k_mean - q; b is C u of statistics_kernel. ADJOINT: -y of (3.1)
     and z.y of (3.6); b is the right-hand side t in rows of unit length, |t| beside it.
@@ -100,34 +112,42 @@ def solve_kernel(
     next step is as small beside the solution too, (4.4); the tile when all its rows have. A row that is NaN has left
     off.
     """
-    i, head = tile_and_head(n_heads, q_len, BLOCK_M, CAUSAL)
-    q_unit, k_unit, _ = units_of(units, head, n_heads)
-    q_base = head_of(q_ptr, q_stride_b, q_stride_h, head, heads)
-    k_base = head_of(k_ptr, k_stride_b, k_stride_h, head, heads)
-    q = load_tile(q_base, q_stride_s, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
-    k_mean = load_tile(rows_of(k_mean_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    at = place(
+        n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, window, BLOCK_M, CAUSAL, False
+    )
+    if outside(at, at.q_len, cu_q):
+        return
+    q_unit, k_unit, _ = units_of(units, at, n_heads, group)
+    i = at.start
+    q_base = queries_of(q_ptr, q_stride_b, q_stride_h, q_stride_s, at)
+    k_base = keys_of(k_ptr, k_stride_b, k_stride_h, k_stride_s, at)
+    q = load_tile(q_base, q_stride_s, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
+    k_mean = load_tile(rows_of(k_mean_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     k_mean = k_mean * inverse_power(k_unit)
-    ridge_base = head_of(ridge_ptr, ridge_stride_b, ridge_stride_h, head, heads)
+    ridge_base = queries_of(ridge_ptr, ridge_stride_b, ridge_stride_h, ridge_stride_s, at)
     row = i + tl.arange(0, BLOCK_M)
-    given = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=row < q_len, other=1.0)  # (M,)
+    given = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=row < at.q_len, other=1.0)  # (M,)
     ridge = ridge_in(given, k_unit)
-    shift = load_rows(rows_of(lse_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0) * LOG2E - WEIGHT_BITS
+    shift = load_rows(rows_of(lse_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) * LOG2E - WEIGHT_BITS
     factor = scale * LOG2E * q_unit * k_unit
     if ADJOINT:
-        r = load_tile(rows_of(b_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+        r = load_tile(rows_of(b_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
         r = r.to(tl.float32)
     else:
-        r = k_mean - query_in(q, q_unit, k_unit, origin_ptr, head, HEAD_DIM)
+        r = k_mean - query_in(q, q_unit, k_unit, origin_ptr, at, HEAD_DIM)
         atol = atol * inverse_power(k_unit) * inverse_power(k_unit)
-    r = tl.where((row < q_len)[:, None], r, 0.0) + (0.0 * given)[:, None]  # a ridge that is not finite makes NaN
+    r = tl.where(sees_some(row, at, CAUSAL)[:, None], r, 0.0)
+    r += (0.0 * given)[:, None]  # a ridge that is not finite makes NaN
     if PRECONDITIONER == "jacobi":
         inverse = prepare_jacobi(
-            q, k_mean, ridge, shift, factor, k_base, k_stride_s, i, q_len, k_len,
-            HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+            q, k_mean, ridge, shift, factor, k_base, k_stride_s, at,
+            HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         inverse = 1.0
     b2 = tl.sum(r * r, 1)  # (M,), as every scalar of the recurrence
+    # Few keys leave much of the probe to the ridge alone, which magnifies errors: no coarser there than the dtype.
+    rtol = tl.where(keys_seen(row, at, CAUSAL) > 2 * HEAD_DIM, tl.maximum(rtol, coarse), rtol)  # (M,)
     threshold = tl.maximum(b2, atol) * rtol
     if ADJOINT:
         solution = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -135,7 +155,7 @@ def solve_kernel(
         # The first guess (4.3).
         u = q.to(tl.float32)
         u = u * inverse_or_zero(tl.sqrt(tl.sum(u * u, 1)))[:, None]
-        image = load_tile(rows_of(b_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+        image = load_tile(rows_of(b_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
         image += ridge[:, None] * u  # A u
         curvature = tl.sum(u * image, 1)
         step = tl.where(curvature > 0, tl.sum(r * u, 1) / tl.where(curvature > 0, curvature, 1.0), 0.0)
@@ -156,8 +176,8 @@ def solve_kernel(
         acc, total = sweep_keys(
             matvec_body,
             (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)),
-            (q, x, x_mean, shift, factor), (k_base, k_stride_s), i, q_len, k_len,
-            HEAD_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+            (q, x, x_mean, shift, factor), (k_base, k_stride_s), at,
+            HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         x_wide = x.to(tl.float32)
         image = (acc - k_mean * total[:, None]) * (1 / WEIGHT) + ridge[:, None] * x_wide  # A x
@@ -179,18 +199,16 @@ def solve_kernel(
         else:
             active = active & (r2 > threshold)
         sweeps += 1
-    out = rows_of(x_out, head, q_len, HEAD_DIM)
+    out = rows_of(x_out, at, HEAD_DIM)
     solution += (0.0 * r2)[:, None]  # NaN where the right-hand side was
     if ADJOINT:
-        size = load_rows(rows_of(b_size_ptr, head, q_len, 1), i, q_len, BLOCK_M, 0.0)
-        store_tile(out, HEAD_DIM, i, q_len, saturated(solution * -size[:, None], q), HEAD_DIM)
-        probe = load_tile(
-            rows_of(probe_ptr, head, q_len, HEAD_DIM), HEAD_DIM, i, q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True
-        )
-        store_rows(rows_of(z_y_out, head, q_len, 1), i, q_len, k_unit * size * tl.sum(probe * solution, 1))
+        size = load_rows(rows_of(b_size_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
+        store_tile(out, HEAD_DIM, i, at.q_len, saturated(solution * -size[:, None], q), HEAD_DIM)
+        probe = load_tile(rows_of(probe_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+        store_rows(rows_of(z_y_out, at, 1), i, at.q_len, k_unit * size * tl.sum(probe * solution, 1))
     else:
-        store_tile(out, HEAD_DIM, i, q_len, solution * inverse_power(k_unit), HEAD_DIM)
-        store_rows(rows_of(iterations_out, head, q_len, 1), i, q_len, taken)
+        store_tile(out, HEAD_DIM, i, at.q_len, solution * inverse_power(k_unit), HEAD_DIM)
+        store_rows(rows_of(iterations_out, at, 1), i, at.q_len, taken)
         residual = tl.where(r2 == 0, 0.0, tl.sqrt(r2 / b2))
-        store_rows(rows_of(residual_out, head, q_len, 1), i, q_len, residual)
-        store_rows(rows_of(converged_out, head, q_len, 1), i, q_len, r2 <= threshold)
+        store_rows(rows_of(residual_out, at, 1), i, at.q_len, residual)
+        store_rows(rows_of(converged_out, at, 1), i, at.q_len, r2 <= threshold)

@@ -43,6 +43,11 @@ class Runs(NamedTuple):
     start: Tensor  # (Sq,), or (B, 1, Sq) where sequences have lengths of their own
     stop: Tensor  # the same
 
+    def first_of(self, k: Tensor) -> Tensor:
+        """The first of the keys k, (B, H, Sk, D), that a query sees: (B, H, 1, D)."""
+        first = self.start[..., :1, None].expand(*k.shape[:2], 1, k.shape[-1])
+        return k.gather(2, first)
+
 
 @dataclass(frozen=True)
 class Mask:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -209,17 +209,25 @@ def budget(name: str, dtype: torch.dtype, iterative: bool, truncates: bool = Fal
     """
     exact = reference_of(name, dtype)
     spreads = _spreads(name)
-    sizes = {"operand": OPERAND[dtype], "sum": _SUM[dtype], "residual": resolution(dtype) if iterative else 0.0}
-    allowed = []
-    for i, result in enumerate([exact.o, *exact.gradients.values()]):
-        error = sum((size * spreads[kind][i]).square() for kind, size in sizes.items()).sqrt()
-        size = row_norm(result)
-        error = error + _SUM[dtype] * size.square().mean().sqrt()  # for rows whose own size vanishes
-        error = error + 4 * _SUM[dtype] ** 2  # for results that are exactly zero: a rounding of a rounding
-        error = error + spreads["oracle"][i]
-        result_rounding = _RESULT[dtype] * (2 if truncates and dtype == torch.bfloat16 else 1)
-        allowed.append(ALLOWANCE * error + result_rounding * size)
+    allowed = [
+        allowance(result, {kind: of[i] for kind, of in spreads.items()}, dtype, iterative, truncates)
+        for i, result in enumerate([exact.o, *exact.gradients.values()])
+    ]
     return Budget(exact, allowed[0], dict(zip(exact.gradients, allowed[1:], strict=True)))
+
+
+def allowance(
+    result: Tensor, spread: Mapping[str, Tensor], dtype: torch.dtype, iterative: bool, truncates: bool = False
+) -> Tensor:
+    """The error allowed to each row of ``result``, exact, from its ``spread`` under each kind of disturbance."""
+    sizes = {"operand": OPERAND[dtype], "sum": _SUM[dtype], "residual": resolution(dtype) if iterative else 0.0}
+    error = sum((size * spread[kind]).square() for kind, size in sizes.items()).sqrt()
+    size = row_norm(result)
+    error = error + _SUM[dtype] * size.square().mean().sqrt()  # for rows whose own size vanishes
+    error = error + 4 * _SUM[dtype] ** 2  # for results that are exactly zero: a rounding of a rounding
+    error = error + spread["oracle"]
+    result_rounding = _RESULT[dtype] * (2 if truncates and dtype == torch.bfloat16 else 1)
+    return ALLOWANCE * error + result_rounding * size
 
 
 @functools.cache
@@ -231,19 +239,23 @@ def reference_of(name: str, dtype: torch.dtype) -> Reference:
 
 @functools.cache
 def _spreads(name: str) -> dict[str, list[Tensor]]:
-    """Row by row, the error a unit of each kind of disturbance makes in the output and in each gradient; and how far
-    this evaluation and the oracle, both in float64, are apart at most."""
     case, exact = BY_NAME[name], reference_of(name, torch.float64)
     leaves = case.make(torch.float64)
-    base = disturbed(case, leaves, EXACT)
+    run = lambda rounding, seed: disturbed(case, leaves, rounding, seed)
+    return spreads_of(run, [exact.o, *exact.gradients.values()])
+
+
+def spreads_of(run: Callable[[Rounding, int], list[Tensor]], exact: list[Tensor]) -> dict[str, list[Tensor]]:
+    """Row by row, the error a unit of each kind of disturbance makes in each result of ``run``; and how far its
+    undisturbed results and the ``exact`` ones, both in float64, are apart at most."""
+    base = run(EXACT, 0)
     found = {}
     for kind in ("operand", "sum", "residual"):
         rounding = Rounding(**{kind: _DISTURBANCE})
-        draws = [disturbed(case, leaves, rounding, seed) for seed in range(_DRAWS)]
+        draws = [run(rounding, seed) for seed in range(_DRAWS)]
         squares = [sum(row_norm(draw[i] - base[i]).square() for draw in draws) for i in range(len(base))]
         found[kind] = [_smooth((s / _DRAWS).sqrt()) / _DISTURBANCE for s in squares]
-    apart = zip(base, [exact.o, *exact.gradients.values()], strict=True)
-    found["oracle"] = [row_norm(mine - its).amax() for mine, its in apart]
+    found["oracle"] = [row_norm(mine - its).amax() for mine, its in zip(base, exact, strict=True)]
     return found
 
 

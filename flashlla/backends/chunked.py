@@ -74,13 +74,14 @@ def by_head(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype).flatten(0, 1)
 
 
-def shifted(k: Tensor) -> tuple[Tensor, Tensor]:
-    """``k`` of (B H, S, D) about its first key, and that key.
+def shifted(k: Tensor, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """``k`` of (B Hkv, Sk, D) about the first key that a query sees, and that key.
 
     Moving all keys adds the same to all logits of a query, which its weights do not see; the regression does not
     change when the query moves along. So the digits go to what differs between keys, wherever the caller's keys are.
     """
-    origin = k[:, :1].clone()
+    by_sequence = k.unflatten(0, (problem.batch, problem.kv_heads))
+    origin = problem.runs(inputs).first_of(by_sequence).flatten(0, 1)  # (B Hkv, 1, D)
     return k - origin, origin
 
 
@@ -120,7 +121,7 @@ class Chunked(Backend):
         dtype, grouped = accumulator(problem.dtype), _Grouped(problem)
         q, ridge_lambda = (grouped.split(t.to(dtype)) for t in (inputs.q, inputs.ridge_lambda))
         k, v = by_head(inputs.k, dtype), by_head(inputs.v, dtype)
-        k, origin = shifted(k)
+        k, origin = shifted(k, problem, inputs)
         z, k_mean = torch.empty_like(q), torch.empty_like(q)
         o = q.new_empty((*q.shape[:-1], problem.v_dim))
         lse, omega, guard, residual = (torch.empty_like(q[..., 0]) for _ in range(4))
@@ -166,7 +167,7 @@ class Chunked(Backend):
         q, ridge_lambda, do_all = (grouped.split(t.to(dtype)) for t in (inputs.q, inputs.ridge_lambda, grad_o))
         k, v = by_head(inputs.k, dtype), by_head(inputs.v, dtype)
         guard, probe = grouped.split(residuals.guard), grouped.split(residuals.probe)
-        k, _ = shifted(k)
+        k, _ = shifted(k, problem, inputs)
         dq, dridge = torch.empty_like(q), torch.empty_like(guard)
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         early: list[Tensor] = []  # residuals of the queries whose adjoint probe did not converge

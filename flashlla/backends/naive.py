@@ -40,13 +40,13 @@ class Statistics(NamedTuple):
     systems: Systems
 
 
-def about_first_key(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``q`` and ``k`` moved together so that the first key is the origin, and that key.
+def about_first_key(q: Tensor, k: Tensor, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """``q`` and ``k`` moved together so that the first key that a query sees is the origin, and that key.
 
     Moving all keys adds the same to all logits of a query, which its weights do not see; the regression does not
     change when the query moves along. So float32 keeps its digits wherever the caller's keys are.
     """
-    origin = k[:, :, :1]  # (B, H, 1, D)
+    origin = problem.runs(inputs).first_of(k)  # (B, H, 1, D)
     return q - origin, k - origin, origin
 
 
@@ -94,7 +94,7 @@ class Naive(Backend):
         dtype, (split, join) = accumulator(problem.dtype), _by_key_head(problem)
         k, v = inputs.k.to(dtype), inputs.v.to(dtype)
         q, ridge_lambda = split(inputs.q.to(dtype)), split(inputs.ridge_lambda.to(dtype))
-        moved_q, k, origin = about_first_key(q, k)
+        moved_q, k, origin = about_first_key(q, k, problem, inputs)
         p, m, omega, k_mean, systems = statistics(q, k, ridge_lambda, problem, inputs)
         d = (k_mean - moved_q) * (omega > 0).unsqueeze(-1)
         z = solve(systems, d)  # (2.1)
@@ -116,7 +116,7 @@ class Naive(Backend):
         dtype, (split, join) = accumulator(problem.dtype), _by_key_head(problem)
         k, v = inputs.k.to(dtype), inputs.v.to(dtype)
         q, ridge_lambda = split(inputs.q.to(dtype)), split(inputs.ridge_lambda.to(dtype))
-        _, k, _ = about_first_key(q, k)
+        _, k, _ = about_first_key(q, k, problem, inputs)
         do = split(grad_o.to(dtype) * residuals.guard.nan_to_num().unsqueeze(-1))
         z = split(residuals.probe.nan_to_num())
         p, _, _, k_mean, systems = statistics(q, k, ridge_lambda, problem, inputs)

@@ -155,8 +155,8 @@ class set_backend:
     Works as ``torch.set_grad_enabled`` does: the call takes effect at once, and a ``with`` block restores what was
     before. It holds for the current thread and asyncio task, and not for threads started from there; the environment
     variable FLASHLLA_BACKEND holds for the process. A call that the preferred backend cannot run falls back to the
-    next that can, with one warning a reason; ``lla_attention(..., backend=...)`` demands instead, and raises. Backward
-    passes run on the backend their forward pass ran on.
+    next that can, with one warning a reason; ``backend=`` in a call demands instead, and raises. Backward passes run
+    on the backend their forward pass ran on.
 
     Args:
         name: a backend's name, or "auto" (triton, then chunked, then naive: the first that can).

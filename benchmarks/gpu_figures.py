@@ -1,6 +1,6 @@
 """The figures of the Triton backend on one GPU: speed against torch's SDPA, accuracy, memory. Prints and records them.
 
-    python -m benchmarks.gpu_figures [--json benchmarks/results/NAME.json] [--only speed accuracy offset single memory]
+    python -m benchmarks.gpu_figures [--json benchmarks/results/NAME.json] [--only speed surface accuracy ...]
 
 Accuracy is the relative error, in the Frobenius norm, to float64 on the same rounded inputs.
 """
@@ -9,6 +9,7 @@ Accuracy is the relative error, in the Frobenius norm, to float64 on the same ro
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.record import circumstances
-from flashlla import CG, lla_attention
+from flashlla import CG, lla_attention, lla_attention_varlen
 
 EXACT = CG(atol=0.0, rtol=1e-24, max_iters=2000)
 SPEED = [(4, 16, 4096, 64, "iid"), (4, 8, 4096, 128, "iid"), (4, 16, 4096, 64, "correlated"), (4, 16, 1024, 64, "iid")]
@@ -202,8 +203,62 @@ def memory() -> list[dict[str, Any]]:
     return lines
 
 
+def surface() -> list[dict[str, Any]]:
+    """Masks and shared heads beside plain causal attention of the same heads and head dim: time a visible pair."""
+    lines = []
+    for dim in (64, 128):
+        batch, heads, length = 2, 32, 4096
+        q, k, v, grad = make((batch, heads, length, dim))
+        causal = batch * heads * length * (length + 1) / 2
+        lengths = [3000, 1800, 4096, 1000, 2600, 3888]  # 16384 tokens
+        edges = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+        row = lambda t: t.transpose(1, 2).reshape(1, -1, heads // 2, dim).transpose(1, 2)  # packed: (1, 16, 16384, D)
+        window = 512
+        calls = {
+            "causal": (lambda *x: lla_attention(*x, ridge_lambda=1.0), (q, k, v), causal),
+            "8 key heads": (lambda *x: lla_attention(*x, ridge_lambda=1.0), (q, k[:, ::4], v[:, ::4]), causal),
+            f"window {window}": (
+                lambda *x: lla_attention(*x, ridge_lambda=1.0, window=window),
+                (q, k, v),
+                batch * heads * (length * window - window * (window - 1) / 2),
+            ),
+            "packed": (
+                lambda *x: lla_attention_varlen(*x, ridge_lambda=1.0, cu_seqlens=edges, max_seqlen=4096),
+                tuple(map(row, (q, k, v))),
+                heads // 2 * sum(n * (n + 1) / 2 for n in lengths),
+            ),
+        }
+        base: dict[str, float] = {}
+        for name, (call, tensors, pairs) in calls.items():
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            g = row(grad) if name == "packed" else grad
+            o = call(*leaves)
+            times = {
+                "forward": milliseconds(lambda: call(*tensors)),
+                "backward": milliseconds(lambda: torch.autograd.grad(o, leaves, g, retain_graph=True)),
+            }
+            base = base or {n: t / pairs for n, t in times.items()}
+            line: dict[str, Any] = {"dim": dim, "what": name}
+            line |= {f"{n}_ms": t for n, t in times.items()}
+            line |= {f"{n}_a_pair": t / pairs / base[n] for n, t in times.items()}
+            lines.append(line)
+            print(
+                f"surface D={dim:<4}{name:<12} forward {times['forward']:.3f} ms {line['forward_a_pair']:.2f} a pair"
+                f"  backward {times['backward']:.3f} ms {line['backward_a_pair']:.2f} a pair",
+                flush=True,
+            )
+    return lines
+
+
 def main() -> None:
-    kinds = {"speed": speed, "accuracy": accuracy, "offset": offset, "single": single, "memory": memory}
+    kinds = {
+        "speed": speed,
+        "surface": surface,
+        "accuracy": accuracy,
+        "offset": offset,
+        "single": single,
+        "memory": memory,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to record")
     parser.add_argument("--only", nargs="+", choices=kinds, default=list(kinds))

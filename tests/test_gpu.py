@@ -7,6 +7,7 @@ FLASHLLA_RECORD=FILE adds the errors of the matrix to FILE, one JSON line a case
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 
@@ -152,6 +153,85 @@ def test_no_synchronisation() -> None:
         torch.autograd.grad(lla_attention(*leaves), leaves, grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def packed(lengths: list[int], heads: int = 4, shared: int = 2, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+    """q, k, v and grad_o (T, H, 64), and cu_seqlens."""
+    q, k, v, grad = (t[0].transpose(0, 1) for t in make((1, heads, sum(lengths), 64), seed=seed))
+    edges = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+    return [q, k[:, :shared], v[:, :shared], grad], edges
+
+
+def test_cuda_graph_of_lengths_that_change() -> None:
+    """Packed sequences, and keys hidden by their number: replayed with other lengths and other numbers."""
+    (q, k, v, grad), edges = packed([300, 1, 83, 0])
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    rows = [t.clone().requires_grad_() for t in make((2, 4, 200, 64))[:3]]
+    used = torch.tensor([200, 100], dtype=torch.int32, device="cuda")
+
+    def train() -> tuple[Tensor, ...]:
+        o = flashlla.lla_attention_varlen(*leaves, ridge_lambda=1.0, cu_seqlens=edges, max_seqlen=300)
+        x = lla_attention(*rows, ridge_lambda=1.0, seqlens_k=used, window=70)
+        return (o, x, *torch.autograd.grad((o, x), (*leaves, *rows), (grad, torch.ones_like(x))))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        train()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = train()
+    for at, lengths in enumerate(([100, 200, 0, 84], [0, 0, 384, 0], [96, 96, 96, 96])):
+        fresh, new = packed(lengths, seed=at + 1)
+        with torch.no_grad():
+            for t, x in zip((*leaves, grad), fresh):
+                t.copy_(x)
+        edges.copy_(new.clamp(max=300) if max(lengths) > 300 else new)
+        used.copy_(torch.tensor([0, 150 + at]))
+        graph.replay()
+        for x, y in zip(captured, train()):
+            assert torch.equal(x, y)
+
+
+def test_packed_does_not_synchronise() -> None:
+    (q, k, v, grad), edges = packed([100, 0, 200, 1])
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    run = lambda: torch.autograd.grad(
+        flashlla.lla_attention_varlen(*leaves, cu_seqlens=edges, max_seqlen=200), leaves, grad
+    )
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_is_each_sequence_alone(dtype: torch.dtype) -> None:
+    lengths = [300, 1, 0, 83, 1000]
+    tensors, edges = packed(lengths)
+    leaves = [t.to(dtype).requires_grad_() for t in tensors[:3]]
+    o = flashlla.lla_attention_varlen(*leaves, ridge_lambda=0.3, cu_seqlens=edges, max_seqlen=1000)
+    got = (o, *torch.autograd.grad(o, leaves, tensors[3].to(dtype)))
+    for first, last in itertools.pairwise(edges.tolist()):
+        alone = [t[first:last].to(dtype).transpose(0, 1)[None].requires_grad_() for t in tensors[:3]]
+        x = lla_attention(*alone, ridge_lambda=0.3)
+        grad = tensors[3][first:last].to(dtype).transpose(0, 1)[None]
+        for a, b in zip(got, (x, *torch.autograd.grad(x, alone, grad))):
+            b = b[0].transpose(0, 1)
+            assert (a[first:last] - b).double().norm() <= 1e-6 * b.double().norm()
+
+
+def test_shared_heads_are_bitwise_the_same_from_run_to_run() -> None:
+    q, k, v, grad = make((2, 8, 1000, 64))
+    leaves = [t.requires_grad_() for t in (q, k[:, :2].clone(), v[:, :2].clone())]
+    run = lambda: torch.autograd.grad(lla_attention(*leaves, window=200), leaves, grad)
+    first = run()
+    for _ in range(3):
+        for x, y in zip(first, run()):
+            assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

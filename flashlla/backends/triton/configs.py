@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-
 # What a query hands on to the keys' pass is kept for whole tiles of queries; none has more than this.
 ROWS_PAD = 128
 

@@ -289,8 +289,7 @@ def compiled(table: Path, *options: str) -> list[dict[str, Any]]:
 
 def test_every_kernel_compiles_for_three_architectures(tmp_path: Path) -> None:
     """bf16 at D = 64 and 128, with shared memory, spills and waits inside the limits."""
-    options = "--plain --architectures 80 90 100 --dims 64 128"
-    lines = compiled(tmp_path / "kernels.json", *options.split())
+    lines = compiled(tmp_path / "kernels.json", "--plain", "--architectures", "80", "90", "100", "--dims", "64", "128")
     # Cards without Hopper's shared memory take the tiles of architecture 80, and have as little as 99 KiB.
     assert max(x["shared"] for x in lines if x["architecture"] == 80) <= 99 * 1024
     kernels = {(x["kernel"], x["architecture"], x["dim"]) for x in lines}

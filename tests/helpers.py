@@ -26,9 +26,18 @@ DTYPES = [
 ]
 
 
+DTYPE_ORDER = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def interpreted(backend: Backend) -> bool:
     """Whether its kernels run in Triton's interpreter: right, but a thousand times slower."""
     return os.environ.get("TRITON_INTERPRET") == "1" and "triton" in type(backend).__module__
+
+
+def turn(backend: Backend, at: int) -> torch.dtype | None:
+    """The dtype whose turn it is at case number ``at``; None at every other case, which are those of a sibling."""
+    sibling = [param.id for param in BACKENDS].index(backend.name)
+    return DTYPE_ORDER[at // 2 % len(DTYPE_ORDER)] if (at + sibling) % 2 else None
 
 
 if any(interpreted(backend) and backend.unavailable() is None for backend in all_backends()):

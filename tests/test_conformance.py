@@ -18,7 +18,17 @@ from flashlla.backends.base import Backend
 from flashlla.problem import accumulator, resolution
 from tests.budget import ALLOWANCE, OPERAND, budget
 from tests.cases import CASES, LAYOUTS, Case
-from tests.helpers import BACKENDS, DEVICES, DTYPES, differentiable, interpreted, refusal, skip_if_refused
+from tests.helpers import (
+    BACKENDS,
+    DEVICES,
+    DTYPE_ORDER,
+    DTYPES,
+    differentiable,
+    interpreted,
+    refusal,
+    skip_if_refused,
+    turn,
+)
 
 # Tolerances are raised to what the dtype resolves; the caps are out of reach.
 SOLVERS: dict[str, dict[str, Any]] = {
@@ -27,7 +37,6 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "pcg": {"solver": PCG(atol=0.0, rtol=0.0, max_iters=1000)},
     "direct": {"solver": Direct()},
 }
-DTYPE_ORDER = (torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -41,7 +50,7 @@ pytestmark = [
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_against_oracle(backend: Backend, device: str, solver: str, dtype: torch.dtype, case: Case) -> None:
-    if interpreted(backend) and not (case.small and solver == "default" and dtype == _turn(backend, case)):
+    if interpreted(backend) and not (case.small and solver == "default" and dtype == turn(backend, CASES.index(case))):
         pytest.skip("too many for the interpreter: small cases, one dtype each")
     leaves = differentiable(case.make(dtype, device))
     keywords = {**case.keywords(leaves), **SOLVERS[solver]}
@@ -59,12 +68,6 @@ def test_against_oracle(backend: Backend, device: str, solver: str, dtype: torch
     over = {name: str(excess) for name, excess in worst.items() if not excess.ratio <= 1}
     assert not over, f"error over budget: {over}"
     _check_info(info, backend.name, q, dtype, solver, allowed.reference.omega, case)
-
-
-def _turn(backend: Backend, case: Case) -> torch.dtype | None:
-    """The dtype whose turn it is at this case; None at every other case, which are those of a sibling backend."""
-    at, sibling = CASES.index(case), [param.id for param in BACKENDS].index(backend.name)
-    return DTYPE_ORDER[at // 2 % len(DTYPE_ORDER)] if (at + sibling) % 2 else None
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ class Backend(ABC):
 
     ``flashlla.register_backend`` makes an instance known under its ``name``. A backend that says it supports a
     problem supports both directions, and leaves and takes the same :class:`~flashlla.problem.Residuals` as any other,
-    so that one backend can run the backward pass of another's forward pass. Nothing here is called with empty
-    tensors.
+    so that one backend can run the backward pass of another's forward pass; of a decoding problem, one whose
+    ``mask.at_lengths`` is set, it supports :meth:`decode`. Nothing here is called with empty tensors.
     """
 
     name: ClassVar[str]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from flashlla.backends.base import Backend
 from flashlla.backends.triton import configs
-from flashlla.problem import Forward, Gradients, Inputs, Problem, Residuals
-from flashlla.solvers import CG, PCG, Jacobi, Solver
+from flashlla.problem import Forward, Gradients, Inputs, Problem, Residuals, empty_output
+from flashlla.solvers import CG, PCG, Direct, Jacobi, Solver
 
 
 def interpreted() -> bool:
@@ -73,11 +73,13 @@ class Triton(Backend):
             capability = torch.cuda.get_device_capability(problem.device)
             if reason := configs.too_large(widest, problem.dtype, capability):
                 return reason
-        if problem.mask.at_lengths:
-            return "it does not decode"
         return None
 
     def _solver(self, problem: Problem) -> str | None:
+        if problem.mask.at_lengths:
+            if problem.solver_demanded and type(problem.solver) is not Direct:
+                return f"it decodes with a direct solve, not with {_described(problem.solver)}"
+            return None
         if self.preconditioner(problem) is None:
             return f"it fuses {self._fuses}, not {_described(problem.solver)}"
         return None
@@ -99,6 +101,18 @@ class Triton(Backend):
         from flashlla.backends.triton import launch
 
         return launch.backward(problem, inputs, residuals, grad_o, self.preconditioner(problem) or "none")
+
+    def decode(self, problem: Problem, inputs: Inputs, out: Tensor | None = None) -> Tensor:
+        from flashlla.backends.triton.decode import decode
+
+        if out is None:
+            out = empty_output(inputs.q, inputs.v)
+        assert inputs.seqlens_k is not None
+        k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in inputs[1:3])
+        return decode(
+            inputs.q, k, v, inputs.seqlens_k, inputs.ridge_lambda, problem.scale, problem.delta_eps,
+            problem.mask.window, inputs.block_table, out,
+        )  # fmt: skip
 
 
 class TritonPCG(Triton):

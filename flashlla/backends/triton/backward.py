@@ -79,9 +79,7 @@ def moments_kernel(
 
     g_near (B H, S): where g_mean is about, so that t is no small difference of large sums; None for 0.
     """
-    at = place(
-        n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, window, BLOCK_M, CAUSAL, False
-    )
+    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, BLOCK_M, CAUSAL, False)
     if outside(at, at.q_len, cu_q):
         return
     q_unit, k_unit, _ = units_of(units, at, n_heads, group)
@@ -101,7 +99,7 @@ def moments_kernel(
     acc, weighed, total, whole = sweep_keys(
         moments_body,
         (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), nothing, nothing, nothing),
-        (q, do, g_near, NEAR, shift, factor), (k_base, k_stride_s, v_base, v_stride_s), at,
+        (q, do, g_near, NEAR, shift, factor), (k_base, k_stride_s, v_base, v_stride_s), at, window,
         HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     k_mean = load_tile(rows_of(k_mean_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
@@ -156,9 +154,7 @@ def dq_kernel(
 ):  # fmt: skip
     """dq by (3.3) and dlambda by (3.6); and what dk and dv need of each query, rows_out (5, B Hq, rows_len): whole
     tiles, queries beyond the last with a weight of 0; and top_out (B Hkv,), zeros before, what bounds their weights."""
-    at = place(
-        n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, window, BLOCK_M, CAUSAL, False
-    )
+    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, BLOCK_M, CAUSAL, False)
     if outside(at, at.q_len, cu_q):
         return
     q_unit, k_unit, v_unit = units_of(units, at, n_heads, group)
@@ -199,7 +195,7 @@ def dq_kernel(
         dq_body,
         (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)),
         (q, z, do, y_neg, -z_size, 1 + a_mean, e_mean, push, lse * LOG2E - tl.log2(gain), factor),
-        (k_base, k_stride_s, v_base, v_stride_s), at, HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+        (k_base, k_stride_s, v_base, v_stride_s), at, window, HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     # The sum of dl is zero but for rounding, which k_mean takes out of keys far from the origin.
     k_mean = load_tile(rows_of(k_mean_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
@@ -220,7 +216,7 @@ def dq_kernel(
     top = tl.where(top < float("inf"), top, 0.0)  # a row of NaN must not decide for the others
     # Any NaN of this query must reach the weights of dk_kernel's products.
     shift = lse * LOG2E - tl.log2(do_unit) + 0.0 * (a_mean + e_mean + push + z_size)
-    some = sees_some(row, at, CAUSAL)
+    some = sees_some(row, at, window, CAUSAL)
     shift = tl.where(some, shift, float("inf"))
     base = handed_on(rows_out, at, at.q_head, heads, rows_len, cu_q)
     store_rows(base, i, rows_len, shift)
@@ -274,8 +270,8 @@ def dk_body(
 
 @triton.jit
 def one_head(
-    state, k, v, at, member, gain, units, k_unit, q_ptr, z_ptr, do_ptr, y_neg_ptr, rows_ptr, rows_len, rows_stride,
-    q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_q, scale,
+    state, k, v, at, window, member, gain, units, k_unit, q_ptr, z_ptr, do_ptr, y_neg_ptr, rows_ptr, rows_len,
+    rows_stride, q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_q, scale,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -289,7 +285,7 @@ def one_head(
         handed_on(rows_ptr, at, at.q_head + member, heads, rows_len, cu_q), rows_stride,
     )  # fmt: skip
     return sweep_queries(
-        dk_body, state, (k, v, kappa * LOG2E, kappa, tl.log2(gain)), rows, at,
+        dk_body, state, (k, v, kappa * LOG2E, kappa, tl.log2(gain)), rows, at, window,
         HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -308,9 +304,7 @@ def dk_kernel(
 
     GROUP query heads share the keys; their sums follow one another.
     """
-    at = place(
-        n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, window, BLOCK_N, CAUSAL, True
-    )
+    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, BLOCK_N, CAUSAL, True)
     if outside(at, at.k_len, cu_k):
         return
     _, k_unit, v_unit = units_of(units, at, n_heads, group)
@@ -324,16 +318,16 @@ def dk_kernel(
     state = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     if GROUP == 1:
         dk, dv = one_head(
-            state, k, v, at, 0, gain, units, k_unit, q_ptr, z_ptr, do_ptr, y_neg_ptr, rows_ptr, rows_len, rows_stride,
-            q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_q, scale,
+            state, k, v, at, window, 0, gain, units, k_unit, q_ptr, z_ptr, do_ptr, y_neg_ptr, rows_ptr, rows_len,
+            rows_stride, q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_q, scale,
             HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         dk, dv = state
         for member in tl.range(0, GROUP):
             dk, dv = one_head(
-                (dk, dv), k, v, at, member, gain, units, k_unit, q_ptr, z_ptr, do_ptr, y_neg_ptr, rows_ptr, rows_len,
-                rows_stride, q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_q, scale,
+                (dk, dv), k, v, at, window, member, gain, units, k_unit, q_ptr, z_ptr, do_ptr, y_neg_ptr, rows_ptr,
+                rows_len, rows_stride, q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_q, scale,
                 HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     unit = inverse_power(gain)

@@ -85,9 +85,7 @@ def statistics_kernel(
 
     FLIP: the scale is negative, and the smallest product has the largest logit.
     """
-    at = place(
-        n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, window, BLOCK_M, CAUSAL, False
-    )
+    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, BLOCK_M, CAUSAL, False)
     if outside(at, at.q_len, cu_q):
         return
     q_unit, k_unit, _ = units_of(units, at, n_heads, group)
@@ -104,12 +102,12 @@ def statistics_kernel(
     nothing, nowhere = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m, total, acc, c_total, c_acc = sweep_keys(
         statistics_body, (nothing - float("inf"), nothing, nowhere, nothing, nowhere),
-        (q, factor, inverse, u_origin, FLIP), (k_base, k_stride_s), at,
+        (q, factor, inverse, u_origin, FLIP), (k_base, k_stride_s), at, window,
         HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     store_rows(rows_of(lse_out, at, 1), i, at.q_len, (m + (tl.log2(total) - WEIGHT_BITS)) * LN2)
     store_rows(rows_of(omega_out, at, 1), i, at.q_len, total * (1 / WEIGHT))
-    some = sees_some(i + tl.arange(0, BLOCK_M), at, CAUSAL)  # (M,)
+    some = sees_some(i + tl.arange(0, BLOCK_M), at, window, CAUSAL)  # (M,)
     whole = tl.where(some, total, 1.0)  # the sums of a query that sees nothing are 0
     k_mean = with_nan(acc / whole[:, None])
     store_tile(rows_of(k_mean_out, at, HEAD_DIM), HEAD_DIM, i, at.q_len, k_mean * k_unit, HEAD_DIM)
@@ -148,9 +146,7 @@ def output_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """o by (2.2) and (2.3), and the guard that delta_eps makes of the probe."""
-    at = place(
-        n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, window, BLOCK_M, CAUSAL, False
-    )
+    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, BLOCK_M, CAUSAL, False)
     if outside(at, at.q_len, cu_q):
         return
     q_unit, k_unit, v_unit = units_of(units, at, n_heads, group)
@@ -175,7 +171,7 @@ def output_kernel(
     factor = scale * LOG2E * q_unit * k_unit
     acc = sweep_keys(
         output_body, tl.zeros([BLOCK_M, BLOCK_V], tl.float32), (q, z, -z_size, rest, shift, factor),
-        (k_base, k_stride_s, v_base, v_stride_s), at, HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+        (k_base, k_stride_s, v_base, v_stride_s), at, window, HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     omega = load_rows(rows_of(omega_ptr, at, 1), i, at.q_len, BLOCK_M, 1.0)
     guard = 1 / (1 + delta_eps * (1 + d_z) / tl.maximum(omega, 1.0))

@@ -126,7 +126,7 @@ def cast_rows_kernel(
 ):  # fmt: skip
     """Row by row y = guard grad_o / y_unit, so that no row of y is longer than 1 and none but zeros is short; and
     probe = z_size z, z of unit length."""
-    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_q, None, None, BLOCK_M, False, False)
+    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_q, None, BLOCK_M, False, False)
     if outside(at, at.q_len, cu_q):
         return
     i, length = at.start, at.q_len

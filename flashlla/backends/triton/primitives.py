@@ -47,7 +47,6 @@ class Place(NamedTuple):
     k_len: Any
     k_stop: Any  # keys that there are: k_len, or fewer by seqlens_k
     shift: Any  # query i is at the place of key i + shift
-    window: Any  # None, or how many of the latest keys a query sees
 
 
 @triton.jit
@@ -68,7 +67,7 @@ def run_of(cu_seqlens, sequence, total, longest):
 
 @triton.jit
 def place(
-    n_heads, heads, group, q_total, k_total, longest_q, longest_k, cu_q, cu_k, seqlens_k, window,
+    n_heads, heads, group, q_total, k_total, longest_q, longest_k, cu_q, cu_k, seqlens_k,
     BLOCK: tl.constexpr, CAUSAL: tl.constexpr, OVER_KEYS: tl.constexpr,
 ):  # fmt: skip
     """The tile of this program, of BLOCK queries or (OVER_KEYS) keys. Neighbours share a tile's place: the longest
@@ -95,7 +94,7 @@ def place(
         tile = tl.cdiv(q_len, BLOCK) - 1 - tile
     return Place(
         tile * BLOCK, sequence, head, shared, q_head, k_head, q_first, k_first, q_row, q_len, k_len, k_stop,
-        k_len - q_len, window,
+        k_len - q_len,
     )  # fmt: skip
 
 
@@ -256,34 +255,34 @@ def inverse_or_zero(x):
 
 
 @triton.jit
-def visible(row, key, at, CAUSAL: tl.constexpr):
-    """Whether queries ``row`` see ``key``s; shapes broadcast."""
+def visible(row, key, at, window, CAUSAL: tl.constexpr):
+    """Whether queries ``row`` see ``key``s; shapes broadcast. ``window``: the latest keys that one sees, or None."""
     if CAUSAL:
         seen = (key < at.k_stop) & (key <= row + at.shift)
-        if at.window is not None:
-            seen = seen & (key > row + (at.shift - at.window))
+        if window is not None:
+            seen = seen & (key > row + (at.shift - window))
         return seen
     else:
         return (key < at.k_stop) & (row == row)
 
 
 @triton.jit
-def keys_seen(row, at, CAUSAL: tl.constexpr):
+def keys_seen(row, at, window, CAUSAL: tl.constexpr):
     """How many keys queries ``row`` see; 0 or less: none."""
     if CAUSAL:
         stop = tl.minimum(row + 1 + at.shift, at.k_stop)
-        if at.window is None:
+        if window is None:
             return stop
         else:
-            return stop - tl.maximum(row + 1 + at.shift - at.window, 0)
+            return stop - tl.maximum(row + 1 + at.shift - window, 0)
     else:
         return row * 0 + at.k_stop
 
 
 @triton.jit
-def sees_some(row, at, CAUSAL: tl.constexpr):
+def sees_some(row, at, window, CAUSAL: tl.constexpr):
     """Whether queries ``row`` are there and see any key."""
-    return (row < at.q_len) & (keys_seen(row, at, CAUSAL) > 0)
+    return (row < at.q_len) & (keys_seen(row, at, window, CAUSAL) > 0)
 
 
 @triton.jit
@@ -293,26 +292,26 @@ def own_key(start, at, M: tl.constexpr):
 
 
 @triton.jit
-def key_range(at, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def key_range(at, window, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Of the keys in tiles of N: where those begin and end that any of the M queries from ``at.start`` on sees, and,
     within, those that each of them sees: (first, whole, whole_stop, stop)."""
     if CAUSAL:
         own = at.start + at.shift
         stop = between(own + M, 0, at.k_stop)
         whole_stop = between(own + 1, 0, at.k_stop) // N * N
-        if at.window is None:
+        if window is None:
             return 0, 0, whole_stop, stop
         else:
-            first = between(own + 1 - at.window, 0, stop) // N * N
+            first = between(own + 1 - window, 0, stop) // N * N
             whole_stop = tl.maximum(whole_stop, first)
-            whole = between(tl.cdiv(tl.maximum(own + M - at.window, 0), N) * N, first, whole_stop)
+            whole = between(tl.cdiv(tl.maximum(own + M - window, 0), N) * N, first, whole_stop)
             return first, whole, whole_stop, stop
     else:
         return 0, 0, at.k_stop // N * N, at.k_stop
 
 
 @triton.jit
-def query_range(at, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def query_range(at, window, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Of the queries in tiles of M: where those begin and end that see any of the N keys from ``at.start`` on, and,
     within, those that see all of them: (first, whole, whole_stop, stop). A tile that the end of the queries cuts needs
     no mask: missing queries have weight 0 from their shift."""
@@ -322,11 +321,11 @@ def query_range(at, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
         first = between(own, 0, end) // M * M
         last_key = tl.minimum(at.start + N, at.k_stop) - 1
         whole = between(tl.cdiv(tl.maximum(last_key - at.shift, 0), M) * M, first, tl.cdiv(end, M) * M)
-        if at.window is None:
+        if window is None:
             return first, whole, end, end
         else:
-            stop = between(last_key - at.shift + at.window, 0, end)
-            whole_stop = tl.maximum(tl.maximum(own + at.window, 0) // M * M, whole)
+            stop = between(last_key - at.shift + window, 0, end)
+            whole_stop = tl.maximum(tl.maximum(own + window, 0) // M * M, whole)
             return first, whole, tl.minimum(whole_stop, tl.maximum(stop, whole)), stop
     else:
         return 0, 0, end, end
@@ -341,7 +340,7 @@ def cut_tile(step, first, whole, whole_stop):
 
 @triton.jit
 def sweep_keys(
-    body: tl.constexpr, state, rows, keys, at,
+    body: tl.constexpr, state, rows, keys, at, window,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
@@ -352,11 +351,11 @@ def sweep_keys(
     there, the assembler would copy accumulators beside them, and wait for every single instruction instead. ``rows`` is
     what ``body`` needs of the queries; ``keys`` the keys' (and values') places and strides.
     """
-    first, whole, whole_stop, stop = key_range(at, CAUSAL, M, N)
+    first, whole, whole_stop, stop = key_range(at, window, CAUSAL, M, N)
     for step in tl.range(0, whole - first + stop - whole_stop, N):
         j = cut_tile(step, first, whole, whole_stop)
         i_column, j_row = (at.start + tl.arange(0, M))[:, None], (j + tl.arange(0, N))[None, :]
-        seen = visible(i_column, j_row, at, CAUSAL)
+        seen = visible(i_column, j_row, at, window, CAUSAL)
         state = body(state, rows, keys, j, at.k_stop, seen, HEAD_DIM, V_DIM, PRECISION, N, True)
     if whole < whole_stop:
         seen = tl.full([M, N], True, tl.int1)
@@ -367,17 +366,17 @@ def sweep_keys(
 
 @triton.jit
 def sweep_queries(
-    body: tl.constexpr, state, keys, rows, at,
+    body: tl.constexpr, state, keys, rows, at, window,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
     """``state`` after ``body`` on each tile of queries that see one of the N keys from ``at.start`` on."""
-    first, whole, whole_stop, stop = query_range(at, CAUSAL, M, N)
+    first, whole, whole_stop, stop = query_range(at, window, CAUSAL, M, N)
     seen = tl.full([N, M], True, tl.int1)
     for step in tl.range(0, whole - first + stop - whole_stop, M):
         i = cut_tile(step, first, whole, whole_stop)
         i_row, j_column = (i + tl.arange(0, M))[None, :], (at.start + tl.arange(0, N))[:, None]
-        seen = visible(i_row, j_column, at, CAUSAL)
+        seen = visible(i_row, j_column, at, window, CAUSAL)
         state = body(state, keys, rows, i, at.q_len, seen, HEAD_DIM, V_DIM, PRECISION, M, True)
     for i in tl.range(whole, whole_stop, M):
         state = body(state, keys, rows, i, at.q_len, seen, HEAD_DIM, V_DIM, PRECISION, M, False)

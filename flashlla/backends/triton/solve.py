@@ -72,7 +72,7 @@ def diagonal_body(
 
 @triton.jit
 def prepare_jacobi(
-    q, k_mean, ridge, shift, factor, k_base, k_stride, at,
+    q, k_mean, ridge, shift, factor, k_base, k_stride, at, window,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
@@ -87,11 +87,11 @@ def prepare_jacobi(
     origin = tl.where((origin - origin) == 0, origin, 0.0)
     squares = sweep_keys(
         diagonal_body, tl.zeros([M, q.shape[1]], tl.float32), (q, origin, shift, factor), (k_base, k_stride),
-        at, HEAD_DIM, V_DIM, CAUSAL, PRECISION, M, N,
+        at, window, HEAD_DIM, V_DIM, CAUSAL, PRECISION, M, N,
     )  # fmt: skip
     mean = k_mean - origin[None, :]
     inverse = 1 / (tl.maximum(squares * (1 / WEIGHT) - mean * mean, 0.0) + ridge[:, None])
-    return tl.where((keys_seen(at.start + tl.arange(0, M), at, CAUSAL) > HEAD_DIM)[:, None], inverse, 1.0)
+    return tl.where((keys_seen(at.start + tl.arange(0, M), at, window, CAUSAL) > HEAD_DIM)[:, None], inverse, 1.0)
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, "max_iters"])
@@ -112,9 +112,7 @@ def solve_kernel(
     next step is as small beside the solution too, (4.4); the tile when all its rows have. A row that is NaN has left
     off.
     """
-    at = place(
-        n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, window, BLOCK_M, CAUSAL, False
-    )
+    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, BLOCK_M, CAUSAL, False)
     if outside(at, at.q_len, cu_q):
         return
     q_unit, k_unit, _ = units_of(units, at, n_heads, group)
@@ -136,18 +134,18 @@ def solve_kernel(
     else:
         r = k_mean - query_in(q, q_unit, k_unit, origin_ptr, at, HEAD_DIM)
         atol = atol * inverse_power(k_unit) * inverse_power(k_unit)
-    r = tl.where(sees_some(row, at, CAUSAL)[:, None], r, 0.0)
+    r = tl.where(sees_some(row, at, window, CAUSAL)[:, None], r, 0.0)
     r += (0.0 * given)[:, None]  # a ridge that is not finite makes NaN
     if PRECONDITIONER == "jacobi":
         inverse = prepare_jacobi(
-            q, k_mean, ridge, shift, factor, k_base, k_stride_s, at,
+            q, k_mean, ridge, shift, factor, k_base, k_stride_s, at, window,
             HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         inverse = 1.0
     b2 = tl.sum(r * r, 1)  # (M,), as every scalar of the recurrence
     # Few keys leave much of the probe to the ridge alone, which magnifies errors: no coarser there than the dtype.
-    rtol = tl.where(keys_seen(row, at, CAUSAL) > 2 * HEAD_DIM, tl.maximum(rtol, coarse), rtol)  # (M,)
+    rtol = tl.where(keys_seen(row, at, window, CAUSAL) > 2 * HEAD_DIM, tl.maximum(rtol, coarse), rtol)  # (M,)
     threshold = tl.maximum(b2, atol) * rtol
     if ADJOINT:
         solution = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -176,7 +174,7 @@ def solve_kernel(
         acc, total = sweep_keys(
             matvec_body,
             (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)),
-            (q, x, x_mean, shift, factor), (k_base, k_stride_s), at,
+            (q, x, x_mean, shift, factor), (k_base, k_stride_s), at, window,
             HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         x_wide = x.to(tl.float32)

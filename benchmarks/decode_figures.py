@@ -1,0 +1,230 @@
+"""The figures of the decode kernels on one GPU: accuracy, speed against torch's SDPA and against a copy. Prints them.
+
+    python -m benchmarks.decode_figures [--json benchmarks/results/NAME.json] [--only speed variants]
+
+Times are microseconds of a call, medians over replays of a CUDA graph that holds many calls, each on a cache of its own
+where one cache would stay in the second-level cache. Errors are relative, in the Frobenius norm, to float64 on the same
+rounded inputs. "ideal" is the time that reading the cache once takes at the bandwidth of a large copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.record import circumstances
+from flashlla.backends.triton import decode as kernels
+
+HEADS = 8
+RIDGE = 0.1
+CASES = [(batch, length, 128) for batch in (1, 32) for length in (512, 4096, 16384)] + [(1, 4096, 64), (32, 4096, 64)]
+# Of the moments kernel: tile, warps, stages, pieces (None: what decode chooses).
+MOMENTS = [
+    (64, 8, 2, None), (64, 8, 3, None), (64, 8, 4, None), (32, 8, 3, None), (32, 8, 4, None), (128, 8, 2, None),
+    (64, 16, 3, None),
+]  # fmt: skip
+PIECES = {1: (4, 8, 12, 16, 24, 32), 32: (1, 2, 4)}
+# Of the solve kernel: warps, rows, products.
+SOLVES = [
+    (4, 32, "tf32x3"),
+    (8, 32, "tf32x3"),
+    (2, 32, "tf32x3"),
+    (4, 16, "tf32x3"),
+    (4, 64, "tf32x3"),
+    (4, 32, "ieee"),
+]
+L2_BYTES = 256 * 2**20
+MOST_CALLS = 48
+
+
+class Case:
+    """Queries and as many caches as it takes to find none of them in the second-level cache."""
+
+    def __init__(self, batch: int, length: int, dim: int) -> None:
+        self.batch, self.length, self.dim = batch, length, dim
+        torch.manual_seed(0)
+        normal = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        self.bytes = 2 * batch * HEADS * length * dim * 2
+        self.q = normal(batch, HEADS, 1, dim)
+        count = max(1, min(MOST_CALLS, -(-L2_BYTES // self.bytes)))
+        self.caches = [(normal(batch, HEADS, length, dim), normal(batch, HEADS, length, dim)) for _ in range(count)]
+        self.lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+        self.ridge = torch.full((1, 1, 1), RIDGE, device="cuda").expand(batch, HEADS, 1)
+        self.out = torch.empty_like(self.q)
+
+    @property
+    def label(self) -> str:
+        return f"B {self.batch:<2} L {self.length:<5} D {self.dim:<3}"
+
+    def ours(self, cache: tuple[Tensor, Tensor], tuned: kernels.Tuning | None = None) -> Tensor:
+        scale = self.dim**-0.5
+        return kernels.decode(
+            self.q, *cache, self.lengths, self.ridge, scale, 1e-12, None, None, self.out, tuned
+        )  # fmt: skip
+
+    def error(self) -> float:
+        """Of up to two sequences."""
+        few = min(2, self.batch)
+        got = self.ours(self.caches[0])[:few].double()
+        want = exact(self.q[:few], *(t[:few] for t in self.caches[0]))
+        return ((got - want).norm() / want.norm()).item()
+
+    def each(self, call: Callable[[tuple[Tensor, Tensor]], Any]) -> float:
+        """Microseconds of ``call``, given one cache after the other."""
+        return microseconds([lambda cache=cache: call(cache) for cache in self.caches])
+
+    def launches(self, tuned: kernels.Tuning | None = None) -> dict[str, list[Callable[[], None]]]:
+        """The launches of each kernel, one for each cache."""
+        found: dict[str, list[Callable[[], None]]] = {}
+        run = kernels.run
+
+        def record(kernel: Any, *arguments: Any, **settings: Any) -> None:
+            name = kernel.__name__.removeprefix("decode_").removesuffix("_kernel")
+            found.setdefault(name, []).append(lambda: run(kernel, *arguments, **settings))
+            run(kernel, *arguments, **settings)
+
+        with mock.patch.object(kernels, "run", record):
+            for cache in self.caches:
+                self.ours(cache, tuned)
+        return found
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q.double(), k.double(), v.double()
+    p = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # (B, H, 1, L)
+    k_mean, v_mean = p @ k, p @ v
+    centred = k - k_mean
+    a = (centred * p.mT).mT @ centred
+    a.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
+    z = torch.linalg.solve(a, (k_mean - q).mT)  # (B, H, D, 1)
+    return v_mean - (p * (centred @ z).mT) @ v
+
+
+def microseconds(calls: list[Callable[[], Any]], replays: int = 25) -> float:
+    """Of one call, as the median over replays of a graph of all of them."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    rounds = max(1, 8 // len(calls))  # so that a graph is longer than what starting it takes
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3)
+        if sum(times) > 4e5:
+            break
+    return statistics.median(times) / (rounds * len(calls))
+
+
+def bandwidth() -> float:
+    """Bytes a second, read and written, of a copy of 1 GiB."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (microseconds([lambda: target.copy_(source)]) * 1e-6)
+
+
+def sdpa(case: Case) -> tuple[float, str]:
+    """The fastest of torch's backends."""
+    times = {}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        with contextlib.suppress(RuntimeError), sdpa_kernel(backend):
+            call = lambda cache: torch.nn.functional.scaled_dot_product_attention(case.q, *cache)
+            times[backend.name.removesuffix("_ATTENTION").lower()] = case.each(call)
+    fastest = min(times, key=times.__getitem__)
+    return times[fastest], fastest
+
+
+def speed(rate: float) -> list[dict[str, Any]]:
+    lines = []
+    for shape in CASES:
+        case = Case(*shape)
+        error = case.error()
+        ours, (torchs, backend) = case.each(case.ours), sdpa(case)
+        parts = {name: microseconds(calls) for name, calls in case.launches().items()}
+        ideal = case.bytes / rate * 1e6
+        line = {
+            "batch": case.batch, "length": case.length, "dim": case.dim, "heads": HEADS, "caches": len(case.caches),
+            "us": ours, "kernels_us": parts, "sdpa_us": torchs, "sdpa_backend": backend, "ideal_us": ideal,
+            "error": error,
+        }  # fmt: skip
+        lines.append(line)
+        print(
+            f"{case.label}  {ours:8.1f} us  ideal {ideal:7.1f} ({ours / ideal:5.2f}x)  sdpa {torchs:7.1f} {backend:<9}"
+            f" ({ours / torchs:4.2f}x)  error {error:.1e}  " + " ".join(f"{n} {t:.1f}" for n, t in parts.items()),
+            flush=True,
+        )
+        del case
+    return lines
+
+
+def variants(rate: float) -> list[dict[str, Any]]:
+    """One kernel timed under each of a few settings, the others as they are."""
+    lines = []
+
+    def show(case: Case, kernel: str, tuned: kernels.Tuning) -> None:
+        line: dict[str, Any] = {"batch": case.batch, "length": case.length, "dim": case.dim, "kernel": kernel}
+        line |= tuned._asdict()
+        try:
+            if kernel == "all":
+                line["us"] = case.each(lambda cache: case.ours(cache, tuned))
+                parts = {name: microseconds(calls) for name, calls in case.launches(tuned).items()}
+                line["kernels_us"] = parts
+            else:
+                line["us"] = microseconds(case.launches(tuned)[kernel])
+            outcome = f"{line['us']:8.1f} us " + " ".join(f"{n} {t:.1f}" for n, t in line.get("kernels_us", {}).items())
+        except Exception as error:  # what does not compile or fit is no choice
+            line["failed"] = outcome = f"{type(error).__name__}: {str(error)[:80]}"
+        lines.append(line)
+        settings = " ".join(f"{n} {x}" for n, x in tuned._asdict().items())
+        print(f"{case.label}  {kernel:<8} {outcome}  [{settings}]", flush=True)
+
+    for batch, length, dim in ((32, 4096, 128), (1, 4096, 128)):
+        case = Case(batch, length, dim)
+        usual = kernels.tuning(dim, dim, True, True)
+        for tile, warps, stages, pieces in MOMENTS:
+            show(case, "moments", usual._replace(tile=tile, warps=warps, stages=stages, pieces=pieces))
+        for pieces in PIECES[batch]:
+            show(case, "all", usual._replace(pieces=pieces))
+        for warps, rows, products in SOLVES:
+            show(case, "solve", usual._replace(solve_warps=warps, solve_rows=rows, products=products))
+        del case
+    return lines
+
+
+def main() -> None:
+    kinds = {"speed": speed, "variants": variants}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to record")
+    parser.add_argument("--only", nargs="+", choices=kinds, default=list(kinds))
+    options = parser.parse_args()
+    rate = bandwidth()
+    result: dict[str, Any] = {**circumstances(), "copy_bytes_per_s": rate}
+    print(result)
+    for name in options.only:
+        result[name] = kinds[name](rate)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

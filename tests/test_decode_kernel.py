@@ -1,0 +1,361 @@
+"""The decode kernels against a dense float64 reference: on a GPU where there is one, else in Triton's interpreter.
+
+python -m pytest tests/test_decode_kernel.py            # without a GPU
+python -m pytest -m gpu tests/test_decode_kernel.py     # on one
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.interpreter import hasten
+
+pytest.importorskip("triton")
+hasten()
+
+from flashlla.backends.triton import decode as kernels  # noqa: E402 (after hasten)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.gpu
+    if DEVICE == "cuda"
+    else pytest.mark.skipif(not INTERPRETED, reason="neither a GPU nor the interpreter"),
+]
+# Errors in the Frobenius norm. Rounding the output to bfloat16 is 1.7e-3 of it; the interpreter truncates: 3.3e-3.
+LIMITS = {torch.float32: 1.5e-5, torch.float16: 1.2e-3, torch.bfloat16: 4.5e-3 if INTERPRETED else 3e-3}
+
+
+@dataclass
+class Call:
+    """One call of the kernels, its caches without pages."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
+    ridge: Tensor
+    window: int | None = None
+    delta_eps: float = 1e-12
+    scale: float | None = None
+
+    @property
+    def factor(self) -> float:
+        return self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    def run(
+        self, pieces: int | None = None, page: int = 0, out: Tensor | None = None, spoil: float = float("nan"),
+        tile: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """What the kernels make of it, with ``spoil`` wherever no query looks."""
+        (batch, _, new, _), capacity = self.q.shape, self.k.shape[2]
+        k, v = self.k.clone(), self.v.clone()
+        for b, length in enumerate(self.lengths.tolist()):
+            length = min(max(length, 0), capacity)
+            first = 0 if self.window is None else max(0, length - new + 1 - self.window)
+            for cache in (k, v):
+                cache[b, :, length:] = spoil
+                cache[b, :, :first] = spoil
+        table = None
+        if page:
+            pages = -(-capacity // page)
+            generator = torch.Generator().manual_seed(page)
+            table = torch.randperm(batch * pages, generator=generator).to(DEVICE, torch.int32).view(batch, pages)
+            k, v = (paged(cache, table, page, spoil) for cache in (k, v))
+        if out is None:
+            out = torch.empty(*self.q.shape[:3], self.v.shape[-1], dtype=self.q.dtype, device=DEVICE)
+        d, v_dim = kernels.padded(self.q.shape[-1]), kernels.padded(self.v.shape[-1])
+        full = torch.get_float32_matmul_precision() == "highest"
+        tuned = kernels.tuning(d, v_dim, self.q.dtype != torch.float32, full)._replace(pieces=pieces)
+        tuned = tuned._replace(tile=tile or tuned.tile)
+        ridge = self.ridge.expand(self.q.shape[:3])
+        result = kernels.decode(
+            self.q, k, v, self.lengths, ridge, self.factor, self.delta_eps, self.window, table, out, tuned
+        )
+        assert result is out
+        return out
+
+    def exact(self) -> Tensor:
+        """The definition, in float64."""
+        q, k, v, ridge = (t.double() for t in (self.q, self.k, self.v, self.ridge.expand(self.q.shape[:3])))
+        (_, heads, new, dim), capacity = q.shape, k.shape[2]
+        out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64, device=q.device)
+        for b, length in enumerate(self.lengths.tolist()):
+            for h in range(heads):
+                for n in range(new):
+                    stop = min(max(length, 0), capacity) - new + n + 1
+                    start = 0 if self.window is None else max(0, stop - self.window)
+                    if stop <= start:
+                        continue
+                    head = h // (heads // k.shape[1])
+                    keys, values, query = k[b, head, start:stop], v[b, head, start:stop], q[b, h, n]
+                    logits = self.factor * keys @ query
+                    w = (logits - logits.max()).exp()
+                    p = w / w.sum()
+                    k_mean, v_mean = p @ keys, p @ values
+                    centred = keys - k_mean
+                    a = (centred * p[:, None]).T @ centred + ridge[b, h, n] * torch.eye(dim).to(q)
+                    z = torch.linalg.solve(a, k_mean - query)
+                    guard = 1 / (1 + self.delta_eps * (1 + (k_mean - query) @ z) / w.sum())
+                    out[b, h, n] = (v_mean - (values * p[:, None]).T @ (centred @ z)) * guard
+        return out
+
+
+def paged(cache: Tensor, table: Tensor, page: int, spoil: float) -> Tensor:
+    """A cache of (B, H, L, D) in the pages of ``table``."""
+    batch, heads, _, dim = cache.shape
+    out = cache.new_full((table.numel(), heads, page, dim), spoil)
+    for b in range(batch):
+        for i, place in enumerate(table[b].tolist()):
+            rows = cache[b, :, i * page : (i + 1) * page]
+            out[place, :, : rows.shape[1]] = rows
+    return out
+
+
+def make(
+    batch: int, heads: int, group: int, new: int, capacity: int, dim: int, v_dim: int, dtype: torch.dtype,
+    lengths: list[int] | None = None, ridge: float = 0.1, offset: float = 0.0, **options: object,
+) -> Call:  # fmt: skip
+    generator = torch.Generator().manual_seed(capacity + dim)
+    normal = lambda *shape: torch.randn(shape, generator=generator)
+    point = normal(dim)
+    point *= offset / point.norm()
+    q, k, v = (
+        t.to(dtype).to(DEVICE)
+        for t in (
+            normal(batch, heads * group, new, dim) + point,
+            normal(batch, heads, capacity, dim) + point,
+            normal(batch, heads, capacity, v_dim),
+        )
+    )
+    filled = torch.tensor(lengths or [capacity] * batch, dtype=torch.int32, device=DEVICE)
+    return Call(q, k, v, filled, torch.full((1, 1, 1), ridge, device=DEVICE), **options)  # type: ignore[arg-type]
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+DTYPES = [pytest.param(t, id=str(t).removeprefix("torch.")) for t in LIMITS]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("capacity", "dim", "v_dim", "group", "new", "pieces"),
+    [
+        (1, 3, 16, 1, 1, None),
+        (17, 16, 3, 3, 1, 1),
+        (63, 60, 60, 1, 3, 2),
+        (111, 100, 40, 1, 1, 2),
+        (300, 128, 128, 1, 1, None),
+        (300, 64, 64, 2, 1, 5),
+    ],
+)
+def test_against_the_definition(
+    dtype: torch.dtype, capacity: int, dim: int, v_dim: int, group: int, new: int, pieces: int | None
+) -> None:
+    call = make(1, 1, group, new, capacity, dim, v_dim, dtype)
+    assert error(call.run(pieces), call.exact()) <= LIMITS[dtype] * (2 if capacity < dim else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("dim", "v_dim"), [(256, 16), (16, 256), (130, 256)])
+def test_moments_that_one_program_does_not_hold(dim: int, v_dim: int, dtype: torch.dtype) -> None:
+    call = make(1, 1, 1, 1, 70, dim, v_dim, dtype, ridge=1.0)
+    assert error(call.run(2), call.exact()) <= LIMITS[dtype] * 2
+
+
+def test_many_queries_of_many_heads() -> None:
+    call = make(1, 1, 8, 16, 17, 8, 8, torch.float32)
+    assert error(call.run(), call.exact()) <= LIMITS[torch.float32]
+
+
+@pytest.mark.parametrize("page", [0, 16, 48, 64])
+@pytest.mark.parametrize("window", [None, 1, 20])
+def test_lengths_windows_and_pages(window: int | None, page: int) -> None:
+    """Sequences of every length, NaN in all that no query sees, pages in any order."""
+    call = make(4, 1, 2, 2, 144, 16, 8, torch.float16, lengths=[0, 1, 77, 144], window=window)
+    got, want = call.run(3 if window is None else 1, page, tile=16 if page == 48 else None), call.exact()
+    assert error(got, want) <= LIMITS[torch.float16]
+    assert (got[0] == 0).all()
+    assert (got[1, :, 0] == 0).all()
+    assert (got[1, :, 1] != 0).all()
+
+
+def test_lengths_out_of_range_are_clamped() -> None:
+    call = make(3, 1, 1, 1, 20, 8, 8, torch.float32, lengths=[-5, 20, 1000])
+    assert error(call.run(), call.exact()) <= LIMITS[torch.float32]
+
+
+def test_pages_out_of_range_stay_in_their_sequence() -> None:
+    call = make(2, 1, 1, 1, 32, 8, 8, torch.float32)
+    table = torch.tensor([[1, 10**6], [2, 3]], dtype=torch.int32, device=DEVICE)
+    k, v = (paged(t, torch.arange(4, device=DEVICE).view(2, 2), 16, 0.0) for t in (call.k, call.v))
+    out = torch.empty(2, 1, 1, 8, device=DEVICE)
+    ridge = call.ridge.expand(2, 1, 1)
+    kernels.decode(call.q, k, v, call.lengths, ridge, call.factor, 0.0, None, table, out)
+    assert error(out[1], call.exact()[1]) <= LIMITS[torch.float32]
+    assert out.isfinite().all()
+    table[0] = torch.tensor([-7, 3])
+    kernels.decode(call.q, k, v, call.lengths, ridge, call.factor, 0.0, None, table, out)
+    assert error(out[1], call.exact()[1]) <= LIMITS[torch.float32]
+
+
+@pytest.mark.parametrize("spoil", [float("inf"), 3e38])
+def test_what_no_query_sees_does_not_matter(spoil: float) -> None:
+    call = make(2, 2, 1, 1, 90, 16, 16, torch.bfloat16, lengths=[40, 90], window=30)
+    assert torch.equal(call.run(2, spoil=spoil), call.run(2, spoil=0.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_far_from_the_origin(dtype: torch.dtype) -> None:
+    call = make(1, 2, 1, 1, 150, 32, 32, dtype, offset=30.0)
+    assert error(call.run(2), call.exact()) <= LIMITS[dtype] * (10 if dtype == torch.float32 else 1.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sharpness", [1.0, 8.0])
+def test_one_key_with_nearly_all_the_weight(sharpness: float, dtype: torch.dtype) -> None:
+    """C all but vanishes, the ridge is small beside |k|^2, and |z| is large: nothing may be left over of either."""
+    call = make(1, 2, 1, 1, 70, 32, 32, dtype, scale=sharpness)
+    assert error(call.run(2), call.exact()) <= LIMITS[dtype] * (10 if dtype == torch.float32 else 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_one_key_far_from_all_others(which: str, dtype: torch.dtype) -> None:
+    """Also the last, from which the others are measured."""
+    call = make(1, 1, 1, 1, 70, 16, 16, dtype)
+    call.k[:, :, 0 if which == "first" else -1] *= 20
+    call.v[:, :, 0 if which == "first" else -1] *= 20
+    assert error(call.run(2), call.exact()) <= LIMITS[dtype] * (20 if dtype == torch.float32 else 3)
+
+
+@pytest.mark.parametrize("where", [0, 5, 69])
+@pytest.mark.parametrize("size", [2.0**20, 2.0**-20])
+def test_sizes_that_float16_does_not_hold(size: float, where: int) -> None:
+    """Of all keys and values, in any unit; then of a single value beside the others."""
+    call = make(1, 2, 1, 1, 70, 16, 16, torch.bfloat16)
+    want = call.exact()
+    scaled = Call(
+        call.q * size, call.k * size, (call.v.float() * 1e30).bfloat16(), call.lengths, call.ridge * size**2,
+        scale=0.25 / size**2,
+    )  # fmt: skip
+    assert error(scaled.run(2).double() / 1e30, want) <= LIMITS[torch.bfloat16] + 2e-3  # 1e30 is no power of two
+    call.v[:, :, where] *= 1e30
+    assert error(call.run(2), call.exact()) <= LIMITS[torch.bfloat16] * 1.5
+    call.k[:, 0, where] = 0  # the origin may be zero, and suggests no unit at all
+    call.v[:, 0, where] = 0
+    assert error(call.run(2)[:, :1], call.exact()[:, :1]) <= LIMITS[torch.bfloat16] * 1.5
+
+
+def test_keys_of_no_size() -> None:
+    call = make(1, 1, 1, 1, 20, 16, 16, torch.bfloat16)
+    call.k.zero_()
+    assert error(call.run(2), call.exact()) <= LIMITS[torch.bfloat16]
+
+
+def test_a_key_that_float16_does_not_hold() -> None:
+    """With weight, far beyond what the other keys suggest."""
+    call = make(1, 1, 1, 1, 70, 16, 16, torch.bfloat16, ridge=1e8)
+    call.k[0, 0, 3] *= 2.0**17
+    call.q[0, 0, 0] *= 2.0**-17
+    assert error(call.run(2), call.exact()) <= LIMITS[torch.bfloat16] * 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["q", "k", "v", "ridge"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite_reach_those_who_see_them(bad: float, which: str, dtype: torch.dtype) -> None:
+    call = make(1, 2, 1, 2, 40, 8, 8, dtype)
+    call.ridge = call.ridge.expand(1, 2, 2).contiguous()
+    clean = call.run(2)
+    if which == "q":
+        call.q[0, 1, 0, 3] = bad
+    elif which == "ridge":
+        call.ridge[0, 1, 0] = bad
+    else:
+        getattr(call, which)[0, 1, 39, 3] = bad  # seen by the second of the two new tokens
+    got = call.run(2)
+    row = 0 if which in ("q", "ridge") else 1
+    assert got[0, 1, row].isnan().all()
+    assert torch.equal(got[0, 0], clean[0, 0])
+    assert torch.equal(got[0, 1, 1 - row], clean[0, 1, 1 - row])
+
+
+def test_strides() -> None:
+    """Caches of (B, L, H, D), queries and outputs of (B, N, H, D), ridges of any stride."""
+    call = make(2, 1, 4, 2, 20, 8, 16, torch.float16, lengths=[20, 11])
+    swap = lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)
+    call.ridge = torch.rand(2, 4, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE).permute(2, 1, 0) + 0.1
+    plain = call.run()
+    assert error(plain, call.exact()) <= LIMITS[torch.float16]
+    strided = Call(swap(call.q), swap(call.k), swap(call.v), call.lengths, call.ridge)
+    out = torch.full((2, 2, 4, 32), 7.0, dtype=torch.float16, device=DEVICE)
+    strided.run(out=out[..., :16].transpose(1, 2))
+    assert torch.equal(out[..., :16].transpose(1, 2), plain)
+    assert (out[..., 16:] == 7).all()
+    columns = torch.empty(2, 4, 16, 2, dtype=torch.float16, device=DEVICE).transpose(2, 3)  # rows that lie apart
+    assert torch.equal(strided.run(out=columns), plain)
+
+
+def test_the_guard() -> None:
+    call = make(1, 1, 1, 1, 20, 8, 8, torch.float32, delta_eps=3.0)
+    want = call.exact()
+    assert error(call.run(2), want) <= LIMITS[torch.float32]
+    call.delta_eps = 0.0
+    assert error(call.run(2), want) > 0.1
+
+
+def test_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch memory for one pair of sequence and head at a time."""
+    call = make(2, 2, 2, 1, 40, 8, 8, torch.float16, lengths=[40, 22])
+    whole = call.run(2)
+    monkeypatch.setattr(kernels, "SCRATCH", 1)
+    assert torch.equal(call.run(2), whole)
+
+
+def test_tf32() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        call = make(1, 1, 1, 1, 100, 32, 32, torch.float32)
+        assert error(call.run(2), call.exact()) <= LIMITS[torch.float16]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_pieces_fill_the_device_and_no_more() -> None:
+    assert kernels.pieces_of(8, 64, 132) == 16
+    assert kernels.pieces_of(8, 1, 132) == 1
+    assert kernels.pieces_of(256, 64, 132) == 1
+    assert kernels.pieces_of(8192, 256, 132) == 1
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_graph_stays_right_while_everything_changes() -> None:
+    call = make(3, 2, 2, 1, 256, 64, 64, torch.bfloat16, lengths=[256, 100, 1])
+    table = torch.randperm(48, device=DEVICE).to(torch.int32).view(3, 16)
+    k, v = (paged(t, table, 16, 0.0) for t in (call.k, call.v))
+    out = torch.empty(3, 4, 1, 64, dtype=torch.bfloat16, device=DEVICE)
+    ridge = call.ridge.expand(3, 4, 1)
+    go = lambda: kernels.decode(call.q, k, v, call.lengths, ridge, call.factor, 1e-12, None, table, out)
+    go()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        go()
+    for lengths in ([256, 100, 1], [0, 17, 255], [3, 256, 64]):
+        call.lengths.copy_(torch.tensor(lengths))
+        call.q.normal_()
+        call.k.normal_()
+        table.copy_(torch.randperm(48, device=DEVICE).view(3, 16))
+        for cache, full in ((k, call.k), (v, call.v)):
+            cache.copy_(paged(full, table, 16, 0.0))
+        graph.replay()
+        assert error(out, call.exact()) <= LIMITS[torch.bfloat16]

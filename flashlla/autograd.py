@@ -51,12 +51,15 @@ def describe(
     """The Problem of one call."""
     q, k, v = inputs[:3]
     cu_seqlens, pages = inputs.cu_seqlens_q, inputs.block_table
+    k_len = k.shape[2] if pages is None else k.shape[2] * pages.shape[1]
+    if window is not None:  # no larger than makes a difference, so that sums with it do not overflow
+        window = min(window, max(1, k_len))
     return Problem(
         batch=q.shape[0],
         q_heads=q.shape[1],
         kv_heads=k.shape[1],
         q_len=q.shape[2],
-        k_len=k.shape[2] if pages is None else k.shape[2] * pages.shape[1],
+        k_len=k_len,
         head_dim=q.shape[3],
         v_dim=v.shape[3],
         dtype=q.dtype,
@@ -73,8 +76,8 @@ def describe(
             packed=cu_seqlens is not None,
         ),
         sequences=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        longest_q=longest_q,
-        longest_k=longest_k,
+        longest_q=min(longest_q, q.shape[2]),
+        longest_k=min(longest_k, k_len),
         page_size=None if pages is None else k.shape[2],
     )
 
@@ -106,7 +109,8 @@ def _forward(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *sett
     chosen = dispatch.choose(problem, backend)
     choice = torch.tensor(dispatch.serial(chosen))
     if problem.empty:
-        return (*(t.zero_() for t in _allocate(q, k, v)[:-1]), choice)
+        *found, converged, _ = _allocate(q, k, v)
+        return (*(t.zero_() for t in found), converged.fill_(True), choice)
     if q.device.type == "cpu":  # elsewhere looking at the numbers would wait for the device
         _check_ridge(ridge_lambda)
     with _no_autocast(problem):

@@ -405,6 +405,8 @@ CASES = (
         ridge="per_head_and_token",
         layout="thd",
     ),
+    Case("window_huge", length=33, keys=20, dim=8, window=2**31 - 1, ridge_lambda=0.1),
+    Case("window_all_tiles", length=200, dim=8, window=150),
 )
 
 BY_NAME = {case.name: case for case in CASES}

@@ -110,7 +110,7 @@ def candidates(name: str, head_dim: int, operand: torch.dtype, capability: tuple
     """What FLASHLLA_AUTOTUNE=1 times: the table's entry first, then its neighbours."""
     first = config(name, head_dim, operand, capability)
     # dk reads what dq writes of whole tiles of queries: its own may not be larger.
-    most = config("dq", head_dim, operand, capability).m if name == "dk" else 2 * first.m
+    most = config("dq", head_dim, operand, capability).m if name == "dk" else ROWS_PAD
     others = [
         first._replace(stages=stages, warps=warps, m=m)
         for m in (first.m, 2 * first.m)

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashlla.backends.triton.configs import padded
 from flashlla.backends.triton.primitives import (
     LOG2E,
     finite_or_zero,
@@ -517,11 +518,6 @@ MERGE_ROWS = 16
 # How many ridges the square of a mean may be away from its origin. float32 sums lose the digits of the larger one: of a
 # C that lies below it, and of a Cov(v, k), 1e-7 times this; products of tensor cores, which cut off, a few times that.
 FAR, FAR_FULL = 4096.0, 128.0
-
-
-def padded(width: int) -> int:
-    """The power of two that tiles of ``width`` columns take up."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 def slices(d: int, v: int) -> int:

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from flashlla.backends.triton.primitives import (
     NUMBERS,
+    between,
     inverse_or_zero,
     inverse_power,
     load_rows,
@@ -41,7 +42,7 @@ def rows_of_operand(
     sequence, head = program // heads, program % heads
     first, length = run_of(cu, sequence, total, longest)
     if OVER_KEYS and seqlens_k is not None:
-        length = tl.minimum(tl.maximum(tl.load(seqlens_k + sequence), 0), length)
+        length = between(tl.load(seqlens_k + sequence), 0, length)
     base = tensor + sequence.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + first.to(tl.int64) * stride_s
     row = (program if cu is None else head).to(tl.int64) * total + first
     return base, length, row

@@ -34,7 +34,7 @@ MOMENTS = [
     (64, 16, 3, None),
 ]  # fmt: skip
 PIECES = {1: (4, 8, 12, 16, 24, 32), 32: (1, 2, 4)}
-# Of the solve kernel: warps, rows, products.
+# Of the solve kernel: warps, columns, products.
 SOLVES = [
     (4, 32, "tf32x3"),
     (8, 32, "tf32x3"),
@@ -204,8 +204,8 @@ def variants(rate: float) -> list[dict[str, Any]]:
             show(case, "moments", usual._replace(tile=tile, warps=warps, stages=stages, pieces=pieces))
         for pieces in PIECES[batch]:
             show(case, "all", usual._replace(pieces=pieces))
-        for warps, rows, products in SOLVES:
-            show(case, "solve", usual._replace(solve_warps=warps, solve_rows=rows, products=products))
+        for warps, columns, products in SOLVES:
+            show(case, "solve", usual._replace(solve_warps=warps, solve_columns=columns, products=products))
         del case
     return lines
 

@@ -237,7 +237,7 @@ def decode_moments_kernel(
         else:
             trace = tl.sum(squares, 0)
         spread = tl.maximum(trace * share_of - mean_2, 0.0)
-        far = (mean_2 > FAR * ridge_in(ridge, k_unit)) & (mean_2 > 8 * spread)
+        far = ~k_bad & (mean_2 > FAR * ridge_in(ridge, k_unit)) & (mean_2 > 8 * spread)
         if (sweeps > 0) & (k_bad | v_bad | far):
             sweeps -= 1
             if far:
@@ -365,50 +365,62 @@ def decode_merge_kernel(
 
 @triton.jit
 def inverse_factor(a, least):
-    """L^-1 of a = L L^T, (P, P). Two columns at a time: the way through a pair is hardly longer than through one.
+    """L^-1 of a = L L^T, (W, P, P): W copies. Two columns at a time: the way through a pair is hardly longer than
+    through one.
 
     In exact arithmetic no pivot is below ``least``, the ridge.
     """
-    row, column = tl.arange(0, PANEL)[:, None], tl.arange(0, PANEL)[None, :]
-    place = tl.arange(0, PANEL)
-    inverse = (row == column).to(tl.float32)
+    row, column = tl.arange(0, PANEL)[None, :, None], tl.arange(0, PANEL)[None, None, :]
+    inverse = tl.where(row == column, 1.0, 0.0) + tl.zeros_like(a)
     for j in tl.static_range(0, PANEL, 2):
-        row_0, row_1 = tl.sum(tl.where(row == j, a, 0.0), 0), tl.sum(tl.where(row == j + 1, a, 0.0), 0)  # (P,)
-        column_0 = tl.sum(tl.where(column == j, a, 0.0), 1)  # (P,)
-        column_1 = tl.sum(tl.where(column == j + 1, a, 0.0), 1)
-        done_0 = tl.sum(tl.where(row == j, inverse, 0.0), 0)  # (P,)
-        done_1 = tl.sum(tl.where(row == j + 1, inverse, 0.0), 0)
-        pivot_0 = tl.maximum(tl.sum(tl.where(place == j, row_0, 0.0), 0), least)
-        beside = tl.sum(tl.where(place == j + 1, row_0, 0.0), 0)
-        pivot_1 = tl.sum(tl.where(place == j + 1, row_1, 0.0), 0)
+        row_0, row_1 = row_of(a, row == j), row_of(a, row == j + 1)  # (W, 1, P)
+        column_0 = tl.sum(tl.where(column == j, a, 0.0), 2, keep_dims=True)  # (W, P, 1)
+        column_1 = tl.sum(tl.where(column == j + 1, a, 0.0), 2, keep_dims=True)
+        done_0, done_1 = row_of(inverse, row == j), row_of(inverse, row == j + 1)  # (W, 1, P)
+        pivot_0 = tl.maximum(row_of(column_0, row == j), least)  # (W, 1, 1)
+        beside, pivot_1 = row_of(column_1, row == j), row_of(column_1, row == j + 1)
         turn = beside / pivot_0
         pivot_1 = tl.maximum(pivot_1 - turn * beside, least)
         row_1 -= turn * row_0
         column_1 -= turn * column_0
         done_1 -= turn * done_0
         column_0, column_1 = column_0 * (1 / pivot_0), column_1 * (1 / pivot_1)
-        a -= column_0[:, None] * row_0[None, :] + column_1[:, None] * row_1[None, :]
-        below = inverse - (column_0[:, None] * done_0[None, :] + column_1[:, None] * done_1[None, :])
-        above = tl.where(row < j, inverse, (done_0 * tl.rsqrt(pivot_0))[None, :])
-        above = tl.where(row == j + 1, (done_1 * tl.rsqrt(pivot_1))[None, :], above)
+        a -= column_0 * row_0 + column_1 * row_1
+        below = inverse - (column_0 * done_0 + column_1 * done_1)
+        above = tl.where(row < j, inverse, done_0 * tl.rsqrt(pivot_0))
+        above = tl.where(row == j + 1, done_1 * tl.rsqrt(pivot_1), above)
         inverse = tl.where(row > j + 1, below, above)
     return inverse
 
 
+@triton.jit
+def row_of(a, which):
+    """The row of each of W matrices that ``which`` (1, P, 1) picks: (W, 1, P)."""
+    return tl.sum(tl.where(which, a, 0.0), 1, keep_dims=True)
+
+
+@triton.jit
+def tile_of(matrix, row, column, there, D: tl.constexpr):
+    """Elements of a matrix with D columns at rows ``row`` (W, R) and columns ``column`` (K,), zero where not ``there``
+    (W, R): (W, R, K)."""
+    return tl.load(matrix + row[:, :, None] * D + column[None, None, :], mask=there[:, :, None], other=0.0)
+
+
 @triton.jit(do_not_specialize=["first_pair", "heads", "group", "new", "capacity", "window"])
 def decode_solve_kernel(
-    moments, sums_ptr, scalars_ptr, offset_ptr, lengths, ridge_ptr, work, o_out,
+    moments, sums_ptr, scalars_ptr, offset_ptr, lengths, ridge_ptr, y_ptr, o_out,
     length_stride, ridge_stride_b, ridge_stride_h, ridge_stride_s, o_stride_b, o_stride_h, o_stride_s, o_stride_d,
     first_pair, heads, group, new, capacity, window, delta_eps,
     VALUE_DIM: tl.constexpr, MERGED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, PRODUCTS: tl.constexpr,
+    BLOCK_K: tl.constexpr, WARPS: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """o of one system from its moments (systems, D + V, D), of which the keys' are overwritten. MERGED: the moments are
-    the merge kernel's; if not, there is one piece.
+    """o of one system from its moments (systems, D + V, D), which are overwritten. MERGED: the moments are the merge
+    kernel's; if not, there is one piece.
 
-    A = C + lambda I = sum_p w_p^T w_p: rows of the transposed Cholesky factor, panels of P rows, each made of all that
-    come before it (K = BLOCK_K rows of them at a time). What is written is read by other threads of this program, hence
-    the barriers. work: (systems, 18, D), the inverse factors of the panels (16 of the 18), y = L^-1 d, and z.
+    Cholesky's factor of A = C + lambda I, with Cov(v, k) for further rows: A = L L^T, G = Cov(v, k) L^-T, y = L^-1 d,
+    and Cov(v, k) z = G y, so that nothing is solved backwards. Panels of P columns, each made of all that come before
+    it, BLOCK_K of them at a time. Every warp has its share of the rows and makes the factor of a panel's square itself:
+    nothing goes from one to another but through memory, once a panel, hence the barrier. y_ptr: (systems, D).
     """
     system = tl.program_id(0).to(tl.int64)
     pair, member = first_pair + tl.program_id(0) // (group * new), tl.program_id(0) % (group * new)
@@ -416,85 +428,79 @@ def decode_solve_kernel(
     q_head = ((pair % heads) * group + member // new).to(tl.int64)
     start, stop = run_of(lengths, length_stride, sequence, n, new, capacity, window)
     o_base = o_out + sequence.to(tl.int64) * o_stride_b + q_head * o_stride_h + n * o_stride_s
-    panel, dim = tl.arange(0, PANEL), tl.arange(0, BLOCK_D)
-    value = tl.arange(0, BLOCK_M)
+    W: tl.constexpr = WARPS
+    copies = tl.arange(0, W)[:, None]
+    k_row = copies * (BLOCK_D // W) + tl.arange(0, BLOCK_D // W)[None, :]  # (W, D / W)
+    v_row = copies * (BLOCK_V // W) + tl.arange(0, BLOCK_V // W)[None, :]  # (W, V / W)
+    panel = tl.arange(0, PANEL)
+    o_at, there = o_base + v_row * o_stride_d, v_row < VALUE_DIM
     if stop <= start:
-        for i in tl.range(0, VALUE_DIM, BLOCK_M):
-            at = o_base + (i + value) * o_stride_d
-            tl.store(at, tl.zeros([BLOCK_M], o_out.dtype.element_ty), mask=i + value < VALUE_DIM)
+        tl.store(o_at, tl.zeros([W, BLOCK_V // W], o_out.dtype.element_ty), mask=there)
         return
     moments += system * (BLOCK_D + BLOCK_V) * BLOCK_D
+    v_moments = moments + BLOCK_D * BLOCK_D
     sums_ptr += system * (BLOCK_D + BLOCK_V)
     scalars_ptr += system * SCALARS
-    work += system * (PANEL + 2) * BLOCK_D
-    y_ptr, z_ptr = work + PANEL * BLOCK_D, work + (PANEL + 1) * BLOCK_D
+    y_ptr += system * BLOCK_D
     omega, k_unit, v_unit = tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2), tl.load(scalars_ptr + 3)
     ridge = tl.load(ridge_ptr + sequence.to(tl.int64) * ridge_stride_b + q_head * ridge_stride_h + n * ridge_stride_s)
     scaled_ridge = ridge_in(ridge, k_unit)
     share = 1 / omega
-    mean = tl.load(sums_ptr + dim)  # (D,) d if MERGED, else of the keys from their origin
+    # d if MERGED, else the mean of the keys from their origin
+    k_mean, v_mean = tl.load(sums_ptr + k_row), tl.load(sums_ptr + BLOCK_D + v_row)  # (W, D / W), (W, V / W)
     if not MERGED:
         offset_ptr += system * BLOCK_D
-        mean *= share
-    flaw = 0.0 * (tl.sum(mean, 0) + omega + ridge)  # NaN where anything is not finite
+        k_mean *= share
+        v_mean *= share
 
-    d_z = tl.full([], 0.0, tl.float32)
+    d_z = tl.zeros([W], tl.float32)
+    slope = tl.zeros([W, BLOCK_V // W], tl.float32)
     for p in tl.range(0, BLOCK_D, PANEL):
-        w = tl.load(moments + (p + panel)[:, None] * BLOCK_D + dim[None, :])  # (P, D)
-        b = tl.load(sums_ptr + p + panel)  # (P,) of d
+        own_row = tl.zeros([W, 1], tl.int32) + (p + panel)[None, :]  # (W, P)
+        below = k_row >= p  # those above are done
+        keys = tile_of(moments, k_row, p + panel, below, BLOCK_D)  # (W, D / W, P)
+        values = tile_of(v_moments, v_row, p + panel, v_row >= 0, BLOCK_D)  # (W, V / W, P)
+        own = tile_of(moments, own_row, p + panel, own_row >= 0, BLOCK_D)  # (W, P, P)
+        b = tl.load(sums_ptr + own_row)  # (W, P) of d
         if not MERGED:
             b *= share
-            w = w * share - b[:, None] * mean[None, :]
-            own_offset = tl.load(offset_ptr + p + panel)
-            b += own_offset * inverse_power(k_unit)
-            flaw += 0.0 * tl.sum(own_offset, 0)
-        w += tl.where((p + panel)[:, None] == dim[None, :], scaled_ridge, 0.0)
+            keys = keys * share - k_mean[:, :, None] * b[:, None, :]
+            values = values * share - v_mean[:, :, None] * b[:, None, :]
+            own = own * share - b[:, :, None] * b[:, None, :]
+            b += tl.load(offset_ptr + own_row) * inverse_power(k_unit)
+        keys += tl.where(k_row[:, :, None] == (p + panel)[None, None, :], scaled_ridge, 0.0)
+        own += tl.where(own_row[:, :, None] == (p + panel)[None, None, :], scaled_ridge, 0.0)
         for k in tl.range(0, p, BLOCK_K):
-            row = k + tl.arange(0, BLOCK_K)
-            above = moments + row[:, None] * BLOCK_D
-            before = tl.load(above + dim[None, :], mask=(row < p)[:, None], other=0.0)  # (K, D)
-            across = tl.load(above + (p + panel)[None, :], mask=(row < p)[:, None], other=0.0)  # (K, P)
-            y = tl.load(y_ptr + row, mask=row < p, other=0.0)  # (K,)
-            w -= tl.dot(tl.trans(across), before, input_precision=PRODUCTS)
-            b -= tl.sum(across * y[:, None], 0)
-        own = tl.reshape(w, [PANEL, BLOCK_D // PANEL, PANEL])  # (P, D / P, P)
-        own = tl.sum(tl.where((tl.arange(0, BLOCK_D // PANEL) == p // PANEL)[None, :, None], own, 0.0), 1)  # (P, P)
-        inverse = inverse_factor(own, scaled_ridge)  # (P, P)
-        y = tl.sum(inverse * b[None, :], 1)  # (P,)
-        d_z += tl.sum(y * y, 0)
-        w = tl.dot(inverse, w, input_precision=PRODUCTS)  # (P, D)
-        tl.debug_barrier()  # all have read what is overwritten now
-        tl.store(moments + (p + panel)[:, None] * BLOCK_D + dim[None, :], w)
-        tl.store(work + (p + panel)[:, None] * PANEL + panel[None, :], inverse)
-        tl.store(y_ptr + p + panel, y)
+            column = k + tl.arange(0, BLOCK_K)
+            across_at = moments + own_row[:, :, None] * BLOCK_D + column[None, None, :]
+            across = tl.load(across_at, mask=(column < p)[None, None, :], other=0.0)  # (W, P, K)
+            y = tl.load(y_ptr + column, mask=column < p, other=0.0)  # (K,)
+            b -= tl.sum(across * y[None, None, :], 2)
+            turned = tl.permute(across, (0, 2, 1))  # (W, K, P)
+            own -= tl.dot(across, turned, input_precision=PRODUCTS)
+            before = tile_of(moments, k_row, column, below, BLOCK_D)  # (W, D / W, K); columns from p on meet zeros
+            keys -= tl.dot(before, turned, input_precision=PRODUCTS)
+            before = tile_of(v_moments, v_row, column, v_row >= 0, BLOCK_D)  # (W, V / W, K)
+            values -= tl.dot(before, turned, input_precision=PRODUCTS)
+        inverse = inverse_factor(own, scaled_ridge)  # (W, P, P)
+        y = tl.sum(inverse * b[:, None, :], 2)  # (W, P)
+        d_z += tl.sum(y * y, 1)
+        turned = tl.permute(inverse, (0, 2, 1))
+        keys = tl.dot(keys, turned, input_precision=PRODUCTS)  # (W, D / W, P) of L
+        values = tl.dot(values, turned, input_precision=PRODUCTS)  # (W, V / W, P) of G
+        slope += tl.sum(values * y[:, None, :], 2)
+        # Rows of the panel's own square are not needed again, and others may be reading them yet.
+        k_at = moments + k_row[:, :, None] * BLOCK_D + (p + panel)[None, None, :]
+        tl.store(k_at, keys, mask=(k_row >= p + PANEL)[:, :, None])
+        tl.store(v_moments + v_row[:, :, None] * BLOCK_D + (p + panel)[None, None, :], values)
+        tl.store(y_ptr + own_row, y)
         tl.debug_barrier()
 
-    # Back from the last panel: z_p = L_p^-T (y_p - sum over the columns beyond of w_p z).
-    for back in tl.range(0, BLOCK_D, PANEL):
-        p = BLOCK_D - PANEL - back
-        beyond = dim >= p + PANEL
-        z = tl.load(z_ptr + dim, mask=beyond, other=0.0)  # (D,)
-        w = tl.load(moments + (p + panel)[:, None] * BLOCK_D + dim[None, :], mask=beyond[None, :], other=0.0)  # (P, D)
-        rest = tl.load(y_ptr + p + panel) - tl.sum(w * z[None, :], 1)  # (P,)
-        inverse = tl.load(work + (p + panel)[:, None] * PANEL + panel[None, :])  # (P, P)
-        tl.store(z_ptr + p + panel, tl.sum(inverse * rest[:, None], 0))
-        tl.debug_barrier()
-
-    z = tl.load(z_ptr + dim)  # (D,)
-    guard = 1 / (1 + delta_eps * (1 + d_z) / omega)
-    z_mean = tl.sum(z * mean, 0)
-    for i in tl.range(0, BLOCK_V, BLOCK_M):  # NaN of one value is NaN of all
-        flaw += 0.0 * tl.sum(tl.load(sums_ptr + BLOCK_D + i + value), 0)
-    for i in tl.range(0, BLOCK_V, BLOCK_M):
-        v_mean = tl.load(sums_ptr + BLOCK_D + i + value)  # (M,)
-        mixed = tl.load(moments + (BLOCK_D + i + value)[:, None] * BLOCK_D + dim[None, :])  # (M, D)
-        slope = tl.sum(mixed * z[None, :], 1)  # (M,) Cov(v, k) z
-        if not MERGED:
-            v_mean *= share
-            slope = slope * share - v_mean * z_mean
-        o = (v_mean - slope) * (guard * v_unit) + flaw
-        at = o_base + (i + value) * o_stride_d
-        tl.store(at, o.to(o_out.dtype.element_ty), mask=i + value < VALUE_DIM)
+    # NaN where anything was not finite: of one value, of all.
+    flaw = 0.0 * (tl.sum(tl.sum(k_mean, 1), 0) + tl.sum(tl.sum(v_mean, 1), 0) + omega + ridge)
+    guard = 1 / (1 + delta_eps * (1 + d_z) / omega)  # (W,)
+    o = (v_mean - slope) * (guard * v_unit)[:, None] + flaw
+    tl.store(o_at, o.to(o_out.dtype.element_ty), mask=there)
 
 
 class Tuning(NamedTuple):
@@ -505,7 +511,7 @@ class Tuning(NamedTuple):
     stages: int
     pieces: int | None = None
     solve_warps: int = 4
-    solve_rows: int = 32
+    solve_columns: int = 32
     products: str = "tf32x3"
 
 
@@ -592,13 +598,14 @@ def decode(
     empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)
     moments, sums = empty(systems, pieces, d + v, d), empty(systems, pieces, d + v)
     scalars, offset = empty(systems, pieces, shares, SCALARS.value), empty(systems, pieces, d)
-    work = empty(systems, PANEL.value + 2, d)
+    y = empty(systems, d)
     merging = pieces > 1 or shares > 1
     merged = (moments, sums, scalars)
     if merging:
         merged = empty(systems, d + v, d), empty(systems, d + v), empty(systems, SCALARS.value)
     table = seqlens_k if block_table is None else block_table
     table_strides = (0, 0) if block_table is None else block_table.stride()
+    solve_warps = min(t.solve_warps, d // PANEL.value, v // PANEL.value)  # each has at least a panel's height of rows
     vector = 8 if half else 4  # numbers of one load of a thread
     sizes = {"BLOCK_D": d, "BLOCK_V": v}
     slice_d, slice_v = max(16, d // shares), max(16, v // shares)
@@ -626,10 +633,10 @@ def decode(
             )  # fmt: skip
         run(
             decode_solve_kernel, (count * members,), q.device,
-            *merged, offset, seqlens_k, ridge, work, out, seqlens_k.stride(0), *ridge.stride(), *out.stride(),
+            *merged, offset, seqlens_k, ridge, y, out, seqlens_k.stride(0), *ridge.stride(), *out.stride(),
             *shape, delta_eps,
-            VALUE_DIM=value_dim, MERGED=merging, BLOCK_K=min(t.solve_rows, d), BLOCK_M=min(32, v), PRODUCTS=t.products,
-            num_warps=t.solve_warps, num_stages=2, **sizes,
+            VALUE_DIM=value_dim, MERGED=merging, BLOCK_K=min(t.solve_columns, d), WARPS=solve_warps, PRODUCTS=t.products,
+            num_warps=solve_warps, num_stages=2, **sizes,
         )  # fmt: skip
     return out
 

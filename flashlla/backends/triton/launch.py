@@ -29,7 +29,7 @@ from flashlla.problem import (
 
 # Rows that one program of the cast kernels takes.
 CAST_ROWS = 64
-# How much coarser than the dtype's resolution the probe of 16-bit inputs may be where queries see many keys.
+# How much coarser than the dtype's resolution the probe of bfloat16 inputs may be where queries see many keys.
 PROBE_SLACK = 2.0
 # Without fused multiply-adds, which Triton means to stop using by default, every sweep takes a third more instructions.
 COMPILER = {"enable_fp_fusion": True}
@@ -212,12 +212,12 @@ def tolerances(problem: Problem, adjoint: bool) -> tuple[float, float, float, in
     """atol, rtol and cap of the solver, rtol no smaller than the dtype can make use of; and before the cap, what rtol
     may be where queries see many keys.
 
-    Of 16-bit inputs the probe may be coarser there than the adjoint probe: dlambda, the most sensitive gradient, is off
-    by as much as the adjoint probe is. docs/performance.md has the measurement.
+    Of bfloat16 inputs, whose outputs have eight bits, the probe may be coarser there than the adjoint probe: dlambda,
+    the most sensitive gradient, is off by as much as the adjoint probe is. docs/performance.md has the measurement.
     """
     solver: Any = problem.solver
     floor = resolution(problem.dtype)
-    coarse = 0.0 if adjoint or problem.dtype == torch.float32 else (PROBE_SLACK * floor) ** 2
+    coarse = (PROBE_SLACK * floor) ** 2 if problem.dtype == torch.bfloat16 and not adjoint else 0.0
     return solver.atol, max(solver.rtol, floor**2), coarse, solver.max_iters
 
 

@@ -225,22 +225,26 @@ def test_how_the_solve_went() -> None:
 
 
 @interpreted
-def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashlla.backends.triton import launch
+@pytest.mark.parametrize("name", ["solve_kernel", "decode_solve_kernel"])
+def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from flashlla.backends.triton import decode, launch
 
     def fail(*_: object, **__: object) -> None:
         raise ValueError("out of something")
 
     class Broken:
-        __name__ = "solve_kernel"
+        __name__ = name
 
         def __getitem__(self, _: object) -> object:
             return fail
 
-    monkeypatch.setattr(launch, "solve_kernel", Broken())
+    monkeypatch.setattr(decode if name.startswith("decode") else launch, name, Broken())
     q, k, v, _ = make((1, 1, 4, 8), torch.float32)
-    with pytest.raises(RuntimeError, match=r"solve_kernel.*config.*BLOCK_M.*set_backend\('chunked'\)") as caught:
-        lla_attention(q, k, v, backend="triton")
+    with pytest.raises(RuntimeError, match=rf"{name}.*config.*BLOCK_.*set_backend\('chunked'\)") as caught:
+        if name.startswith("decode"):
+            lla_decode(q, k, v, torch.tensor([4], dtype=torch.int32), backend="triton")
+        else:
+            lla_attention(q, k, v, backend="triton")
     assert isinstance(caught.value.__cause__, ValueError)
 
 

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from flashlla.backends.triton.primitives import (
-    LN2,
     LOG2E,
     NUMBERS,
     TOP,
@@ -19,7 +18,6 @@ from flashlla.backends.triton.primitives import (
     inverse_or_zero,
     inverse_power,
     keys_of,
-    load_keys,
     load_rows,
     load_tile,
     outside,
@@ -52,7 +50,7 @@ def moments_body(
     acc, weighed, total, whole = state
     q, do, g_near, NEAR, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
-    k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
+    k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     v = load_tile(v_base, v_stride, j, k_len, V_DIM, N, do.shape[1], CUT)  # (N, V)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
     whole += tl.sum(w, 1)
@@ -60,22 +58,20 @@ def moments_body(
     if NEAR:
         g -= g_near[:, None]
     w = w * g
-    if CUT:
-        w = tl.where(seen, w, 0.0)
     total += tl.sum(w, 1)
     w = rounded(w, k, PRECISION)
-    return times(w, k_weighed, acc, PRECISION), weighed + tl.sum(w.to(tl.float32), 1), total, whole
+    return times(w, k, acc, PRECISION), weighed + tl.sum(w.to(tl.float32), 1), total, whole
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def moments_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, units, lse_ptr, k_mean_ptr, g_near_ptr, lse_out, t_out, t_size_out, g_mean_out,
+    q_ptr, k_ptr, v_ptr, do_ptr, units, lse_ptr, k_mean_ptr, g_near_ptr, shift_out, t_out, t_size_out, g_mean_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """g_mean, t of (3.1) as a direction of unit length and its length, and lse without the rounding it came with.
+    """g_mean, t of (3.1) as a direction of unit length and its length, and lse in bits, without the rounding it came with.
 
     g_near (B H, S): where g_mean is about, so that t is no small difference of large sums; None for 0.
     """
@@ -115,8 +111,8 @@ def moments_kernel(
     store_tile(rows_of(t_out, at, HEAD_DIM), HEAD_DIM, i, at.q_len, t, HEAD_DIM)
     store_rows(rows_of(t_size_out, at, 1), i, at.q_len, t_size)
     store_rows(rows_of(g_mean_out, at, 1), i, at.q_len, total * own + g_near)
-    lse = load_rows(rows_of(lse_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
-    store_rows(rows_of(lse_out, at, 1), i, at.q_len, lse + (tl.log2(whole) - WEIGHT_BITS) * LN2)
+    shift = load_rows(rows_of(lse_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) * LOG2E
+    store_rows(rows_of(shift_out, at, 1), i, at.q_len, shift + (tl.log2(whole) - WEIGHT_BITS))
 
 
 @triton.jit
@@ -128,23 +124,20 @@ def dq_body(
     acc, total = state
     q, z, do, y_neg, minus_size, rest, e_mean, push, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
-    k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
+    k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     v = load_tile(v_base, v_stride, j, k_len, V_DIM, N, do.shape[1], CUT)  # (N, V)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
     # 1 - a of (2.2)
     not_a = times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * minus_size[:, None] + rest[:, None]
     e = times(do, tl.trans(v), zeros(do, tl.trans(v)), PRECISION)
     e = times(y_neg, tl.trans(k), e, PRECISION) - e_mean[:, None]  # (3.2)
-    dl = w * (not_a * e + push[:, None])
-    if CUT:
-        dl = tl.where(seen, dl, 0.0)
-    dl = rounded(dl, k, PRECISION)
-    return times(dl, k_weighed, acc, PRECISION), total + tl.sum(dl.to(tl.float32), 1)
+    dl = rounded(w * (not_a * e + push[:, None]), k, PRECISION)
+    return times(dl, k, acc, PRECISION), total + tl.sum(dl.to(tl.float32), 1)
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, "rows_len"])
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, z_ptr, units, origin_ptr, do_unit_ptr, z_size_ptr, z_y_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, z_ptr, units, origin_ptr, do_unit_ptr, z_size_ptr, z_y_ptr, shift_ptr,
     k_mean_ptr, ridge_ptr, g_mean_ptr, dq_out, dridge_out, rows_out, top_out, rows_len, rows_stride,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     ridge_stride_b, ridge_stride_h, ridge_stride_s, dq_stride_b, dq_stride_h, dq_stride_s,
@@ -171,7 +164,7 @@ def dq_kernel(
     row = i + tl.arange(0, BLOCK_M)
     ridge_base = queries_of(ridge_ptr, ridge_stride_b, ridge_stride_h, ridge_stride_s, at)
     ridge = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=row < at.q_len, other=1.0)  # (M,)
-    lse = load_rows(rows_of(lse_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
+    shift = load_rows(rows_of(shift_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
     g_mean = load_rows(rows_of(g_mean_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
     do_unit = load_rows(rows_of(do_unit_ptr, at, 1), i, at.q_len, BLOCK_M, 1.0)
     z_size = load_rows(rows_of(z_size_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) * k_unit
@@ -194,7 +187,7 @@ def dq_kernel(
     acc, total = sweep_keys(
         dq_body,
         (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)),
-        (q, z, do, y_neg, -z_size, 1 + a_mean, e_mean, push, lse * LOG2E - tl.log2(gain), factor),
+        (q, z, do, y_neg, -z_size, 1 + a_mean, e_mean, push, shift - tl.log2(gain), factor),
         (k_base, k_stride_s, v_base, v_stride_s), at, window, HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     # The sum of dl is zero but for rounding, which k_mean takes out of keys far from the origin.
@@ -214,16 +207,16 @@ def dq_kernel(
     kappa = tl.abs(scale * q_unit * k_unit)
     top = do_unit * tl.maximum(tl.maximum(dl_top * kappa, e_top * z_size), spread)
     top = tl.where(top < float("inf"), top, 0.0)  # a row of NaN must not decide for the others
-    # Any NaN of this query must reach the weights of dk_kernel's products.
-    shift = lse * LOG2E - tl.log2(do_unit) + 0.0 * (a_mean + e_mean + push + z_size)
+    # Any NaN of this query must reach the weights of dk_kernel's products, where keys see it; and no others.
+    shift = shift - tl.log2(do_unit) + 0.0 * (a_mean + e_mean + push + z_size)
     some = sees_some(row, at, window, CAUSAL)
     shift = tl.where(some, shift, float("inf"))
     base = handed_on(rows_out, at, at.q_head, heads, rows_len, cu_q)
     store_rows(base, i, rows_len, shift)
-    store_rows(base + rows_stride, i, rows_len, z_size)
-    store_rows(base + 2 * rows_stride, i, rows_len, 1 + a_mean)
-    store_rows(base + 3 * rows_stride, i, rows_len, e_mean)
-    store_rows(base + 4 * rows_stride, i, rows_len, push * (scale * q_unit * k_unit))
+    store_rows(base + rows_stride, i, rows_len, finite_or_zero(z_size))
+    store_rows(base + 2 * rows_stride, i, rows_len, finite_or_zero(1 + a_mean))
+    store_rows(base + 3 * rows_stride, i, rows_len, finite_or_zero(e_mean))
+    store_rows(base + 4 * rows_stride, i, rows_len, finite_or_zero(push * (scale * q_unit * k_unit)))
     # The largest of several numbers is the same in any order.
     tl.atomic_max(top_out + at.k_head, tl.max(tl.where(some, top, 0.0), 0))
 
@@ -248,6 +241,8 @@ def dk_body(
     e_mean = tl.load(at + 3 * rows_stride)
     push = tl.load(at + 4 * rows_stride)
     w = tl.exp2(times(k, tl.trans(q), zeros(k, tl.trans(q)), PRECISION) * factor - shift[None, :])  # (N, M)
+    if CUT:
+        w = tl.where(seen, w, 0.0)
     # 1 - a of (2.2)
     not_a = rest[None, :] - times(k, tl.trans(z), zeros(k, tl.trans(z)), PRECISION) * z_size[None, :]
     e = times(v, tl.trans(do), zeros(v, tl.trans(do)), PRECISION)
@@ -255,11 +250,6 @@ def dk_body(
     w_value = w * not_a
     w_logit = w * (not_a * (e * kappa) + push[None, :])
     w_probe = w * e * -z_size[None, :]
-    if CUT:
-        w_value = tl.where(seen, w_value, 0.0)
-        w_logit = tl.where(seen, w_logit, 0.0)
-        w_probe = tl.where(seen, w_probe, 0.0)
-        q, z, do, y_neg = finite_or_zero(q), finite_or_zero(z), finite_or_zero(do), finite_or_zero(y_neg)
     w_value = rounded(w_value, k, PRECISION)
     dv = times(w_value, do, dv, PRECISION)  # (N, V), (3.5)
     dk = times(w_value, y_neg, dk, PRECISION)  # (N, D), (3.4), and the next two

@@ -23,7 +23,7 @@ with units that fit.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashlla.backends.triton.configs import padded
+from flashlla.backends.triton.launch import run
 from flashlla.backends.triton.primitives import (
     LOG2E,
     finite_or_zero,
@@ -615,7 +616,7 @@ def decode(
         count = min(at_once, pairs - first)
         shape = (first, kv_heads, group, new, capacity, window)
         run(
-            decode_moments_kernel, (count * members * pieces * shares,), q.device,
+            decode_moments_kernel, "decode", (count * members * pieces * shares,), q.device,
             q, k_cache, v_cache, seqlens_k, table, ridge, moments, sums, scalars, offset,
             *q.stride(), *k_cache.stride()[:3], *v_cache.stride()[:3], seqlens_k.stride(0), *table_strides,
             *ridge.stride(), *shape, pieces, k_cache.shape[0], scale,
@@ -626,26 +627,16 @@ def decode(
         )  # fmt: skip
         if merging:
             run(
-                decode_merge_kernel, (count * members * (d + v) // MERGE_ROWS,), q.device,
+                decode_merge_kernel, "decode", (count * members * (d + v) // MERGE_ROWS,), q.device,
                 moments, sums, scalars, offset, seqlens_k, *merged, seqlens_k.stride(0), *shape, pieces,
                 SLICES=shares, PIECES=triton.next_power_of_2(pieces), BLOCK_T=t.tile, BLOCK_M=MERGE_ROWS, STAGES=4,
                 num_warps=4, **sizes,
             )  # fmt: skip
         run(
-            decode_solve_kernel, (count * members,), q.device,
+            decode_solve_kernel, "decode", (count * members,), q.device,
             *merged, offset, seqlens_k, ridge, y, out, seqlens_k.stride(0), *ridge.stride(), *out.stride(),
             *shape, delta_eps,
             VALUE_DIM=value_dim, MERGED=merging, BLOCK_K=min(t.solve_columns, d), WARPS=solve_warps, PRODUCTS=t.products,
             num_warps=solve_warps, num_stages=2, **sizes,
         )  # fmt: skip
     return out
-
-
-def run(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **settings: Any) -> None:
-    from flashlla.backends.triton.launch import COMPILER
-
-    if device.type != "cuda":
-        kernel[grid](*arguments, **settings, **COMPILER)
-        return
-    with torch.cuda.device(device):
-        kernel[grid](*arguments, **settings, **COMPILER)

@@ -10,11 +10,10 @@ from flashlla.backends.triton.primitives import (
     TOP,
     WEIGHT,
     WEIGHT_BITS,
-    finite_or_zero,
     inverse_or_zero,
     inverse_power,
+    key_range,
     keys_of,
-    load_keys,
     load_rows,
     load_tile,
     load_tile_at,
@@ -32,8 +31,8 @@ from flashlla.backends.triton.primitives import (
     sweep_keys,
     times,
     units_of,
+    visible,
     weights,
-    with_nan,
     zeros,
 )
 
@@ -47,7 +46,7 @@ def statistics_body(
     m, total, acc, c_total, c_acc = state
     q, factor, inverse, u_origin, FLIP = rows
     k_base, k_stride = keys
-    k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
+    k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     product = times(q, tl.trans(k), zeros(q, tl.trans(k)), PRECISION)  # (M, N)
     s = product * factor
     if CUT:
@@ -59,29 +58,50 @@ def statistics_body(
         base = m_next
     w = tl.exp2(s - (base - WEIGHT_BITS)[:, None])  # (M, N)
     c = w * (product * inverse[:, None] - u_origin[:, None])
-    if CUT:
-        c = tl.where(seen, c, 0.0)
     fade = tl.exp2(m - base)
     # Totals of the rounded numbers: they make k_mean a mean of keys, and C u a covariance, wherever the origin is.
     w = rounded(w, k, PRECISION)
     total = total * fade + tl.sum(w.to(tl.float32), 1)
-    acc = times(w, k_weighed, acc * fade[:, None], PRECISION)  # (M, D)
+    acc = times(w, k, acc * fade[:, None], PRECISION)  # (M, D)
     c = rounded(c, k, PRECISION)
     c_total = c_total * fade + tl.sum(c.to(tl.float32), 1)
-    c_acc = times(c, k_weighed, c_acc * fade[:, None], PRECISION)  # (M, D)
+    c_acc = times(c, k, c_acc * fade[:, None], PRECISION)  # (M, D)
     return m_next, total, acc, c_total, c_acc
+
+
+@triton.jit
+def flaws_seen(
+    flaws, q_flaws, k_flaws, v_flaws, at, window, n_heads, group, k_total, cu_k, CAUSAL: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Of each query 0, or NaN where it is not finite or sees a key or a value that is not: (M,). The arguments are what
+    `cast_kernel` has found."""
+    found = tl.zeros([M], tl.float32)
+    own = flaws + n_heads + at.k_head
+    q_flaw, k_flaw, v_flaw = tl.load(flaws + at.q_head), tl.load(own), tl.load(own + n_heads // group)
+    if q_flaw + k_flaw + v_flaw > 0:  # seldom
+        found += load_rows(q_flaws + at.q_row, at.start, tl.where(q_flaw > 0, at.q_len, 0), M, 0.0)
+        first, _, _, stop = key_range(at, window, CAUSAL, M, N)
+        k_row = (at.k_head if cu_k is None else at.shared).to(tl.int64) * k_total + at.k_first
+        row = at.start + tl.arange(0, M)
+        for j in tl.range(first, stop, N):
+            flaw = load_rows(k_flaws + k_row, j, tl.where(k_flaw > 0, stop, 0), N, 0.0)  # (N,)
+            flaw += load_rows(v_flaws + k_row, j, tl.where(v_flaw > 0, stop, 0), N, 0.0)
+            seen = visible(row[:, None], (j + tl.arange(0, N))[None, :], at, window, CAUSAL)
+            found += tl.sum(tl.where(seen, flaw[None, :], 0.0), 1)
+    return found
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def statistics_kernel(
-    q_ptr, k_ptr, units, lse_out, omega_out, k_mean_out, image_out,
+    q_ptr, k_ptr, units, flaws, q_flaws, k_flaws, v_flaws, lse_out, shift_out, omega_out, k_mean_out, image_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
     cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale,
     FLIP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """lse, omega and k_mean of section 2; and C u in units of the keys, u the query's direction, for the first
-    guess (4.3).
+    """lse, omega and k_mean of section 2; shift, which is lse in bits, not rounded in between; and C u in units of the
+    keys, u the query's direction, for the first guess (4.3).
 
     FLIP: the scale is negative, and the smallest product has the largest logit.
     """
@@ -105,11 +125,16 @@ def statistics_kernel(
         (q, factor, inverse, u_origin, FLIP), (k_base, k_stride_s), at, window,
         HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    store_rows(rows_of(lse_out, at, 1), i, at.q_len, (m + (tl.log2(total) - WEIGHT_BITS)) * LN2)
+    total += flaws_seen(
+        flaws, q_flaws, k_flaws, v_flaws, at, window, n_heads, group, k_len, cu_k, CAUSAL, BLOCK_M, BLOCK_N
+    )  # fmt: skip
+    shift = m + (tl.log2(total) - WEIGHT_BITS)
+    store_rows(rows_of(shift_out, at, 1), i, at.q_len, shift)
+    store_rows(rows_of(lse_out, at, 1), i, at.q_len, shift * LN2)
     store_rows(rows_of(omega_out, at, 1), i, at.q_len, total * (1 / WEIGHT))
     some = sees_some(i + tl.arange(0, BLOCK_M), at, window, CAUSAL)  # (M,)
     whole = tl.where(some, total, 1.0)  # the sums of a query that sees nothing are 0
-    k_mean = with_nan(acc / whole[:, None])
+    k_mean = acc / whole[:, None]
     store_tile(rows_of(k_mean_out, at, HEAD_DIM), HEAD_DIM, i, at.q_len, k_mean * k_unit, HEAD_DIM)
     image = (c_acc - k_mean * c_total[:, None]) / whole[:, None]
     store_tile(rows_of(image_out, at, HEAD_DIM), HEAD_DIM, i, at.q_len, image, HEAD_DIM)
@@ -123,22 +148,17 @@ def output_body(
     """One tile of sum_j p_ij (1 - a_ij) v_j, (2.3)."""
     q, z, minus_size, rest, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
-    k, _ = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
+    k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     v = load_tile(v_base, v_stride, j, k_len, V_DIM, N, state.shape[1], CUT)  # (N, V)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
     # 1 - a of (2.2) in one multiply-add
     w = w * (times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * minus_size[:, None] + rest[:, None])
-    if CUT:
-        # A value that is not finite reaches the queries that see it through their weights, as in load_keys.
-        flaw = tl.sum((v - v).to(tl.float32), 1)  # (N,) 0 or NaN
-        w = tl.where(seen, w + flaw[None, :], 0.0)
-        v = finite_or_zero(v)
     return times(rounded(w, v, PRECISION), v, state, PRECISION)  # (M, V)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def output_kernel(
-    q_ptr, k_ptr, v_ptr, units, origin_ptr, lse_ptr, omega_ptr, k_mean_ptr, probe_ptr, guard_out, o_out,
+    q_ptr, k_ptr, v_ptr, units, origin_ptr, shift_ptr, omega_ptr, k_mean_ptr, probe_ptr, guard_out, o_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     o_stride_b, o_stride_h, o_stride_s,
     cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale, delta_eps,
@@ -167,7 +187,7 @@ def output_kernel(
     # p a^2 sums to z.C z <= d.z, so |p (1 - a)| <= 1 + sqrt(d.z): the largest weight scale that cannot overflow.
     bound = 1 + tl.sqrt(tl.maximum(d_z, 0.0))
     gain = tl.minimum(power_of_two((1 / bound) * TOP), WEIGHT)
-    shift = load_rows(rows_of(lse_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) * LOG2E - tl.log2(gain)
+    shift = load_rows(rows_of(shift_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) - tl.log2(gain)
     factor = scale * LOG2E * q_unit * k_unit
     acc = sweep_keys(
         output_body, tl.zeros([BLOCK_M, BLOCK_V], tl.float32), (q, z, -z_size, rest, shift, factor),
@@ -177,7 +197,5 @@ def output_kernel(
     guard = 1 / (1 + delta_eps * (1 + d_z) / tl.maximum(omega, 1.0))
     store_rows(rows_of(guard_out, at, 1), i, at.q_len, guard)
     o_base = queries_of(o_out, o_stride_b, o_stride_h, o_stride_s, at)
-    acc = with_nan(acc)
-    acc += (0.0 * tl.sum(acc, 1))[:, None]  # a query that sees one number that is not has none in its output
     o = acc * (guard * v_unit * inverse_power(gain))[:, None]
     store_tile(o_base, o_stride_s, i, at.q_len, o, V_DIM)

@@ -67,13 +67,9 @@ class Launcher:
         self.runs = inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqlens_k
         # What tells a kernel which keys its queries see, as `primitives.place` takes it.
         self.where = (*self.runs, mask.window, *self.lengths)
-        q, k, v = (with_unit_stride(t) for t in inputs[:3])
-        self.units = (q.new_empty if half else q.new_ones)(self.n_heads + 2 * self.n_shared, dtype=torch.float32)
         # float32 has digits to lose: keys are taken relative to their sequence's first (docs/math.md, section 6).
-        self.origin = None if half else self.first_keys(k)  # (sequences Hkv, D)
-        if self.origin is not None:
-            k = with_unit_stride(k - self.of_sequence(self.origin, inputs.cu_seqlens_k, problem.k_len))
-        self.q, self.k, self.v = self.cast(q, k, v) if half else (q, k, v)
+        self.origin = None if half else self.first_keys(inputs.k)  # (sequences Hkv, D)
+        self.q, self.k, self.v, self.units, self.flaws = self.cast(*map(with_unit_stride, inputs[:3]))
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uninitialised. Packed: zeros, since no program comes to tokens of no sequence."""
@@ -125,25 +121,28 @@ class Launcher:
         logit = self.problem.scale * (self.q * origin).sum(-1)
         return lse - sign * logit, k_mean - sign * origin
 
-    def cast(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """q, k and v in float16, contiguous, in units of a power of two a head, with which ``self.units`` is filled."""
+    def cast(self, *tensors: Tensor) -> tuple[Any, ...]:
+        """q, k and v contiguous and finite, in the operands' dtype and in units of a head; these units; and which heads
+        and which rows of q, k and v were not finite."""
         # Runs of rows that look for a head's largest number side by side; the interpreter has no sides.
         chunks = 16 if self.device.type == "cuda" else 1
-        longest = max(self.longest)
+        longest, slots = max(self.longest), self.n_heads + 2 * self.n_shared
         chunk = triton.cdiv(triton.cdiv(longest, chunks), CAST_ROWS) * CAST_ROWS
-        largest = torch.empty(self.n_heads + 2 * self.n_shared, chunks, device=self.device)
-        outs = [torch.empty(t.shape, dtype=torch.float16, device=self.device) for t in tensors]
+        largest, flawed = torch.empty(2, slots, chunks, device=self.device)
+        units, flaws = torch.empty(2, slots, device=self.device)
+        outs = [torch.empty(t.shape, dtype=self.operand, device=self.device) for t in tensors]
+        row_flaws = [torch.empty(t.shape[:3], device=self.device) for t in tensors]
         sizes = {"CHUNKS": chunks, "BLOCK_M": CAST_ROWS, **self.dims}
         strides = self.strides(*tensors)
         self.run(
-            prepare.largest_kernel, "cast", (self.n_heads * chunks, 3), *tensors, largest, *strides,
+            prepare.largest_kernel, "cast", (self.n_heads * chunks, 3), *tensors, largest, flawed, *strides,
             *self.runs, *self.lengths, chunk, **sizes,
         )  # fmt: skip
         self.run(
-            prepare.cast_kernel, "cast", (self.n_heads * triton.cdiv(longest, CAST_ROWS), 3), *tensors, largest, *outs,
-            self.units, *strides, *self.runs, *self.lengths, **sizes,
+            prepare.cast_kernel, "cast", (self.n_heads * triton.cdiv(longest, CAST_ROWS), 3), *tensors, self.origin,
+            largest, flawed, *outs, units, flaws, *row_flaws, *strides, *self.runs, *self.lengths, **sizes,
         )  # fmt: skip
-        return tuple(outs)
+        return (*outs, units, (flaws, *row_flaws))
 
     def cast_rows(self, grad_o: Tensor, guard: Tensor, probe: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``guard * grad_o`` in the operands' dtype, contiguous, in units of a power of two a row, and those units; the
@@ -178,18 +177,24 @@ class Launcher:
         return _tuned[key]
 
     def run(self, kernel: Any, name: str, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
-        try:
-            with on_device:
-                kernel[grid](*arguments, **settings, **COMPILER)
-        except Exception as error:
-            tiles = {n: value for n, value in settings.items() if n not in ("HEAD_DIM", "V_DIM", "CAUSAL")}
-            raise RuntimeError(
-                f"flashlla: the Triton backends could not compile or launch kernel {kernel.__name__} (pass {name!r}, "
-                f"head dim {self.problem.head_dim}, {self.problem.dtype}, config {tiles}) on {self.device} with Triton "
-                f"{triton.__version__}. Use another backend: flashlla.set_backend('chunked'), "
-                f"or FLASHLLA_BACKEND=chunked."
-            ) from error
+        run(kernel, name, grid, self.device, *arguments, **settings)
+
+
+def run(
+    kernel: Any, name: str, grid: tuple[int, ...], device: torch.device, *arguments: Any, **settings: Any
+) -> None:  # fmt: skip
+    """Launch ``kernel`` of pass ``name``."""
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    try:
+        with on_device:
+            kernel[grid](*arguments, **settings, **COMPILER)
+    except Exception as error:
+        dtypes = {str(a.dtype).removeprefix("torch.") for a in arguments[:3]}
+        raise RuntimeError(
+            f"flashlla: the Triton backends could not compile or launch kernel {kernel.__name__} (pass {name!r}, "
+            f"{', '.join(sorted(dtypes))}, config {settings}) on {device} with Triton {triton.__version__}. "
+            f"Use another backend: flashlla.set_backend('chunked'), or FLASHLLA_BACKEND=chunked."
+        ) from error
 
 
 def with_unit_stride(t: Tensor) -> Tensor:
@@ -225,23 +230,23 @@ def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
     """The passes of operator section 4: statistics, solve, output."""
     at = Launcher(problem, inputs)
     q, k, v = at.q, at.k, at.v
-    lse, omega, k_mean, image = at.rows(), at.rows(), at.vectors(), at.vectors()
+    lse, shift, omega, k_mean, image = at.rows(), at.rows(), at.rows(), at.vectors(), at.vectors()
     at.sweep(
-        forward_kernels.statistics_kernel, "statistics", q, k, at.units, lse, omega, k_mean, image,
-        *at.strides(q, k), *at.where, problem.scale, FLIP=problem.scale < 0,
+        forward_kernels.statistics_kernel, "statistics", q, k, at.units, *at.flaws, lse, shift, omega, k_mean,
+        image, *at.strides(q, k), *at.where, problem.scale, FLIP=problem.scale < 0,
     )  # fmt: skip
     probe = at.vectors()
     iterations, residual, converged = at.rows(torch.int32), at.rows(), at.rows(torch.bool)
     if problem.mask.packed:
         converged.fill_(True)
     report = iterations, residual, converged
-    solve(at, inputs.ridge_lambda, lse, k_mean, image, probe, preconditioner, report=report)
+    solve(at, inputs.ridge_lambda, shift, k_mean, image, probe, preconditioner, report=report)
     del image
     guard, o = at.rows(), empty_output(inputs.q, inputs.v)
     o_rows = at.target(o)
     at.sweep(
-        forward_kernels.output_kernel, "output", q, k, v, at.units, at.origin, lse, omega, k_mean, probe, guard, o_rows,
-        *at.strides(q, k, v, o_rows), *at.where, problem.scale, problem.delta_eps,
+        forward_kernels.output_kernel, "output", q, k, v, at.units, at.origin, shift, omega, k_mean, probe, guard,
+        o_rows, *at.strides(q, k, v, o_rows), *at.where, problem.scale, problem.delta_eps,
     )  # fmt: skip
     if o_rows is not o:
         o.copy_(o_rows)
@@ -250,15 +255,15 @@ def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
 
 
 def solve(
-    at: Launcher, ridge: Tensor, lse: Tensor, k_mean: Tensor, b: Tensor, x: Tensor, preconditioner: str, *,
+    at: Launcher, ridge: Tensor, shift: Tensor, k_mean: Tensor, b: Tensor, x: Tensor, preconditioner: str, *,
     report: tuple[Tensor, ...] | None = None, adjoint: tuple[Tensor, ...] | None = None,
 ) -> None:  # fmt: skip
     """Launch the one solve kernel: for the probe, with the ``report`` to fill (iterations, residual, converged); or for
     the ``adjoint`` probe, with the lengths of ``b``'s rows, the probe and z.y to fill."""
-    iterations, residual, converged = report or (lse,) * 3  # what is not given is not touched
-    b_size, probe, z_y = adjoint or (lse,) * 3
+    iterations, residual, converged = report or (shift,) * 3  # what is not given is not touched
+    b_size, probe, z_y = adjoint or (shift,) * 3
     at.sweep(
-        solve_kernel, "solve", at.q, at.k, at.units, at.origin, lse, k_mean, ridge, b, b_size, probe, x,
+        solve_kernel, "solve", at.q, at.k, at.units, at.origin, shift, k_mean, ridge, b, b_size, probe, x,
         z_y, iterations, residual, converged,
         *at.strides(at.q, at.k, ridge), *at.where, at.problem.scale,
         *tolerances(at.problem, adjoint is not None), ADJOINT=adjoint is not None, PRECONDITIONER=preconditioner,
@@ -275,17 +280,17 @@ def backward(
     do, do_unit, z, z_size = at.cast_rows(grad_o, guard, probe)
     given, k_mean = at.moved(lse, k_mean)
     given, k_mean = given.contiguous(), k_mean.contiguous()
-    lse, t, t_size, g_near = at.rows(), at.vectors(), at.rows(), None
+    shift, t, t_size, g_near = at.rows(), at.vectors(), at.rows(), None
     # float32 takes them twice, then about the g_mean of the first time: its t shall hold where weights are sharp.
     for _ in range(1 if at.operand == torch.float16 else 2):
         g_mean = at.rows()
         at.sweep(
-            backward_kernels.moments_kernel, "moments", q, k, v, do, at.units, given, k_mean, g_near, lse, t, t_size,
+            backward_kernels.moments_kernel, "moments", q, k, v, do, at.units, given, k_mean, g_near, shift, t, t_size,
             g_mean, *at.strides(q, k, v), *at.where, problem.scale,
         )  # fmt: skip
         g_near = g_mean
     y_neg, z_y = at.vectors(at.operand), at.rows()
-    solve(at, ridge, lse, k_mean, t, y_neg, preconditioner, adjoint=(t_size, probe, z_y))
+    solve(at, ridge, shift, k_mean, t, y_neg, preconditioner, adjoint=(t_size, probe, z_y))
     del t
     dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
     outs = [at.target(x) for x in (dq, dk, dv)]
@@ -295,7 +300,7 @@ def backward(
     rows = torch.empty(5, problem.batch * problem.q_heads, tiles * configs.ROWS_PAD, device=at.device)
     top = torch.zeros(at.n_shared, device=at.device)
     at.sweep(
-        backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, at.units, at.origin, do_unit, z_size, z_y, lse, k_mean,
+        backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, at.units, at.origin, do_unit, z_size, z_y, shift, k_mean,
         ridge, g_mean, outs[0], dridge, rows, top, rows.stride(1), rows.stride(0),
         *at.strides(q, k, v, ridge, outs[0]), *at.where, problem.scale,
     )  # fmt: skip

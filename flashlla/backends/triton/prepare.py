@@ -1,7 +1,7 @@
-"""Operands: one cast before the kernels instead of one for each tile that they load.
+"""Operands: one pass before the kernels instead of work for each tile that they load.
 
-q, k and v become float16, divided by a power of two a head; grad_o, times the guard, by a power of two a row; the probe
-by its length. All of it is decided on the device.
+q, k and v become contiguous and finite, for 16-bit inputs in float16, divided by a power of two a head; grad_o, times
+the guard, by a power of two a row; the probe by its length. All of it is decided on the device.
 """
 
 import triton
@@ -10,6 +10,7 @@ import triton.language as tl
 from flashlla.backends.triton.primitives import (
     NUMBERS,
     between,
+    finite_or_zero,
     inverse_or_zero,
     inverse_power,
     load_rows,
@@ -23,7 +24,6 @@ from flashlla.backends.triton.primitives import (
     run_of,
     store_rows,
     store_tile,
-    with_nan,
 )
 
 
@@ -50,13 +50,14 @@ def rows_of_operand(
 
 @triton.jit(do_not_specialize=[*NUMBERS, "chunk"])
 def largest_kernel(
-    q, k, v, largest, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
+    q, k, v, largest, flawed, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
     v_stride_b, v_stride_h, v_stride_s,
     cu_q, cu_k, seqlens_k, n_heads, heads, group, q_len, k_len, longest_q, longest_k, chunk,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The largest finite magnitude of each of CHUNKS runs of rows of each head: of q's heads, of k's, of v's."""
+    """The largest finite magnitude of each of CHUNKS runs of rows of each head, and 1 where some number is not finite,
+    else 0: of q's heads, of k's, of v's."""
     program, part = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
     n_shared = n_heads // group
     tensors = (
@@ -64,7 +65,7 @@ def largest_kernel(
         (k, k_stride_b, k_stride_h, k_stride_s),
         (v, v_stride_b, v_stride_h, v_stride_s),
     )
-    found = tl.zeros([BLOCK_M], tl.float32)
+    found, flaw = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for which in tl.static_range(3):
         here = (tl.program_id(1) == which) & ((which == 0) | (program < n_shared))
         if here:
@@ -77,28 +78,35 @@ def largest_kernel(
             for i in tl.range(part * chunk, tl.minimum((part + 1) * chunk, length), BLOCK_M):
                 tile = load_tile(base, tensors[which][3], i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
                 tile = tl.abs(tile.to(tl.float32))
-                found = tl.maximum(found, tl.max(tl.where(tile < float("inf"), tile, 0.0), 1))
+                finite = tile < float("inf")
+                found = tl.maximum(found, tl.max(tl.where(finite, tile, 0.0), 1))
+                flaw = tl.maximum(flaw, tl.max(tl.where(finite, 0.0, 1.0), 1))
             slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_shared) + program
             tl.store(largest + slot * CHUNKS + part, tl.max(found, 0))
+            tl.store(flawed + slot * CHUNKS + part, tl.max(flaw, 0))
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def cast_kernel(
-    q, k, v, largest, q_out, k_out, v_out, units, q_stride_b, q_stride_h, q_stride_s,
+    q, k, v, origin_ptr, largest, flawed, q_out, k_out, v_out, units, flaws, q_flaws, k_flaws, v_flaws, q_stride_b, q_stride_h, q_stride_s,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     cu_q, cu_k, seqlens_k, n_heads, heads, group, q_len, k_len, longest_q, longest_k,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """q, k and v divided by their heads' units, contiguous, NaN for all that is not finite; and these units, powers of
-    two under the largest. Rows that no sequence has are not written."""
+    """q, k and v divided by their heads' units, contiguous, 0 for what is not finite; and these units, of float16
+    powers of two under the largest, else 1. k from its heads' origins (sequences Hkv, D), if there are any.
+
+    flaws: of each head 1 where some number is not finite, else 0; there alone q_flaws (B, Hq, Sq), k_flaws and v_flaws
+    (B, Hkv, Sk) are written, NaN for each row with such a number, else 0. Rows that no sequence has are not written.
+    """
     tiles = tl.cdiv(tl.maximum(longest_q, longest_k), BLOCK_M)
     program, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
     n_shared = n_heads // group
     tensors = (
-        (q, q_stride_b, q_stride_h, q_stride_s, q_out),
-        (k, k_stride_b, k_stride_h, k_stride_s, k_out),
-        (v, v_stride_b, v_stride_h, v_stride_s, v_out),
+        (q, q_stride_b, q_stride_h, q_stride_s, q_out, q_flaws),
+        (k, k_stride_b, k_stride_h, k_stride_s, k_out, k_flaws),
+        (v, v_stride_b, v_stride_h, v_stride_s, v_out, v_flaws),
     )
     for which in tl.static_range(3):
         here = (tl.program_id(1) == which) & ((which == 0) | (program < n_shared))
@@ -106,16 +114,26 @@ def cast_kernel(
             WIDTH: tl.constexpr = V_DIM if which == 2 else HEAD_DIM
             COLUMNS: tl.constexpr = BLOCK_V if which == 2 else BLOCK_D
             slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_shared) + program
-            top = tl.max(tl.load(largest + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
-            unit = tl.where(top > 0, power_of_two(top), 1.0)
+            unit = tl.full([], 1.0, tl.float32)
+            if tensors[which][4].dtype.element_ty == tl.float16:
+                top = tl.max(tl.load(largest + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
+                unit = tl.where(top > 0, power_of_two(top), 1.0)
+            flaw = tl.max(tl.load(flawed + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
             tl.store(units + slot, unit, mask=i == 0)
+            tl.store(flaws + slot, flaw, mask=i == 0)
             base, length, row = rows_of_operand(
                 program, tensors[which][0], tensors[which][1], tensors[which][2], tensors[which][3],
                 cu_q, cu_k, seqlens_k, heads, group, q_len, k_len, longest_q, longest_k, which > 0,
             )  # fmt: skip
             tile = load_tile(base, tensors[which][3], i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
-            tile = with_nan(tile.to(tl.float32) * inverse_power(unit))
-            store_tile(tensors[which][4] + row * WIDTH, WIDTH, i, length, tile, WIDTH)
+            tile = tile.to(tl.float32)
+            if flaw > 0:
+                store_rows(tensors[which][5] + row, i, length, tl.sum(tile - tile, 1))
+                tile = finite_or_zero(tile)
+            if which == 1 and origin_ptr is not None:
+                dim = tl.arange(0, COLUMNS)
+                tile -= tl.load(origin_ptr + program.to(tl.int64) * WIDTH + dim, mask=dim < WIDTH, other=0.0)[None, :]
+            store_tile(tensors[which][4] + row * WIDTH, WIDTH, i, length, tile * inverse_power(unit), WIDTH)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -126,22 +144,24 @@ def cast_rows_kernel(
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Row by row y = guard grad_o / y_unit, so that no row of y is longer than 1 and none but zeros is short; and
-    probe = z_size z, z of unit length."""
+    probe = z_size z, z of unit length. Of a row that is not finite, y_unit or z_size is NaN."""
     at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_q, None, BLOCK_M, False, False)
     if outside(at, at.q_len, cu_q):
         return
     i, length = at.start, at.q_len
     base = queries_of(grad_o, stride_b, stride_h, stride_s, at)
     tile = load_tile(base, stride_s, i, length, V_DIM, BLOCK_M, BLOCK_V, True).to(tl.float32)  # (M, V)
-    tile = with_nan(tile * load_rows(rows_of(guard, at, 1), i, length, BLOCK_M, 1.0)[:, None])
-    top = tl.max(tl.where(tile == tile, tl.abs(tile), 0.0), 1)  # (M,)
+    tile = tile * load_rows(rows_of(guard, at, 1), i, length, BLOCK_M, 1.0)[:, None]
+    flaw = tl.sum(tile - tile, 1)  # (M,) 0 or NaN
+    tile = finite_or_zero(tile)
+    top = tl.max(tl.abs(tile), 1)  # (M,)
     # Elements under 2 / (2 sqrt(V)): the row's length is under 1. ROOM is the power of two at or above 2 sqrt(V).
     ROOM: tl.constexpr = 32 if BLOCK_V > 64 else (16 if BLOCK_V > 16 else 8)
     unit = power_of_two(top * ROOM)
     store_tile(rows_of(y, at, V_DIM), V_DIM, i, length, tile * inverse_power(unit)[:, None], V_DIM)
-    store_rows(rows_of(y_unit_out, at, 1), i, length, unit)
+    store_rows(rows_of(y_unit_out, at, 1), i, length, unit + flaw)
     z = load_tile(rows_of(probe, at, HEAD_DIM), HEAD_DIM, i, length, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
     z_size = tl.sqrt(tl.sum(z * z, 1))  # (M,)
     z = rounded(z * inverse_or_zero(z_size)[:, None], tl.zeros([1], z_out.dtype.element_ty), PRECISION)
-    store_tile(rows_of(z_out, at, HEAD_DIM), HEAD_DIM, i, length, z, HEAD_DIM)
+    store_tile(rows_of(z_out, at, HEAD_DIM), HEAD_DIM, i, length, finite_or_zero(z), HEAD_DIM)
     store_rows(rows_of(z_size_out, at, 1), i, length, z_size)

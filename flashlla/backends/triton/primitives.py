@@ -7,6 +7,9 @@ Units. Operands come divided by powers of two, one for each head and tensor (pre
 lies in [1, 2): nothing finite overflows float16, and nothing that matters falls under it. The kernels compute in the
 units of the keys, where keys, k_mean and d are smaller by k_unit, probes larger by it, and ridges smaller by its
 square: the equations of docs/math.md hold as they stand.
+
+Numbers that are not finite. A hidden row of an operand meets a weight of 0, and 0 NaN is NaN: so operands hold 0 in
+place of what is not finite, and every query that sees some of it has an lse of NaN, hence NaN in all its weights.
 """
 
 from typing import Any, NamedTuple
@@ -215,14 +218,8 @@ def rounded(x, like, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def with_nan(x):
-    """``x`` with NaN for inf."""
-    return x + (x - x)
-
-
-@triton.jit
 def finite_or_zero(x):
-    """``x`` with 0 for NaN and inf: a hidden row of an operand meets a weight of 0, and 0 NaN is NaN."""
+    """``x`` with 0 for NaN and inf."""
     return tl.where((x - x) == 0, x, tl.zeros_like(x))
 
 
@@ -302,7 +299,8 @@ def key_range(at, window, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr
         if window is None:
             return 0, 0, whole_stop, stop
         else:
-            first = between(own + 1 - window, 0, stop) // N * N
+            first = between(own + 1 - window, 0, stop)
+            first = tl.where(first < stop, first // N * N, stop)
             whole_stop = tl.maximum(whole_stop, first)
             whole = between(tl.cdiv(tl.maximum(own + M - window, 0), N) * N, first, whole_stop)
             return first, whole, whole_stop, stop
@@ -381,20 +379,6 @@ def sweep_queries(
     for i in tl.range(whole, whole_stop, M):
         state = body(state, keys, rows, i, at.q_len, seen, HEAD_DIM, V_DIM, PRECISION, M, False)
     return state
-
-
-@triton.jit
-def load_keys(base, stride, start, k_len, like, HEAD_DIM: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr):
-    """A tile of keys twice, (N, D): for products that make weights, and for products with weights.
-
-    In a cut tile a key that is not finite must reach the queries that see it (through NaN in their weights), and no
-    other (its weight is 0 there).
-    """
-    k = load_tile(base, stride, start, k_len, HEAD_DIM, N, like.shape[1], CUT)
-    if CUT:
-        return with_nan(k), finite_or_zero(k)
-    else:
-        return k, k
 
 
 @triton.jit

@@ -11,11 +11,11 @@ from flashlla.backends.triton.primitives import (
     NUMBERS,
     WEIGHT,
     WEIGHT_BITS,
+    finite_or_zero,
     inverse_or_zero,
     inverse_power,
     keys_of,
     keys_seen,
-    load_keys,
     load_rows,
     load_tile,
     outside,
@@ -46,14 +46,12 @@ def matvec_body(
     acc, total = state
     q, x, x_mean, shift, factor = rows
     k_base, k_stride = keys
-    k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
+    k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N); first: its exponentials overlap the next product
     w = w * (times(x, tl.trans(k), zeros(x, tl.trans(k)), PRECISION) - x_mean[:, None])
-    if CUT:
-        w = tl.where(seen, w, 0.0)  # c_ij may be NaN where w_ij was 0
     w = rounded(w, k, PRECISION)
     # The total of the rounded numbers: k_mean times it takes out what keys far from the origin made of their rounding.
-    return times(w, k_weighed, acc, PRECISION), total + tl.sum(w.to(tl.float32), 1)
+    return times(w, k, acc, PRECISION), total + tl.sum(w.to(tl.float32), 1)
 
 
 @triton.jit
@@ -64,9 +62,9 @@ def diagonal_body(
     """One tile of sum_j w_ij (k_j - origin)^2, element by element."""
     q, origin, shift, factor = rows
     k_base, k_stride = keys
-    k, k_weighed = load_keys(k_base, k_stride, j, k_len, q, HEAD_DIM, N, CUT)  # (N, D)
+    k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     w = rounded(weights(q, k, factor, shift, seen, PRECISION, CUT), k, PRECISION)  # (M, N)
-    moved = k_weighed.to(tl.float32) - origin[None, :]
+    moved = k.to(tl.float32) - origin[None, :]
     return times(w, rounded(moved * moved, k, PRECISION), state, PRECISION)  # (M, D)
 
 
@@ -84,7 +82,6 @@ def prepare_jacobi(
     dim = tl.arange(0, q.shape[1])
     origin = tl.load(k_base + dim, mask=(dim < HEAD_DIM) & (at.k_stop > 0), other=0.0)  # (D,) the first key
     origin = origin.to(tl.float32)
-    origin = tl.where((origin - origin) == 0, origin, 0.0)
     squares = sweep_keys(
         diagonal_body, tl.zeros([M, q.shape[1]], tl.float32), (q, origin, shift, factor), (k_base, k_stride),
         at, window, HEAD_DIM, V_DIM, CAUSAL, PRECISION, M, N,
@@ -96,7 +93,7 @@ def prepare_jacobi(
 
 @triton.jit(do_not_specialize=[*NUMBERS, "max_iters"])
 def solve_kernel(
-    q_ptr, k_ptr, units, origin_ptr, lse_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, probe_ptr, x_out,
+    q_ptr, k_ptr, units, origin_ptr, shift_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, probe_ptr, x_out,
     z_y_out, iterations_out, residual_out, converged_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, ridge_stride_b, ridge_stride_h,
     ridge_stride_s,
@@ -126,7 +123,7 @@ def solve_kernel(
     row = i + tl.arange(0, BLOCK_M)
     given = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=row < at.q_len, other=1.0)  # (M,)
     ridge = ridge_in(given, k_unit)
-    shift = load_rows(rows_of(lse_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) * LOG2E - WEIGHT_BITS
+    shift = load_rows(rows_of(shift_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) - WEIGHT_BITS
     factor = scale * LOG2E * q_unit * k_unit
     if ADJOINT:
         r = load_tile(rows_of(b_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
@@ -201,7 +198,8 @@ def solve_kernel(
     solution += (0.0 * r2)[:, None]  # NaN where the right-hand side was
     if ADJOINT:
         size = load_rows(rows_of(b_size_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
-        store_tile(out, HEAD_DIM, i, at.q_len, saturated(solution * -size[:, None], q), HEAD_DIM)
+        y_neg = saturated(finite_or_zero(solution * -size[:, None]), q)
+        store_tile(out, HEAD_DIM, i, at.q_len, y_neg, HEAD_DIM)
         probe = load_tile(rows_of(probe_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
         store_rows(rows_of(z_y_out, at, 1), i, at.q_len, k_unit * size * tl.sum(probe * solution, 1))
     else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashlla import dispatch
-from flashlla.autograd import WithoutGradient, decode_op, decode_out_op, describe, forward_op
+from flashlla.autograd import WithoutGradient, decode, decode_out_op, describe, forward
 from flashlla.solvers import Solver
 from flashlla.validation import Call, check_out, prepare, prepare_decode, prepare_for, prepare_varlen
 
@@ -144,7 +144,7 @@ def lla_attention(  # type: ignore[misc]  # the overloads say only what return_i
 
 
 def _attend(call: Call, backend: str | None, return_info: bool) -> Tensor | tuple[Tensor, LLAInfo]:
-    o, *_, omega, iterations, residual, converged, choice = forward_op(*call.arguments, backend)
+    o, *_, omega, iterations, residual, converged, choice = forward(*call.arguments, backend)
     if not return_info:
         return call.restore(o)
     iterations, residual, converged, omega = (
@@ -348,7 +348,7 @@ def lla_decode(
         layout=layout,
     )
     if out is None:
-        return call.restore(decode_op(*call.arguments, backend))
+        return call.restore(decode(*call.arguments, backend))
     decode_out_op(*call.arguments, backend, check_out(out, call))
     return out
 
@@ -386,7 +386,7 @@ class LLAFunction:
         call = prepare(
             q, k, v, ridge_lambda, qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, None
         )
-        o, _, _, _, _, omega, *_ = forward_op(*call.arguments, None)
+        o, _, _, _, _, omega, *_ = forward(*call.arguments, None)
         omega = omega.detach() if torch.compiler.is_compiling() else WithoutGradient.apply(omega)
         return call.restore(o), call.restore(omega).unsqueeze(-1)
 

@@ -1,6 +1,7 @@
 """The operators, and their derivative: the only place that knows torch.autograd and torch.library.
 
-All are opaque to torch.compile. The choice of a backend is made inside the operator, at run time and in the caller's
+The operators are opaque to torch.compile; ``forward``, ``backward`` and ``decode`` are three of them as functions that
+torch.func transforms too. The choice of a backend is made inside the operator, at run time and in the caller's
 context; from forward it travels to the backward operator, which may run on another thread, as a number on the CPU
 among the saved tensors.
 """
@@ -24,6 +25,7 @@ from flashlla.problem import (
     accumulator,
     empty_output,
 )
+from flashlla.values import check_values
 
 # Everything about a call that is not a tensor, in the order all operators take it.
 _SETTINGS = (
@@ -106,13 +108,12 @@ def _forward(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *sett
     *settings, backend = settings_and_backend
     inputs = Inputs(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k)
     problem = describe(inputs, *settings)
+    check_values(problem, inputs)
     chosen = dispatch.choose(problem, backend)
     choice = torch.tensor(dispatch.serial(chosen))
     if problem.empty:
         *found, converged, _ = _allocate(q, k, v)
         return (*(t.zero_() for t in found), converged.fill_(True), choice)
-    if q.device.type == "cpu":  # elsewhere looking at the numbers would wait for the device
-        _check_ridge(ridge_lambda)
     with _no_autocast(problem):
         o, residuals, report = chosen.forward(problem, inputs)
     warn_if_stopped_early(problem, inputs, report)
@@ -154,7 +155,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, grad_o: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_o is None:
         return (None,) * 17
-    return (*backward_op(grad_o, *ctx.saved_tensors, *ctx.settings), *(None,) * 13)
+    return (*backward(grad_o, *ctx.saved_tensors, *ctx.settings), *(None,) * 13)
 
 
 def _refuse(ctx: Any, *_: Tensor | None) -> None:
@@ -168,9 +169,15 @@ def _refuse(ctx: Any, *_: Tensor | None) -> None:
 class WithoutGradient(torch.autograd.Function):
     """The identity on omega; a gradient that arrives at it is refused, not dropped."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, omega: Tensor) -> Tensor:
+    def forward(omega: Tensor) -> Tensor:
         return omega.view_as(omega)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
@@ -184,12 +191,11 @@ def _write_decode(q, k, v, ridge_lambda, seqlens_k, block_table, *settings_backe
     *settings, backend, out = settings_backend_and_out
     inputs = Inputs(q, k, v, ridge_lambda, seqlens_k, block_table=block_table)
     problem = describe(inputs, *settings, decoding=True)
+    check_values(problem, inputs)
     chosen = dispatch.choose(problem, backend)
     if problem.empty:
         out.zero_()
         return
-    if q.device.type == "cpu":
-        _check_ridge(ridge_lambda)
     with _no_autocast(problem):
         chosen.decode(problem, inputs, out)
 
@@ -233,14 +239,14 @@ def _forward_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
     """The dimension becomes part of the batch."""
     _refuse_vmap_of_packed(arguments[5])
     folded = [_fold(t, dim, info.batch_size) for t, dim in zip(arguments[:7], in_dims)]
-    *found, choice = forward_op(*folded, *arguments[7:])
+    *found, choice = forward(*folded, *arguments[7:])
     return (*(_unfold(t, info.batch_size) for t in found), choice), (*(0,) * len(found), None)
 
 
 def _backward_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
     _refuse_vmap_of_packed(arguments[6])
     folded = [_fold(t, dim, info.batch_size) for t, dim in zip(arguments[:12], in_dims)]
-    found = backward_op(*folded, *arguments[12:])
+    found = backward(*folded, *arguments[12:])
     return tuple(_unfold(t, info.batch_size) for t in found), (0,) * len(found)
 
 
@@ -256,13 +262,6 @@ def _decode_vmap(info, in_dims, *_):  # type: ignore[no-untyped-def]
         "flashlla: torch.vmap over lla_decode is not supported; make the dimension part of the batch, as by "
         "q.flatten(0, 1)"
     )
-
-
-def _check_ridge(ridge_lambda: Tensor) -> None:
-    if (bad := ridge_lambda <= 0).any():
-        batch, head, query = bad.nonzero()[0].tolist()
-        number = ridge_lambda[batch, head, query].item()
-        raise ValueError(f"ridge_lambda: got {number} at batch {batch}, head {head}, query {query}, wanted above 0")
 
 
 # Defined with Library rather than custom_op, which imports the whole compiler (seconds) at an operator's first call.
@@ -300,6 +299,26 @@ decode_op = _define("decode", f"{_CACHE}, str? backend", 1, _decode, _decode_fak
 decode_out_op = _define(
     "decode_out", f"{_CACHE}, str? backend, Tensor(a!) out", 0, _decode_out, lambda *_: None, _decode_vmap
 )
-torch.library.register_autograd("flashlla::forward", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("flashlla::backward", _refuse, lib=_library)
-torch.library.register_autograd("flashlla::decode", _refuse_decode, lib=_library)
+
+
+def refuse_forward_mode(*_: Any) -> None:
+    raise NotImplementedError(
+        "flashlla: lla_attention has no forward-mode derivative (torch.func.jvp, jacfwd and hessian, forward_ad); "
+        "try torch.func.grad, torch.autograd.grad or backward()"
+    )
+
+
+def _differentiable(op: Any, derivative: Any, vmap: Any, save: Any = lambda ctx, inputs, output: None) -> Any:
+    """``op`` with its derivative, in both forms it is asked for: torch.compile takes what is registered with the
+    operator, torch.func's transforms only a Function around it."""
+    torch.library.register_autograd(op.name(), derivative, setup_context=save, lib=_library)
+    rules = {"setup_context": save, "backward": derivative, "jvp": refuse_forward_mode, "vmap": vmap}
+    rules["forward"] = lambda *arguments: op(*arguments)
+    members = {name: staticmethod(rule) for name, rule in rules.items()}
+    function: Any = type(op.name().replace("::", "_"), (torch.autograd.Function,), members)
+    return lambda *arguments: op(*arguments) if torch.compiler.is_compiling() else function.apply(*arguments)
+
+
+forward = _differentiable(forward_op, _differentiate, _forward_vmap, _save)
+backward = _differentiable(backward_op, _refuse, _backward_vmap)
+decode = _differentiable(decode_op, _refuse_decode, _decode_vmap)

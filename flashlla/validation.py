@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
-import os
+import operator
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from flashlla.autograd import refuse_forward_mode
 from flashlla.problem import SUPPORTED_DTYPES, Inputs, accumulator
 from flashlla.solvers import Solver, encode
 from flashlla.solvers.cg import check_tolerances
 
 # Asked once: torch.compile cannot trace the question before torch 2.12.
 _AUTOCAST = frozenset(d for d in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(d))
-# Set to 1, checks what costs a wait for the device: the numbers in cu_seqlens and block_table.
-CHECK_VARIABLE = "FLASHLLA_CHECK"
 # New tokens a sequence that decoding takes; keys a page is a multiple of.
 MOST_NEW, PAGE = 16, 16
+# By layout: three dimensions, four, and what may help where heads would fit if they were tokens and tokens heads.
+_FORMS = {
+    "bhsd": ("(B, S, D)", "(B, H, S, D)", "for tensors (B, S, H, D) pass layout='bshd'"),
+    "bshd": ("(B, S, D)", "(B, S, H, D)", "for tensors (B, H, S, D) pass layout='bhsd'"),
+    "thd": (
+        "(T, H, D)",
+        "(1, H, T, D)",
+        "tensors are (T, H, D) or (1, H, T, D): of (1, T, H, D) try q[0], k[0] and v[0]",
+    ),
+}
 _CG_DEFAULTS = {"cg_atol": 1e-12, "cg_rtol": 1e-12, "cg_max_iters": 32, "cg_use_preconditioner": False}
 
 
@@ -116,23 +125,19 @@ def prepare_varlen(
         for name, value in apart:
             if value is not None:
                 raise ValueError(f"{name}: got it together with cu_seqlens, wanted cu_seqlens alone or both others")
-        cu_seqlens_q = cu_seqlens_k = cu_seqlens
-    for name, value in apart:
-        if cu_seqlens is None and value is None:
-            raise ValueError(f"{name}: got None, wanted a tensor of (sequences + 1,) int32, or cu_seqlens for both")
-    named = ("cu_seqlens", "cu_seqlens") if cu_seqlens is not None else ("cu_seqlens_q", "cu_seqlens_k")
-    cu_q = _check_cu_seqlens(cu_seqlens_q, q, named[0])
-    cu_k = _check_cu_seqlens(cu_seqlens_k, k, named[1])
-    if cu_q.shape != cu_k.shape:
-        raise ValueError(
-            f"cu_seqlens_k: got shape {tuple(cu_k.shape)}, wanted {tuple(cu_q.shape)}, that of cu_seqlens_q: the two "
-            f"tell of the same sequences"
-        )
+        cu_q = cu_k = _check_cu_seqlens(cu_seqlens, q, "cu_seqlens")
+    else:
+        for name, value in apart:
+            if value is None:
+                raise ValueError(f"{name}: got None, wanted a tensor of (sequences + 1,) int32, or cu_seqlens for both")
+        cu_q, cu_k = (_check_cu_seqlens(value, q, name) for name, value in apart)
+        if cu_q.shape != cu_k.shape:
+            raise ValueError(
+                f"cu_seqlens_k: got shape {tuple(cu_k.shape)}, wanted {tuple(cu_q.shape)}, that of cu_seqlens_q: the "
+                f"two tell of the same sequences"
+            )
     longest_q = _check_longest(max_seqlen_q, max_seqlen, "max_seqlen_q", cu_q)
     longest_k = _check_longest(max_seqlen_k, max_seqlen, "max_seqlen_k", cu_k)
-    if q.device.type == "cpu" or os.environ.get(CHECK_VARIABLE) == "1":
-        _check_edges(cu_q, q.shape[2], longest_q, named[0])
-        _check_edges(cu_k, k.shape[2], longest_k, named[1])
     cg_numbers = (cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
     inputs = Inputs(q, k, v, _check_ridge(ridge_lambda, q, layout), None, cu_q, cu_k)
     return _call(
@@ -158,9 +163,11 @@ def prepare_decode(
     """The same for decoding with a cache."""
     _check_layout(layout)
     names = ("q", "k_cache", "v_cache")
+    if isinstance(q, Tensor) and q.dim() != 4:
+        form, head, token = ("(B, H, N, D)", 1, 2) if layout == "bhsd" else ("(B, N, H, D)", 2, 1)
+        hint = f"; try q.unsqueeze({token}) for one new token, or q.unsqueeze({head}) for one head" * (q.dim() == 3)
+        raise ValueError(f"q: got shape {tuple(q.shape)}, wanted four dimensions, {form}{hint}")
     q, k, v = _check_tensors(q, k_cache, v_cache, layout, names, paged=block_table is not None)
-    if q.dim() != 4:
-        raise ValueError(f"q: got shape {tuple(q.shape)}, wanted four dimensions; try q.unsqueeze(1) for one head")
     if layout == "bshd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if not 1 <= q.shape[2] <= MOST_NEW:
@@ -217,10 +224,18 @@ def check_out(out: Tensor, call: Call) -> Tensor:
             f"out: got shape {tuple(out.shape)}, wanted {(*rows, v.shape[-1])}, that of q with the last of v_cache"
         )
     if out.dtype != q.dtype:
-        raise TypeError(f"out: got dtype {out.dtype}, wanted {q.dtype}, the dtype of q")
+        cast = "" if _autocast_dtype(q.device.type) is None else " under autocast, which is on"
+        raise TypeError(
+            f"out: got dtype {out.dtype}, wanted {q.dtype}, the dtype of q{cast}; "
+            f"try torch.empty_like(out, dtype={q.dtype})"
+        )
     if out.device != q.device:
         raise ValueError(f"out: got device {out.device}, wanted {q.device}, the device of q")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*call.inputs[:4], out)):
+    tensors = (*call.inputs[:4], out)
+    tangent = lambda t: torch.autograd.forward_ad.unpack_dual(t).tangent
+    if not torch.compiler.is_compiling() and any(tangent(t) is not None for t in tensors):
+        refuse_forward_mode()
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise NotImplementedError(
             "out: lla_decode has no gradient, and an argument requires one; try torch.no_grad() around it, or detach()"
         )
@@ -240,8 +255,7 @@ def _call(
     longest: tuple[int, int] = (0, 0),
 ) -> Call:
     """What is the same for every kind of call."""
-    window = _check_mask(causal, window)
-    _refuse_forward_mode(*inputs[:4])
+    causal, window = _check_mask(causal, window)
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: got {type(backend).__name__}, wanted a backend's name, 'auto' or None")
     scale = 1 / math.sqrt(inputs.q.shape[-1]) if qk_scale is None else _check_number(qk_scale, "qk_scale")
@@ -256,19 +270,26 @@ def _check_layout(layout: str) -> None:
         raise ValueError(f"layout: got {layout!r}, wanted 'bhsd' for (B, H, S, D) or 'bshd' for (B, S, H, D)")
 
 
-def _check_mask(causal: bool, window: int | None) -> int | None:
-    """``window``, if the two go together."""
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal: got {type(causal).__name__}, wanted True or False")
+def _check_mask(causal: bool, window: int | None) -> tuple[bool, int | None]:
+    """Both as Python's own, if the two go together."""
+    if not isinstance(causal, (bool, np.bool_)):
+        raise TypeError(f"causal: got {type(causal).__name__}, wanted True or False; try bool(causal)")
+    causal = bool(causal)
     if window is None:
-        return None
-    if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)):
-        raise TypeError(f"window: got {type(window).__name__}, wanted a whole number of keys, or None for all")
+        return causal, None
+    window = _check_whole(window, "window", "a whole number of keys, or None for all")
     if window < 1:
         raise ValueError(f"window: got {window}, wanted at least 1, the query's own key")
     if not causal:
         raise ValueError(f"window: got {window} with causal=False, wanted causal=True: it keeps the latest keys")
-    return window
+    return causal, window
+
+
+def _check_whole(value: int, name: str, wanted: str = "a whole number") -> int:
+    """``value`` as Python's own int, or as torch.compile's; no tensor, since to read one waits for the device."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}; try int({name})")
+    return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
 
 
 def _check_integers(t: Tensor, name: str, shape: str, device: torch.device) -> Tensor:
@@ -289,6 +310,11 @@ def _check_seqlens(seqlens_k: Tensor | None, q: Tensor, k: Tensor) -> Tensor | N
     """seqlens_k as (B,) int32."""
     if seqlens_k is None:
         return None
+    if isinstance(seqlens_k, Tensor) and seqlens_k.dtype == torch.bool:
+        raise TypeError(
+            f"seqlens_k: got a mask, torch.bool of shape {tuple(seqlens_k.shape)}, wanted how many keys each sequence "
+            f"has, (B,) int32; try seqlens_k.sum(-1).to(torch.int32), if the mask is True for a sequence's first keys"
+        )
     seqlens_k = _check_integers(seqlens_k, "seqlens_k", "(B,)", k.device)
     if seqlens_k.shape != q.shape[:1]:
         raise ValueError(f"seqlens_k: got shape {tuple(seqlens_k.shape)}, wanted (B,) = {tuple(q.shape[:1])}")
@@ -313,29 +339,10 @@ def _check_longest(own: int | None, both: int | None, name: str, cu_seqlens: Ten
         name = "max_seqlen"
     if given is None:
         return max(1, int(cu_seqlens.diff().amax())) if cu_seqlens.shape[0] > 1 else 1
-    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
-        raise TypeError(f"{name}: got {type(given).__name__}, wanted a whole number; try int({name})")
+    given = _check_whole(given, name)
     if given < 1:
         raise ValueError(f"{name}: got {given}, wanted at least 1, the length of the longest sequence")
     return given
-
-
-def _check_edges(cu_seqlens: Tensor, total: int, longest: int, name: str) -> None:
-    """That the numbers make sense; looking at them waits for the device."""
-    if torch.compiler.is_compiling():
-        return
-    edges = cu_seqlens.tolist()
-    if edges[0] != 0:
-        raise ValueError(f"{name}: got {edges[0]} first, wanted 0")
-    for i, (first, last) in enumerate(itertools.pairwise(edges)):
-        if last < first:
-            raise ValueError(f"{name}: got {first} and then {last} at {i + 1}, wanted numbers that never fall")
-        if last - first > longest:
-            raise ValueError(
-                f"max_seqlen: got {longest}, wanted at least {last - first}, the length of sequence {i} in {name}"
-            )
-    if edges[-1] > total:
-        raise ValueError(f"{name}: got {edges[-1]} last, wanted at most {total}, the tokens there are")
 
 
 def _check_block_table(block_table: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -348,35 +355,29 @@ def _check_block_table(block_table: Tensor, q: Tensor, k: Tensor) -> Tensor:
         raise ValueError("k_cache: got no pages, wanted at least one")
     if size == 0 or size % PAGE:
         raise ValueError(f"k_cache: got pages of {size} keys, wanted a multiple of {PAGE}")
-    if q.device.type == "cpu" or os.environ.get(CHECK_VARIABLE) == "1":
-        bad = (block_table < 0) | (block_table >= pages)
-        if not torch.compiler.is_compiling() and bool(bad.any()):
-            b, at = bad.nonzero()[0].tolist()
-            raise ValueError(
-                f"block_table: got page {int(block_table[b, at])} at sequence {b}, place {at}, wanted 0 to "
-                f"{pages - 1}; fill the places not in use with 0"
-            )
     return block_table.contiguous()
 
 
 def _check_tensors(
-    q: Tensor, k: Tensor, v: Tensor, layout: str, names: tuple[str, str, str] = ("q", "k", "v"), paged: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: str,
+    names: tuple[str, str, str] = ("q", "k", "v"),
+    paged: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    flat, letters = {
-        "bshd": ("(B, S, D)", "(B, S, H, D)"),
-        "bhsd": ("(B, S, D)", "(B, H, S, D)"),
-        "thd": ("(T, H, D)", "(1, H, T, D)"),
-    }[layout]
+    """``paged``: whether k and v are pages, where they may be; None where they may not."""
+    flat, letters = _FORMS[layout][:2]
     for name, t in zip(names, (q, k, v)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}, wanted a torch.Tensor; try torch.as_tensor({name})")
         if t.layout != torch.strided or t.is_nested:
             raise TypeError(f"{name}: got a sparse or nested tensor, wanted a dense one; try {name}.to_dense()")
+        if t.dim() != q.dim():
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {q.dim()} dimensions, as q")
         if t.dim() not in (3, 4):
             hint = f"; try {name}.unsqueeze({1 if layout == 'thd' else 0})" if t.dim() == 2 else ""
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {flat} or {letters}{hint}")
-        if t.dim() != q.dim():
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {q.dim()} dimensions, as q")
         if layout == "thd" and t.dim() == 4 and t.shape[0] != 1:
             raise ValueError(
                 f"{name}: got shape {tuple(t.shape)}, wanted {flat} or {letters}: sequences lie one behind the other"
@@ -385,8 +386,7 @@ def _check_tensors(
             raise ValueError(
                 f"{name}: got device {t.device}, wanted {q.device}, the device of q; try {name}.to(q.device)"
             )
-    heads = 1 if layout == "bhsd" or q.dim() == 3 or layout == "thd" else 2
-    _check_shapes(q, k, v, None if q.dim() == 3 and layout != "thd" else heads, names, batch=not paged and q.dim() == 4)
+    _check_shapes(q, k, v, layout, names, paged)
     q, k, v = _autocast(q, k, v)
     for name, t in zip(names, (q, k, v)):
         if t.dtype not in SUPPORTED_DTYPES:
@@ -398,48 +398,48 @@ def _check_tensors(
     return q, k, v
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, head: int | None, names: tuple[str, str, str], batch: bool) -> None:
-    """``head``: which dimension counts the heads, None where none does; ``batch``: whether the first counts sequences
-    of all three."""
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, layout: str, names: tuple[str, str, str], paged: bool | None
+) -> None:
     q_name, k_name, v_name = names
     if q.shape[-1] == 0:
         raise ValueError(f"{q_name}: got shape {tuple(q.shape)}, wanted a head dim (the last) of at least 1")
     if v.shape[-1] == 0:
         raise ValueError(f"{v_name}: got shape {tuple(v.shape)}, wanted a value dim (the last) of at least 1")
-    if ((batch or head is None) and k.shape[0] != q.shape[0]) or k.shape[-1] != q.shape[-1]:
+    flat, packed = q.dim() == 3, layout == "thd"
+    other_batch = k.shape[0] != q.shape[0] and not paged and not (flat and packed)
+    if other_batch or k.shape[-1] != q.shape[-1]:
+        hint = "; if it holds pages, pass block_table" if other_batch and paged is False else ""
         raise ValueError(
             f"{k_name}: got shape {tuple(k.shape)}, wanted the batch size and head dim of {q_name} {tuple(q.shape)}"
+            f"{hint}"
         )
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(f"{v_name}: got shape {tuple(v.shape)}, wanted {tuple(k.shape)} but for the last, as {k_name}")
-    if head is not None:
-        heads, shared = q.shape[head], k.shape[head]
-        if heads != shared and (shared == 0 or heads % shared):
-            raise ValueError(
-                f"{k_name}: got {shared} heads, wanted as many as {q_name} ({heads}) or a number that divides it "
-                f"(query heads in groups that share keys)"
-            )
-
-
-def _refuse_forward_mode(*arguments: Any) -> None:
-    """Operators with a backward formula only would drop a tangent in silence."""
-    if torch.compiler.is_compiling():
+    if flat and not packed:
         return
-    for t in arguments:
-        if isinstance(t, Tensor) and torch.autograd.forward_ad.unpack_dual(t).tangent is not None:
-            raise NotImplementedError(
-                "flashlla: lla_attention has no forward-mode derivative (torch.func.jvp, forward_ad); "
-                "try torch.autograd.grad or backward()"
-            )
+    head, token = (1, 0) if flat else (2, 1) if layout == "bshd" else (1, 2)
+    fits = lambda heads, shared: heads == shared or (shared > 0 and heads % shared == 0)
+    heads, shared = q.shape[head], k.shape[head]
+    if not fits(heads, shared):
+        hint = f"; {_FORMS[layout][2]}" if fits(q.shape[token], k.shape[token]) else ""
+        raise ValueError(
+            f"{k_name}: got {shared} heads, wanted as many as {q_name} ({heads}) or a number that divides it "
+            f"(query heads in groups that share keys){hint}"
+        )
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, what scaled_dot_product_attention does: floating inputs but float64 go to the autocast dtype."""
-    device = tensors[0].device.type
-    if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
+    dtype = _autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to; None where it is off."""
+    return torch.get_autocast_dtype(device) if device in _AUTOCAST and torch.is_autocast_enabled(device) else None
 
 
 def _check_ridge(ridge_lambda: float | Tensor, q: Tensor, layout: str) -> Tensor:

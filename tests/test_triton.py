@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import flashlla
-from flashlla import CG, PCG, Direct, lla_attention
+from flashlla import CG, PCG, Direct, lla_attention, lla_decode
 from tests.budget import budget
 from tests.cases import BY_NAME
 from tests.helpers import differentiable

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashlla.autograd import describe, forward_op
+from flashlla.autograd import describe, forward
 from flashlla.backends.naive import Naive, statistics
 from flashlla.problem import Residuals
 from flashlla.validation import prepare
@@ -49,7 +49,7 @@ def lla_forward_naive(
         >>> o, rho, denom, m = lla_forward_naive(q, k, v, 8**-0.5, 10.0, 1e-12)
     """
     call = prepare(q, k, v, ridge_lambda, qk_scale, delta_eps, solver="direct")
-    o, lse, _, z, k_mean, omega, *_ = forward_op(*call.arguments, "naive")
+    o, lse, _, z, k_mean, omega, *_ = forward(*call.arguments, "naive")
     with torch.no_grad():
         spike = 1 + ((k_mean - call.inputs.q) * z).sum(-1, keepdim=True)  # (B, 1, S, 1)
         omega = omega.unsqueeze(-1)

@@ -1,0 +1,80 @@
+"""Checks on the numbers that a call's tensors hold.
+
+To look at them waits for the device. So they are made on the CPU, where that costs nothing, and elsewhere only where
+the environment asks for them; and inside the operators, which torch.compile runs as they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+from torch import Tensor
+
+from flashlla.problem import Inputs, Problem
+
+CHECK_VARIABLE = "FLASHLLA_CHECK"  # set to 1: on every device
+
+
+def check_values(problem: Problem, inputs: Inputs) -> None:
+    """Refuse numbers that are out of range."""
+    if problem.device.type != "cpu" and os.environ.get(CHECK_VARIABLE) != "1":
+        return
+    _check_ridge(inputs.ridge_lambda)
+    if inputs.seqlens_k is not None:
+        _check_lengths(inputs.seqlens_k, problem.k_len)
+    if inputs.block_table is not None:
+        _check_pages(inputs.block_table, inputs.k.shape[0])
+    both = inputs.cu_seqlens_q is inputs.cu_seqlens_k  # given as cu_seqlens
+    for name, edges, total, longest in (
+        ("cu_seqlens_q", inputs.cu_seqlens_q, problem.q_len, problem.longest_q),
+        ("cu_seqlens_k", inputs.cu_seqlens_k, problem.k_len, problem.longest_k),
+    ):
+        if edges is not None:
+            _check_edges("cu_seqlens" if both else name, edges.tolist(), total, longest)
+
+
+def _check_ridge(ridge_lambda: Tensor) -> None:
+    if at := _first(ridge_lambda <= 0):
+        batch, head, query = at
+        raise ValueError(
+            f"ridge_lambda: got {ridge_lambda[at].item()} at batch {batch}, head {head}, query {query}, wanted above 0"
+        )
+
+
+def _check_lengths(seqlens_k: Tensor, room: int) -> None:
+    if at := _first((seqlens_k < 0) | (seqlens_k > room)):
+        raise ValueError(
+            f"seqlens_k: got {seqlens_k[at].item()} at sequence {at[0]}, wanted 0 to {room}, the keys there is room for"
+        )
+
+
+def _check_pages(block_table: Tensor, pages: int) -> None:
+    if at := _first((block_table < 0) | (block_table >= pages)):
+        raise ValueError(
+            f"block_table: got page {block_table[at].item()} at sequence {at[0]}, place {at[1]}, wanted 0 to "
+            f"{pages - 1}; fill the places not in use with 0"
+        )
+
+
+def _check_edges(name: str, edges: list[int], total: int, longest: int) -> None:
+    if edges[0] != 0:
+        raise ValueError(f"{name}: got {edges[0]} first, wanted 0")
+    sequences = list(itertools.pairwise(edges))
+    for i, (first, last) in enumerate(sequences):
+        if last < first:
+            raise ValueError(f"{name}: got {first} and then {last} at {i + 1}, wanted numbers that never fall")
+    if edges[-1] > total:
+        raise ValueError(
+            f"{name}: got {edges[-1]} last, wanted at most {total}, the tokens there are in (T, H, D) or (1, H, T, D)"
+        )
+    for i, (first, last) in enumerate(sequences):
+        if last - first > longest:
+            raise ValueError(
+                f"max_seqlen: got {longest}, wanted at least {last - first}, the length of sequence {i} in {name}"
+            )
+
+
+def _first(bad: Tensor) -> tuple[int, ...]:
+    """Where the first of them is; () where there is none."""
+    return tuple(bad.nonzero()[0].tolist()) if bool(bad.any()) else ()

@@ -1,6 +1,8 @@
-"""torch.func.vmap over a leading dimension is the calls one by one."""
+"""torch.func's transforms: vmap over a leading dimension is the calls one by one, and grad gives what backward does."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -82,6 +84,47 @@ def test_many_gradients_at_once() -> None:
     fast, slow = (torch.autograd.functional.jacobian(f, (q, k, v), vectorize=fast) for fast in (True, False))
     for a, b in zip(fast, slow):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
+def test_gradients_of_torch_func(backend: str) -> None:
+    q, k, v, ridge = leaves().values()
+    f = lambda *given: lla_attention(*given[:3], ridge_lambda=given[3], backend=backend).sin().sum()
+    wanted = torch.autograd.grad(sum(map(f, q, k, v, ridge)), (q, k, v, ridge))
+    given, wrt = [t.detach() for t in (q, k, v, ridge)], (0, 1, 2, 3)
+    per_sample = torch.vmap(torch.func.grad(f, wrt))(*given)
+    of_the_sum = torch.func.grad(lambda *given: torch.vmap(f)(*given).sum(), wrt)(*given)
+    rows = torch.func.jacrev(torch.vmap(f), wrt)(*given)
+    for a, b, c, want in zip(per_sample, of_the_sum, rows, wanted):
+        for got in (a, b, c.sum(0)):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_torch_func_of_the_other_calls() -> None:
+    q, k, v, _ = (t[0].flatten(0, 1).detach() for t in leaves().values())  # (B, S, D)
+    o, wanted = torch.func.vjp(lambda q: lla_attention(q, k, v, ridge_lambda=1.0), q)
+    _, got = torch.func.vjp(lambda q: flashlla.LLAFunction.apply(q, k, v, 1.0)[0], q)
+    assert torch.equal(got(o)[0], wanted(o)[0])
+    packed = lambda q: flashlla.lla_attention_varlen(q[None], k[None], v[None], ridge_lambda=1.0, cu_seqlens=edges)[0]
+    edges = torch.tensor([0, S])
+    _, got = torch.func.vjp(packed, q)  # the batch as heads
+    torch.testing.assert_close(got(o)[0], wanted(o)[0])
+    omega = torch.vmap(lambda q: flashlla.LLAFunction.apply(q, k, v, 1.0)[1])(torch.stack([q, q]))
+    assert torch.equal(omega[0], omega[1])
+    with pytest.raises(NotImplementedError, match="omega has no gradient"):
+        torch.func.grad(lambda q: flashlla.LLAFunction.apply(q, k, v, 1.0)[1].sum())(q)
+
+
+@pytest.mark.parametrize(
+    ("f", "words"),
+    [
+        (lambda q: torch.func.grad(lambda q: lla_attention(q, q, q).sum())(q).sum(), "first derivative only"),
+        (lambda q: flashlla.lla_decode(q, q, q, torch.tensor([5])).sum(), "lla_decode has no gradient"),
+    ],
+)
+def test_gradients_that_there_are_not(f: Callable[[Tensor], Tensor], words: str) -> None:
+    with pytest.raises(NotImplementedError, match=words):
+        torch.func.grad(f)(normal(1, 2, 5, 4))
 
 
 def test_empty() -> None:

@@ -102,7 +102,9 @@ def lla_attention(  # type: ignore[misc]  # the overloads say only what return_i
     Raises:
         TypeError: an argument has the wrong type, dtypes differ, or a dtype is not supported.
         ValueError: shapes, devices or numbers do not fit; ``solver`` together with a ``cg_*`` argument that is not at
-            its default; a name that is not known; on the CPU, a ridge tensor with numbers not above 0.
+            its default; a name that is not known. On the CPU, and elsewhere where the environment variable
+            FLASHLLA_CHECK is 1: numbers in ``ridge_lambda`` that are not above 0, or in ``seqlens_k`` that are not 0 to
+            Sk; unchecked, the latter are taken as the nearest of these.
         flashlla.UnsupportedError: the demanded backend cannot run the call.
         torch.linalg.LinAlgError: a direct solve met a matrix that is not positive definite in its precision.
         NotImplementedError: a second derivative was asked for.
@@ -288,15 +290,15 @@ def lla_decode(
         k_cache: (B, Hkv, L, D); with ``block_table`` pages, (pages, Hkv, page size, D), the page size a multiple of 16.
             Hq is a multiple of Hkv.
         v_cache: (B, Hkv, L, Dv), or (pages, Hkv, page size, Dv).
-        seqlens_k: (B,) int32 on the device of q: the keys in use, the new ones counted. Taken as 0 below it, and as
-            L above it; a new token before the first key has an output of 0.
+        seqlens_k: (B,) int32 on the device of q: the keys in use, the new ones counted. Numbers not from 0 to L are
+            refused on the CPU, and elsewhere where the environment variable FLASHLLA_CHECK is 1; unchecked they are
+            taken as the nearest of these. A new token before the first key has an output of 0.
         ridge_lambda: a number, or a tensor that broadcasts to (B, Hq, N). Default 10.0.
         qk_scale, delta_eps: as for :func:`lla_attention`. Defaults 1 / sqrt(D), 1e-12.
         window: a new token sees only the latest so many keys, its own included. Default None: all.
         block_table: (B, pages a sequence) int32 on the device of q: the page that holds each sequence's keys 0 to
-            page size - 1, the page of the next, and so on. Numbers out of range are refused on the CPU, and elsewhere
-            where the environment variable FLASHLLA_CHECK is 1; unchecked they are taken as the nearest page there is.
-            Fill places not in use with 0. Default None: no pages.
+            page size - 1, the page of the next, and so on; checked as ``seqlens_k`` is, and unchecked taken as the
+            nearest page there is. Fill places not in use with 0. Default None: no pages.
         solver: as for :func:`lla_attention`. Default None: exact, by Cholesky.
         backend: as for :func:`lla_attention`.
         out: written and returned, any strides; shape, dtype and device of the result, and no memory of the other
@@ -413,7 +415,7 @@ def explain(
         None instead of an error.
 
     Raises:
-        TypeError, ValueError: as ``op``.
+        TypeError, ValueError: as ``op``, but for numbers in tensors, which are not looked at.
 
     Example:
         >>> import torch, flashlla

@@ -11,6 +11,8 @@ import torch
 
 import flashlla
 from flashlla import Solution, lla_attention
+from flashlla.values import check_values
+from tests.helpers import problem_of
 
 
 @dataclass
@@ -146,12 +148,26 @@ def test_empty_inputs_give_empty_outputs_and_zero_gradients(shape, backend):
         ({"v": torch.randn(2, 9, 0)}, ValueError, ["v:", "value dim"]),
         ({"k": torch.randn(2, 1, 9, 4)}, ValueError, ["k:", "3 dimensions"]),
         ({n: torch.randn(2, h, 9, 4) for n, h in zip("qkv", (4, 3, 3))}, ValueError, ["k:", "3 heads", "divides"]),
-        ({"causal": 1}, TypeError, ["causal", "int"]),
+        (
+            {n: torch.randn(2, s, 4, 4) for n, s in zip("qkv", (9, 7, 7))},
+            ValueError,
+            ["k:", "7 heads", "(B, S, H, D)", "layout='bshd'"],
+        ),
+        (
+            {"layout": "bshd"} | {n: torch.randn(2, 4, s, 4) for n, s in zip("qkv", (9, 7, 7))},
+            ValueError,
+            ["k:", "7 heads", "(B, H, S, D)", "layout='bhsd'"],
+        ),
+        ({"causal": 1}, TypeError, ["causal", "int", "bool(causal)"]),
         ({"window": 0}, ValueError, ["window", "0", "at least 1"]),
-        ({"window": 2.0}, TypeError, ["window", "float"]),
+        ({"window": 2.0}, TypeError, ["window", "float", "int(window)"]),
+        ({"window": torch.tensor(2)}, TypeError, ["window", "Tensor", "int(window)"]),
         ({"window": 4, "causal": False}, ValueError, ["window", "causal=True"]),
         ({"seqlens_k": [3, 4]}, TypeError, ["seqlens_k", "list", "torch.tensor"]),
         ({"seqlens_k": torch.ones(2)}, TypeError, ["seqlens_k", "float32", ".int()"]),
+        ({"seqlens_k": torch.ones(2, 9).bool()}, TypeError, ["seqlens_k", "a mask", ".sum(-1).to(torch.int32)"]),
+        ({"seqlens_k": torch.tensor([9, 10])}, ValueError, ["seqlens_k", "10 at sequence 1", "0 to 9"]),
+        ({"seqlens_k": torch.tensor([-1, 9])}, ValueError, ["seqlens_k", "-1 at sequence 0", "0 to 9"]),
         ({"seqlens_k": torch.ones(3, dtype=torch.int32)}, ValueError, ["seqlens_k", "(3,)", "(2,)"]),
         ({"seqlens_k": torch.ones(2, dtype=torch.int32, device="meta")}, ValueError, ["seqlens_k", "meta", "cpu"]),
         ({"layout": "sbhd"}, ValueError, ["layout", "'sbhd'", "'bshd'"]),
@@ -268,12 +284,25 @@ def test_numpy_numbers_are_numbers():
     q, k, v = qkv(1, 5, 4)
     o = lla_attention(q, k, v, ridge_lambda=np.float32(2.0), qk_scale=np.float64(0.5))
     assert torch.equal(o, lla_attention(q, k, v, ridge_lambda=2.0, qk_scale=0.5))
+    o = lla_attention(q, k, v, window=np.int64(2), causal=np.bool_(True))
+    assert torch.equal(o, lla_attention(q, k, v, window=2))
 
 
-def test_forward_mode_is_refused():
+@pytest.mark.parametrize("differentiate", [torch.func.jacfwd, torch.func.hessian])
+def test_forward_mode_is_refused(differentiate):
     q, k, v = qkv(1, 5, 4)
     with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(lambda q: lla_attention(q, k, v), (q,), (q,))
+        differentiate(lambda q: lla_attention(q, k, v).sum())(q)
+
+
+def test_checks_that_wait_for_the_device_are_asked_for(monkeypatch):
+    """On a device of which no number can be read at all."""
+    q, k, v = (t.to("meta") for t in qkv(2, 9, 4))
+    call = problem_of(q, k, v, ridge_lambda=1.0, seqlens_k=torch.ones(2, dtype=torch.int32, device="meta"))
+    check_values(*call)
+    monkeypatch.setenv("FLASHLLA_CHECK", "1")
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)meta"):
+        check_values(*call)
 
 
 class Wrong(flashlla.Solver):

@@ -71,6 +71,31 @@ def test_compile_follows_the_backend_that_is_set(monkeypatch):
     assert ran == ["naive", "chunked", "naive"]
 
 
+@pytest.mark.parametrize(
+    ("op", "tensors", "words"),
+    [
+        (flashlla.lla_attention, {"ridge_lambda": torch.zeros(())}, "ridge_lambda: got 0"),
+        (flashlla.lla_attention, {"seqlens_k": torch.tensor([34, 1])}, "seqlens_k: got 34"),
+        (flashlla.lla_attention_varlen, {"cu_seqlens": torch.tensor([0, 9, 8])}, "cu_seqlens: got 9 and then 8"),
+        (flashlla.lla_decode, {"seqlens_k": torch.tensor([1, -1])}, "seqlens_k: got -1"),
+        (
+            flashlla.lla_decode,
+            {"seqlens_k": torch.tensor([1, 1]), "block_table": torch.tensor([[2], [0]])},
+            "block_table: got page 2",
+        ),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
+)
+def test_compiled_calls_check_numbers(op, tensors, words):
+    torch._dynamo.reset()
+    more = {"max_seqlen": 33} if op is flashlla.lla_attention_varlen else {}
+    call = lambda q, k, v, tensors: op(q, k, v, **tensors, **more)
+    cache = torch.randn(2, 2, 32, 8)
+    given = [t[0] for t in (cache, cache, cache)] if more else [cache[:, :, :16], cache, cache]
+    with pytest.raises(ValueError, match=words):
+        torch.compile(call, fullgraph=True, backend="aot_eager")(*given, tensors)
+
+
 def test_compile_with_numbers_info_and_a_registered_solver():
     torch._dynamo.reset()
     flashlla.register_solver("tight", TIGHT)

@@ -17,6 +17,7 @@ from flashlla import lla_attention, lla_decode
 from flashlla.autograd import decode_op, decode_out_op
 from flashlla.backends.base import Backend
 from flashlla.validation import prepare_decode
+from flashlla.values import check_values
 from tests.budget import Excess, allowance, evaluate, spreads_of
 from tests.helpers import BACKENDS, DEVICES, DTYPES, interpreted, normal, problem_of, skip_if_refused, turn
 
@@ -297,6 +298,21 @@ def test_no_gradient_is_dropped_in_silence() -> None:
         assert torch.equal(lla_decode(q, k, v, lengths, ridge_lambda=1.0, out=torch.empty_like(o)), o)
 
 
+def test_no_tangent_is_dropped_in_silence() -> None:
+    q, k, v, keywords = Decoding("").make(torch.float32)
+    for out in (None, torch.empty_like(q)):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(lambda q, out=out: lla_decode(q, k, v, keywords["seqlens_k"], out=out), (q,), (q,))
+
+
+def test_out_under_autocast() -> None:
+    q, k, v, keywords = Decoding("").make(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(TypeError, match=r"out: got .*float32, wanted .*bfloat16.*autocast, which is on"):
+            lla_decode(q, k, v, keywords["seqlens_k"], out=torch.empty_like(q))
+        lla_decode(q, k, v, keywords["seqlens_k"], out=torch.empty_like(q, dtype=torch.bfloat16))
+
+
 def test_out_tells_who_saved_it_that_it_has_changed() -> None:
     q, k, v, keywords = Decoding("").make(torch.float32)
     out = torch.ones_like(q)
@@ -367,8 +383,15 @@ def test_verify_and_explain() -> None:
     [
         ({"q": torch.zeros(2, 2, 17, 8)}, ValueError, ["q:", "17 new tokens", "1 to 16", "lla_attention"]),
         ({"q": torch.zeros(2, 2, 0, 8)}, ValueError, ["q:", "0 new tokens"]),
-        ({n: torch.zeros(2, 20, 8) for n in ("q", "k_cache", "v_cache")}, ValueError, ["q:", "four", "unsqueeze(1)"]),
-        ({"k_cache": torch.zeros(3, 2, 20, 8)}, ValueError, ["k_cache:", "(3, 2, 20, 8)", "batch size"]),
+        ({"q": torch.zeros(2, 2, 8)}, ValueError, ["q:", "(2, 2, 8)", "unsqueeze(2) for one new", "unsqueeze(1)"]),
+        ({"q": torch.zeros(2, 2, 8), "layout": "bshd"}, ValueError, ["q:", "(B, N, H, D)", "unsqueeze(1) for one new"]),
+        (
+            {"q": torch.zeros(2, 1, 4, 8), "k_cache": torch.zeros(2, 20, 2, 8), "v_cache": torch.zeros(2, 20, 2, 8)},
+            ValueError,
+            ["k_cache:", "20 heads", "(B, S, H, D)", "layout='bshd'"],
+        ),
+        ({"k_cache": torch.zeros(2, 20, 8)}, ValueError, ["k_cache:", "(2, 20, 8)", "4 dimensions"]),
+        ({"k_cache": torch.zeros(3, 2, 20, 8)}, ValueError, ["k_cache:", "(3, 2, 20, 8)", "batch size", "block_table"]),
         ({"v_cache": torch.zeros(2, 2, 19, 8)}, ValueError, ["v_cache:", "(2, 2, 19, 8)", "as k_cache"]),
         ({"k_cache": torch.zeros(2, 2, 20, 8).half()}, TypeError, ["k_cache:", "float16", "k_cache.to(q.dtype)"]),
         ({"seqlens_k": None}, TypeError, ["seqlens_k", "None", "the new ones counted"]),
@@ -376,6 +399,8 @@ def test_verify_and_explain() -> None:
         ({"seqlens_k": torch.ones(2)}, TypeError, ["seqlens_k", "float32", ".int()"]),
         ({"seqlens_k": torch.ones(3, dtype=torch.int32)}, ValueError, ["seqlens_k", "(3,)", "(2,)"]),
         ({"seqlens_k": torch.ones(2, dtype=torch.int32, device="meta")}, ValueError, ["seqlens_k", "meta"]),
+        ({"seqlens_k": torch.tensor([20, 21])}, ValueError, ["seqlens_k", "21 at sequence 1", "0 to 20"]),
+        ({"seqlens_k": torch.tensor([-1, 20])}, ValueError, ["seqlens_k", "-1 at sequence 0"]),
         ({"ridge_lambda": torch.ones(2, 2)}, ValueError, ["ridge_lambda", "(2, 2)", "(2, 2, 1)"]),
         ({"ridge_lambda": torch.zeros(2, 1)}, ValueError, ["ridge_lambda", "0.0", "above 0"]),
         ({"window": 0}, ValueError, ["window", "0"]),
@@ -415,16 +440,18 @@ def test_bad_input_names_the_argument_and_what_came(change: dict[str, Any], erro
         ({"block_table": torch.zeros(2).int()}, ValueError, ["block_table", "(2,)", "(B, pages)"]),
         ({"block_table": torch.tensor([[0, 1], [2, 5]])}, ValueError, ["block_table", "page 5", "sequence 1", "4"]),
         ({"block_table": torch.tensor([[0, 1], [-1, 2]])}, ValueError, ["block_table", "page -1", "fill"]),
+        ({"seqlens_k": torch.tensor([20, 33])}, ValueError, ["seqlens_k", "33 at sequence 1", "0 to 32"]),
         ({"size": 24}, ValueError, ["k_cache", "24 keys", "multiple of 16"]),
         ({"pages": 0}, ValueError, ["k_cache", "no pages"]),
     ],
     ids=lambda x: "-".join(map(str, x)) if isinstance(x, dict) else None,
 )
 def test_bad_pages(change: dict[str, Any], error: type, words: list[str]) -> None:
-    given: dict[str, Any] = {"size": 16, "pages": 5, "block_table": torch.tensor([[0, 1], [2, 3]]), **change}
+    tables = {"block_table": torch.tensor([[0, 1], [2, 3]]), "seqlens_k": torch.tensor([20, 3])}
+    given: dict[str, Any] = {"size": 16, "pages": 5, **tables, **change}
     cache = torch.zeros(given["pages"], 2, given["size"], 8)
     with pytest.raises(error) as caught:
-        lla_decode(torch.zeros(2, 2, 1, 8), cache, cache, torch.tensor([20, 3]), block_table=given["block_table"])
+        lla_decode(torch.zeros(2, 2, 1, 8), cache, cache, given["seqlens_k"], block_table=given["block_table"])
     for word in words:
         assert word in str(caught.value)
 
@@ -434,8 +461,8 @@ def test_checks_that_wait_for_the_device_are_asked_for(monkeypatch: pytest.Monke
     on = lambda *shape, dtype=torch.float32: torch.zeros(shape, device="meta", dtype=dtype)
     tensors = on(2, 2, 1, 8), on(5, 2, 16, 8), on(5, 2, 16, 8)
     tables = {"seqlens_k": on(2, dtype=torch.int32), "block_table": on(2, 3, dtype=torch.int32)}
-    ask = lambda: flashlla.explain(*tensors, op=lla_decode, **tables)
-    ask()
+    call = problem_of(*tensors, op=lla_decode, **tables)
+    check_values(*call)
     monkeypatch.setenv("FLASHLLA_CHECK", "1")
     with pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)meta"):
-        ask()
+        check_values(*call)

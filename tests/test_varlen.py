@@ -14,6 +14,7 @@ from torch import Tensor
 import flashlla
 from flashlla import lla_attention, lla_attention_varlen, problem
 from flashlla.backends.base import Backend
+from flashlla.values import check_values
 from tests.helpers import BACKENDS, interpreted, normal, problem_of, skip_if_refused
 
 DTYPE = torch.float32
@@ -208,7 +209,9 @@ def test_numbers_that_only_the_device_sees(backend: Backend, edges: tuple[int, .
         ({"cu_seqlens": cu(device="meta")}, ValueError, ["cu_seqlens", "meta", "cpu"]),
         ({"cu_seqlens": cu((1, 9))}, ValueError, ["cu_seqlens", "1 first", "wanted 0"]),
         ({"cu_seqlens": cu((0, 9, 8))}, ValueError, ["cu_seqlens", "9 and then 8", "never fall"]),
-        ({"cu_seqlens": cu((0, 9, 31))}, ValueError, ["cu_seqlens", "31 last", "at most 30"]),
+        ({"cu_seqlens": cu((0, 9, 31))}, ValueError, ["cu_seqlens:", "31 last", "at most 30"]),
+        ({"cu_seqlens": cu((0, 9, 31), dtype=torch.int64)}, ValueError, ["cu_seqlens:", "31 last", "at most 30"]),
+        ({"cu_seqlens": cu((0, 40, 30)), "max_seqlen": 9}, ValueError, ["cu_seqlens:", "40 and then 30"]),
         ({"max_seqlen": 16}, ValueError, ["max_seqlen", "16", "17", "sequence 3"]),
         ({"max_seqlen": 0}, ValueError, ["max_seqlen", "0", "at least 1"]),
         ({"max_seqlen": 17.0}, TypeError, ["max_seqlen", "float", "int("]),
@@ -227,6 +230,16 @@ def test_numbers_that_only_the_device_sees(backend: Backend, edges: tuple[int, .
         ({"q": torch.zeros(TOTAL, 8)}, ValueError, ["q:", "(30, 8)", "(T, H, D)", "unsqueeze(1)"]),
         ({"k": torch.zeros(1, 2, TOTAL, 8)}, ValueError, ["k:", "3 dimensions"]),
         ({"k": torch.zeros(TOTAL, 3, 8), "v": torch.zeros(TOTAL, 3, 8)}, ValueError, ["k:", "3 heads", "divides"]),
+        (
+            {n: torch.zeros(1, t, 2, 8) for n, t in zip("qkv", (TOTAL, 25, 25))},
+            ValueError,
+            ["k:", "25 heads", "(T, H, D) or (1, H, T, D)", "of (1, T, H, D) try q[0]"],
+        ),
+        (
+            {n: torch.zeros(1, TOTAL, 2, 8) for n in "qkv"},
+            ValueError,
+            ["cu_seqlens:", "27 last", "at most 2", "(T, H, D) or (1, H, T, D)"],
+        ),
         ({"k": torch.zeros(TOTAL, 2, 7)}, ValueError, ["k:", "(30, 2, 7)", "head dim"]),
         ({"v": torch.zeros(TOTAL - 1, 2, 8)}, ValueError, ["v:", "(29, 2, 8)", "(30, 2, 8)"]),
         ({"ridge_lambda": torch.ones(TOTAL, 2)}, ValueError, ["ridge_lambda", "(30, 2)", "(H, T)", "(2, 30)"]),
@@ -249,13 +262,14 @@ def test_bad_input_names_the_argument_and_what_came(change: dict[str, Any], erro
 def test_checks_that_wait_for_the_device_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device of which no number can be read at all."""
     q, k, v = (torch.zeros(TOTAL, 2, 8, device="meta") for _ in range(3))
-    call = lambda **options: flashlla.explain(q, k, v, op=lla_attention_varlen, cu_seqlens=cu(device="meta"), **options)
-    call(max_seqlen=17)
+    prepare = functools.partial(problem_of, q, k, v, lla_attention_varlen, cu_seqlens=cu(device="meta"))
     with pytest.raises(RuntimeError, match="meta"):
-        call()
+        prepare()
+    call = prepare(max_seqlen=17)
+    check_values(*call)
     monkeypatch.setenv("FLASHLLA_CHECK", "1")
-    with pytest.raises(NotImplementedError, match="meta"):
-        call(max_seqlen=17)
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)meta"):
+        check_values(*call)
 
 
 def test_the_system_that_cannot_be_solved_is_named() -> None:

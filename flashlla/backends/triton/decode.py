@@ -34,6 +34,7 @@ from flashlla.backends.triton.configs import padded
 from flashlla.backends.triton.launch import run
 from flashlla.backends.triton.primitives import (
     LOG2E,
+    finite,
     finite_or_zero,
     inverse_power,
     power_of_two,
@@ -106,7 +107,7 @@ def folded(x, ROWS: tl.constexpr):
 
 @triton.jit
 def not_finite(x):
-    return tl.max(tl.where((x - x) == 0, 0, 1), 0) > 0
+    return tl.max(tl.where(finite(x), 0, 1), 0) > 0
 
 
 @triton.jit(do_not_specialize=["first_pair", "heads", "group", "new", "capacity", "window", "pieces", "pages"])
@@ -407,6 +408,18 @@ def tile_of(matrix, row, column, there, D: tl.constexpr):
     return tl.load(matrix + row[:, :, None] * D + column[None, None, :], mask=there[:, :, None], other=0.0)
 
 
+@triton.jit
+def panel_of(moments, v_moments, k_row, v_row, p, D: tl.constexpr):
+    """Columns ``p`` to p + P of the keys' moments, (W, D / W, P), of the values', (W, V / W, P), and the square on the
+    diagonal, (W, P, P); nothing past the last column."""
+    W: tl.constexpr = k_row.shape[0]
+    panel = p + tl.arange(0, PANEL)
+    own_row = tl.zeros([W, 1], tl.int32) + panel[None, :]
+    keys = tile_of(moments, k_row, panel, (k_row >= p) & (p < D), D)
+    values = tile_of(v_moments, v_row, panel, (v_row >= 0) & (p < D), D)
+    return keys, values, tile_of(moments, own_row, panel, own_row < D, D)
+
+
 @triton.jit(do_not_specialize=["first_pair", "heads", "group", "new", "capacity", "window"])
 def decode_solve_kernel(
     moments, sums_ptr, scalars_ptr, offset_ptr, lengths, ridge_ptr, y_ptr, o_out,
@@ -456,12 +469,10 @@ def decode_solve_kernel(
 
     d_z = tl.zeros([W], tl.float32)
     slope = tl.zeros([W, BLOCK_V // W], tl.float32)
+    keys, values, own = panel_of(moments, v_moments, k_row, v_row, 0, BLOCK_D)
     for p in tl.range(0, BLOCK_D, PANEL):
         own_row = tl.zeros([W, 1], tl.int32) + (p + panel)[None, :]  # (W, P)
         below = k_row >= p  # those above are done
-        keys = tile_of(moments, k_row, p + panel, below, BLOCK_D)  # (W, D / W, P)
-        values = tile_of(v_moments, v_row, p + panel, v_row >= 0, BLOCK_D)  # (W, V / W, P)
-        own = tile_of(moments, own_row, p + panel, own_row >= 0, BLOCK_D)  # (W, P, P)
         b = tl.load(sums_ptr + own_row)  # (W, P) of d
         if not MERGED:
             b *= share
@@ -483,6 +494,8 @@ def decode_solve_kernel(
             keys -= tl.dot(before, turned, input_precision=PRODUCTS)
             before = tile_of(v_moments, v_row, column, v_row >= 0, BLOCK_D)  # (W, V / W, K)
             values -= tl.dot(before, turned, input_precision=PRODUCTS)
+        # What is under way while the next line, which waits for one pivot after the other, is worked on.
+        next_keys, next_values, next_own = panel_of(moments, v_moments, k_row, v_row, p + PANEL, BLOCK_D)
         inverse = inverse_factor(own, scaled_ridge)  # (W, P, P)
         y = tl.sum(inverse * b[:, None, :], 2)  # (W, P)
         d_z += tl.sum(y * y, 1)
@@ -495,6 +508,7 @@ def decode_solve_kernel(
         tl.store(k_at, keys, mask=(k_row >= p + PANEL)[:, :, None])
         tl.store(v_moments + v_row[:, :, None] * BLOCK_D + (p + panel)[None, None, :], values)
         tl.store(y_ptr + own_row, y)
+        keys, values, own = next_keys, next_values, next_own
         tl.debug_barrier()
 
     # NaN where anything was not finite: of one value, of all.
@@ -512,7 +526,7 @@ class Tuning(NamedTuple):
     stages: int
     pieces: int | None = None
     solve_warps: int = 4
-    solve_columns: int = 32
+    solve_columns: int = 16
     products: str = "tf32x3"
 
 

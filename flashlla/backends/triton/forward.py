@@ -134,7 +134,7 @@ def statistics_kernel(
     store_rows(rows_of(omega_out, at, 1), i, at.q_len, total * (1 / WEIGHT))
     some = sees_some(i + tl.arange(0, BLOCK_M), at, window, CAUSAL)  # (M,)
     whole = tl.where(some, total, 1.0)  # the sums of a query that sees nothing are 0
-    k_mean = acc / whole[:, None]
+    k_mean = tl.div_rn(acc, whole[:, None] + tl.zeros_like(acc))  # `/` is off by as much as 2 units of the last place
     store_tile(rows_of(k_mean_out, at, HEAD_DIM), HEAD_DIM, i, at.q_len, k_mean * k_unit, HEAD_DIM)
     image = (c_acc - k_mean * c_total[:, None]) / whole[:, None]
     store_tile(rows_of(image_out, at, HEAD_DIM), HEAD_DIM, i, at.q_len, image, HEAD_DIM)

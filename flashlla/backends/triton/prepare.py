@@ -10,6 +10,7 @@ import triton.language as tl
 from flashlla.backends.triton.primitives import (
     NUMBERS,
     between,
+    finite,
     finite_or_zero,
     inverse_or_zero,
     inverse_power,
@@ -25,6 +26,12 @@ from flashlla.backends.triton.primitives import (
     store_rows,
     store_tile,
 )
+
+
+@triton.jit
+def flaw_of(tile):
+    """Of each row NaN where some number is not finite, else 0: (M,)."""
+    return tl.sum(tl.where(finite(tile), 0.0, float("nan")), 1)
 
 
 @triton.jit
@@ -78,9 +85,8 @@ def largest_kernel(
             for i in tl.range(part * chunk, tl.minimum((part + 1) * chunk, length), BLOCK_M):
                 tile = load_tile(base, tensors[which][3], i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
                 tile = tl.abs(tile.to(tl.float32))
-                finite = tile < float("inf")
-                found = tl.maximum(found, tl.max(tl.where(finite, tile, 0.0), 1))
-                flaw = tl.maximum(flaw, tl.max(tl.where(finite, 0.0, 1.0), 1))
+                found = tl.maximum(found, tl.max(tl.where(finite(tile), tile, 0.0), 1))
+                flaw = tl.maximum(flaw, tl.max(tl.where(finite(tile), 0.0, 1.0), 1))
             slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_shared) + program
             tl.store(largest + slot * CHUNKS + part, tl.max(found, 0))
             tl.store(flawed + slot * CHUNKS + part, tl.max(flaw, 0))
@@ -128,7 +134,7 @@ def cast_kernel(
             tile = load_tile(base, tensors[which][3], i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
             tile = tile.to(tl.float32)
             if flaw > 0:
-                store_rows(tensors[which][5] + row, i, length, tl.sum(tile - tile, 1))
+                store_rows(tensors[which][5] + row, i, length, flaw_of(tile))
                 tile = finite_or_zero(tile)
             if which == 1 and origin_ptr is not None:
                 dim = tl.arange(0, COLUMNS)
@@ -152,7 +158,7 @@ def cast_rows_kernel(
     base = queries_of(grad_o, stride_b, stride_h, stride_s, at)
     tile = load_tile(base, stride_s, i, length, V_DIM, BLOCK_M, BLOCK_V, True).to(tl.float32)  # (M, V)
     tile = tile * load_rows(rows_of(guard, at, 1), i, length, BLOCK_M, 1.0)[:, None]
-    flaw = tl.sum(tile - tile, 1)  # (M,) 0 or NaN
+    flaw = flaw_of(tile)
     tile = finite_or_zero(tile)
     top = tl.max(tl.abs(tile), 1)  # (M,)
     # Elements under 2 / (2 sqrt(V)): the row's length is under 1. ROOM is the power of two at or above 2 sqrt(V).

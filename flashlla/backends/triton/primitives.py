@@ -218,9 +218,15 @@ def rounded(x, like, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def finite(x):
+    """Not by x - x == 0: of a product x, that is a multiply-add, and its rounding error."""
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
 def finite_or_zero(x):
     """``x`` with 0 for NaN and inf."""
-    return tl.where((x - x) == 0, x, tl.zeros_like(x))
+    return tl.where(finite(x), x, tl.zeros_like(x))
 
 
 @triton.jit

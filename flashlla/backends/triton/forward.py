@@ -134,7 +134,7 @@ def statistics_kernel(
     store_rows(rows_of(omega_out, at, 1), i, at.q_len, total * (1 / WEIGHT))
     some = sees_some(i + tl.arange(0, BLOCK_M), at, window, CAUSAL)  # (M,)
     whole = tl.where(some, total, 1.0)  # the sums of a query that sees nothing are 0
-    k_mean = tl.div_rn(acc, whole[:, None] + tl.zeros_like(acc))  # `/` is off by as much as 2 units of the last place
+    k_mean = tl.div_rn(acc, whole[:, None] + tl.zeros_like(acc))  # `/` may be off by 2 units in the last place
     store_tile(rows_of(k_mean_out, at, HEAD_DIM), HEAD_DIM, i, at.q_len, k_mean * k_unit, HEAD_DIM)
     image = (c_acc - k_mean * c_total[:, None]) / whole[:, None]
     store_tile(rows_of(image_out, at, HEAD_DIM), HEAD_DIM, i, at.q_len, image, HEAD_DIM)
@@ -145,15 +145,19 @@ def output_body(
     state, rows, keys, j, k_len, seen,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
-    """One tile of sum_j p_ij (1 - a_ij) v_j, (2.3)."""
+    """One tile of sum_j p_ij (1 - a_ij) v_j, (2.3), and of sum_j p_ij (1 - a_ij) where float32 makes use of it."""
+    acc, total = state
     q, z, minus_size, rest, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
     k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
-    v = load_tile(v_base, v_stride, j, k_len, V_DIM, N, state.shape[1], CUT)  # (N, V)
+    v = load_tile(v_base, v_stride, j, k_len, V_DIM, N, acc.shape[1], CUT)  # (N, V)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
     # 1 - a of (2.2) in one multiply-add
     w = w * (times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * minus_size[:, None] + rest[:, None])
-    return times(rounded(w, v, PRECISION), v, state, PRECISION)  # (M, V)
+    w = rounded(w, v, PRECISION)
+    if w.dtype == tl.float32:
+        total += tl.sum(w, 1)
+    return times(w, v, acc, PRECISION), total  # (M, V), (M,)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -189,13 +193,18 @@ def output_kernel(
     gain = tl.minimum(power_of_two((1 / bound) * TOP), WEIGHT)
     shift = load_rows(rows_of(shift_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) - tl.log2(gain)
     factor = scale * LOG2E * q_unit * k_unit
-    acc = sweep_keys(
-        output_body, tl.zeros([BLOCK_M, BLOCK_V], tl.float32), (q, z, -z_size, rest, shift, factor),
-        (k_base, k_stride_s, v_base, v_stride_s), at, window, HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+    acc, total = sweep_keys(
+        output_body, (tl.zeros([BLOCK_M, BLOCK_V], tl.float32), tl.zeros([BLOCK_M], tl.float32)),
+        (q, z, -z_size, rest, shift, factor), (k_base, k_stride_s, v_base, v_stride_s), at, window,
+        HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
+    share = inverse_power(gain)
+    if q.dtype == tl.float32:
+        # The weights sum to 1: what lse and k_mean are off by, which all of them have in common, goes.
+        share = 1 / tl.where(total == 0, 1.0, total)
     omega = load_rows(rows_of(omega_ptr, at, 1), i, at.q_len, BLOCK_M, 1.0)
     guard = 1 / (1 + delta_eps * (1 + d_z) / tl.maximum(omega, 1.0))
     store_rows(rows_of(guard_out, at, 1), i, at.q_len, guard)
     o_base = queries_of(o_out, o_stride_b, o_stride_h, o_stride_s, at)
-    o = acc * (guard * v_unit * inverse_power(gain))[:, None]
+    o = acc * (guard * v_unit * share)[:, None]
     store_tile(o_base, o_stride_s, i, at.q_len, o, V_DIM)

@@ -64,21 +64,41 @@ def calls(head_dim: int, dtype: torch.dtype) -> Iterator[tuple[Problem, Inputs, 
     yield packed, Inputs(*(t[:1] for t in (q, shared, shared, rows)), None, cu_seqlens, cu_seqlens), "none"
 
 
+def decodings(head_dim: int, dtype: torch.dtype, plain: bool) -> None:
+    """Decode, the cache in one piece and in several; unless ``plain`` in pages as well, larger and smaller than tiles."""
+    from flashlla.backends.triton import decode
+
+    meta = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device="meta")
+    q, ridge = meta(2, 6, 1, head_dim, dtype=dtype), meta(2, 6, 1, dtype=torch.float32)
+    width = configs.padded(head_dim)
+    full = torch.get_float32_matmul_precision() == "highest"
+    large = configs.large(decode.capability(q.device))
+    usual = decode.tuning(width, width, dtype != torch.float32, full, large)
+    for page in (0,) if plain else (0, 16, 256):
+        cache = meta(*((32, 2, page) if page else (2, 2, 4096)), head_dim, dtype=dtype)
+        table = meta(2, 4096 // page) if page else None
+        for pieces in (1, 4):
+            tuned = usual._replace(pieces=pieces)
+            decode.decode(q, cache, cache, meta(2), ridge, 0.3, 1e-12, None, table, torch.empty_like(q), tuned)
+
+
 def launches(
     head_dim: int, dtype: torch.dtype, architecture: int, precision: str, plain: bool = False
 ) -> list[tuple[Any, str, tuple, dict]]:
-    """(kernel, pass, arguments, settings) of each launch of a step, forward and backward; ``plain``: of the plain call
-    and the preconditioned one."""
-    from flashlla.backends.triton import launch
+    """(kernel, pass, arguments, settings) of each launch of a step, forward and backward, and of decoding; ``plain``:
+    of the plain call and the preconditioned one, and of a cache without pages."""
+    from flashlla.backends.triton import decode, launch
 
     found: list[tuple[Any, str, tuple, dict]] = []
 
-    def record(self: Any, kernel: Any, name: str, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+    def record(kernel: Any, name: str, grid: Any, device: torch.device, *arguments: Any, **settings: Any) -> None:
         found.append((kernel, name, arguments, settings))
 
     with (
-        mock.patch.object(launch.Launcher, "run", record),
+        mock.patch.object(launch, "run", record),
+        mock.patch.object(decode, "run", record),
         mock.patch.object(launch, "capability", return_value=divmod(architecture, 10)),
+        mock.patch.object(decode, "capability", return_value=divmod(architecture, 10)),
         mock.patch.object(torch, "get_float32_matmul_precision", return_value=precision),
     ):
         for problem, inputs, preconditioner in itertools.islice(calls(head_dim, dtype), 2 if plain else None):
@@ -86,6 +106,7 @@ def launches(
             rows = inputs.ridge_lambda
             vectors = torch.empty(inputs.q.shape, device="meta")
             launch.backward(problem, inputs, Residuals(rows, rows, vectors, vectors), inputs.q, preconditioner)
+        decodings(head_dim, dtype, plain)
     given = lambda arguments: tuple(x is None for x in arguments)
     unique = {(k.__name__, given(a), str(sorted(s.items()))): (k, n, a, s) for k, n, a, s in found}
     return list(unique.values())
@@ -94,7 +115,10 @@ def launches(
 def variant(kernel: Any, arguments: tuple, settings: dict) -> str:
     """What the call asks for beyond the plain one, as far as the kernel knows of it."""
     given = {param.name: value for param, value in zip(kernel.params, arguments)}
-    found = [name for name in ("cu_q", "seqlens_k", "window") if given.get(name) is not None]
+    found = [name for name in ("cu_q", "seqlens_k") if given.get(name) is not None]
+    found += ["window"] if "cu_q" in given and given.get("window") is not None else []  # to decode it is a number
+    found += [f"page {settings['PAGE']}"] if settings.get("PAGE") else []
+    found += ["merged"] if settings.get("MERGED") else []
     found += [] if settings.get("CAUSAL", True) else ["full"]
     return " ".join(found + (["group"] if settings.get("GROUP", 1) > 1 else []))
 
@@ -198,7 +222,10 @@ def report(task: tuple[int, str, int, str, bool]) -> list[dict[str, Any]]:
             "architecture": architecture, "dtype": dtype, "precision": precision, "dim": head_dim, "pass": name,
             "kernel": kernel.__name__, "preconditioner": settings.get("PRECONDITIONER", ""),
             "adjoint": settings.get("ADJOINT", ""), "variant": variant(kernel, arguments, settings),
-            "config": [settings.get(s) for s in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")],
+            "config": [
+                settings.get("BLOCK_M", settings.get("BLOCK_T")), settings.get("BLOCK_N", settings.get("BLOCK_K")),
+                settings.get("num_warps"), settings.get("num_stages"),
+            ],
         }  # fmt: skip
         try:
             line |= compile_launch(kernel, arguments, settings, architecture)
@@ -234,8 +261,8 @@ def main() -> int:
             lines += found
             for x in found:
                 print(
-                    f"sm_{x['architecture']:<4}{x['dtype']:<9}{x['precision']:<8}D={x['dim']:<4}{x['kernel']:<18}"
-                    f"{x['preconditioner']:<7}{x['adjoint']!s:<6}{x['variant']:<10}{x['config']!s:<18}"
+                    f"sm_{x['architecture']:<4}{x['dtype']:<9}{x['precision']:<8}D={x['dim']:<4}{x['kernel']:<22}"
+                    f"{x['preconditioner']:<7}{x['adjoint']!s:<6}{x['variant']:<12}{x['config']!s:<18}"
                     f"shared {x.get('shared', -1):>7}  registers {x.get('reg', -1):>4}  stack {x.get('stack', -1):>5}"
                     f"  spills {' '.join(f'{100 * share:.0f}%' for share in x.get('spills', [])):<8}"
                     f"  waits {x.get('waits', -1):<5} {x['verdict']}",

@@ -407,6 +407,9 @@ CASES = (
     ),
     Case("window_huge", length=33, keys=20, dim=8, window=2**31 - 1, ridge_lambda=0.1),
     Case("window_all_tiles", length=200, dim=8, window=150),
+    # odd sizes, small
+    Case("length_300_narrow", length=300, dim=5, ridge_lambda=0.1),
+    Case("dim_60_short", length=63, dim=60),
 )
 
 BY_NAME = {case.name: case for case in CASES}

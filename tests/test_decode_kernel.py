@@ -18,7 +18,8 @@ from tests.interpreter import hasten
 pytest.importorskip("triton")
 hasten()
 
-from flashlla.backends.triton import decode as kernels  # noqa: E402 (after hasten)
+from flashlla.backends.triton import configs  # noqa: E402 (after hasten)
+from flashlla.backends.triton import decode as kernels  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -70,7 +71,7 @@ class Call:
             k, v = (paged(cache, table, page, spoil) for cache in (k, v))
         if out is None:
             out = torch.empty(*self.q.shape[:3], self.v.shape[-1], dtype=self.q.dtype, device=DEVICE)
-        d, v_dim = kernels.padded(self.q.shape[-1]), kernels.padded(self.v.shape[-1])
+        d, v_dim = configs.padded(self.q.shape[-1]), configs.padded(self.v.shape[-1])
         full = torch.get_float32_matmul_precision() == "highest"
         tuned = kernels.tuning(d, v_dim, self.q.dtype != torch.float32, full)._replace(pieces=pieces)
         tuned = tuned._replace(tile=tile or tuned.tile)
@@ -287,6 +288,16 @@ def test_numbers_that_are_not_finite_reach_those_who_see_them(bad: float, which:
     assert got[0, 1, row].isnan().all()
     assert torch.equal(got[0, 0], clean[0, 0])
     assert torch.equal(got[0, 1, 1 - row], clean[0, 1, 1 - row])
+
+
+def test_more_warps_than_the_device_is_counted_in() -> None:
+    call = make(1, 1, 1, 1, 70, 16, 16, torch.bfloat16)
+    usual = kernels.tuning(16, 16, True, True)
+    out = torch.empty_like(call.q)
+    kernels.decode(
+        call.q, call.k, call.v, call.lengths, call.ridge, call.factor, 0.0, None, None, out, usual._replace(warps=16)
+    )
+    assert error(out, call.exact()) <= LIMITS[torch.bfloat16]
 
 
 def test_strides() -> None:

@@ -30,8 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashlla.backends.triton.configs import padded
-from flashlla.backends.triton.launch import run
+from flashlla.backends.triton import configs
+from flashlla.backends.triton.launch import capability, run
 from flashlla.backends.triton.primitives import (
     LOG2E,
     finite,
@@ -530,7 +530,8 @@ class Tuning(NamedTuple):
     products: str = "tf32x3"
 
 
-# Numbers of moments that the registers of one program hold.
+# Numbers of moments that the registers of one program hold; half of it where matrix instructions take both operands
+# from registers.
 MOMENTS = 32768
 # Bytes of scratch memory that one round of launches may take.
 SCRATCH = 256 * 2**20
@@ -541,17 +542,22 @@ MERGE_ROWS = 16
 FAR, FAR_FULL = 4096.0, 128.0
 
 
-def slices(d: int, v: int) -> int:
-    """Programs that share the rows of one system's moments; d and v are powers of two."""
+def shared_rows(d: int, v: int, count: int) -> tuple[int, int]:
+    """Rows of the keys' and of the values' moments that each of ``count`` programs has."""
+    return max(16, d // count), max(16, v // count)
+
+
+def slices(d: int, v: int, large: bool) -> int:
+    """Programs that share the rows of one system's moments; d and v are powers of two. ``large``: as `configs.large`."""
     count = 1
-    while (max(16, d // count) + max(16, v // count)) * d > MOMENTS:
+    while sum(shared_rows(d, v, count)) * d > (MOMENTS if large else MOMENTS // 2):
         count *= 2
     return count
 
 
-def tuning(d: int, v: int, half: bool, full: bool) -> Tuning:
+def tuning(d: int, v: int, half: bool, full: bool, large: bool = True) -> Tuning:
     """For padded widths ``d`` and ``v``; ``full``: float32 products without tensor cores."""
-    wide = (max(16, d // slices(d, v)) + max(16, v // slices(d, v))) * d >= MOMENTS // 2
+    wide = sum(shared_rows(d, v, slices(d, v, large))) * d >= MOMENTS // 2
     if half:
         return Tuning(64 if max(d, v) <= 128 else 32, 8 if wide else 4, 3)
     return Tuning(16 if wide or full else 32, 8 if wide else 4, 1 if full else 2)
@@ -597,16 +603,17 @@ def decode(
     window = min(window or capacity, capacity)
     half = q.dtype != torch.float32
     full = torch.get_float32_matmul_precision() == "highest"
-    d, v = padded(head_dim), padded(value_dim)
-    shares = slices(d, v)
-    t = tuned or tuning(d, v, half, full)
+    d, v = configs.padded(head_dim), configs.padded(value_dim)
+    large = configs.large(capability(q.device))
+    shares = slices(d, v, large)
+    t = tuned or tuning(d, v, half, full, large)
     pairs = batch * kv_heads
     members = group * new
     pieces = t.pieces
     if pieces is None:
         tiles = min(triton.cdiv(capacity, t.tile), triton.cdiv(window, t.tile) + 1)
         # Two programs of four warps go where one of eight does.
-        pieces = pieces_of(pairs * members * shares, tiles, processors(q.device) * (8 // t.warps))
+        pieces = pieces_of(pairs * members * shares, tiles, processors(q.device) * max(1, 8 // t.warps))
     each = members * pieces * (d + v) * d * 4
     at_once = max(1, min(pairs, SCRATCH // each))
     systems = at_once * members
@@ -623,7 +630,7 @@ def decode(
     solve_warps = min(t.solve_warps, d // PANEL.value, v // PANEL.value)  # each has at least a panel's height of rows
     vector = 8 if half else 4  # numbers of one load of a thread
     sizes = {"BLOCK_D": d, "BLOCK_V": v}
-    slice_d, slice_v = max(16, d // shares), max(16, v // shares)
+    slice_d, slice_v = shared_rows(d, v, shares)
     rows = min(t.tile, max(1, 32 * t.warps * vector // max(d, vector)))
 
     for first in range(0, pairs, at_once):

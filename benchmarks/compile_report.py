@@ -65,7 +65,7 @@ def calls(head_dim: int, dtype: torch.dtype) -> Iterator[tuple[Problem, Inputs, 
 
 
 def decodings(head_dim: int, dtype: torch.dtype, plain: bool) -> None:
-    """Decode, the cache in one piece and in several; unless ``plain`` in pages as well, larger and smaller than tiles."""
+    """Decode: the cache in one piece, in several, and (not ``plain``) in pages larger and smaller than tiles."""
     from flashlla.backends.triton import decode
 
     meta = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device="meta")

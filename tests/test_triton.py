@@ -5,6 +5,7 @@ What a GPU run must show is in test_gpu.py.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -240,11 +241,10 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(decode if name.startswith("decode") else launch, name, Broken())
     q, k, v, _ = make((1, 1, 4, 8), torch.float32)
+    decoding = functools.partial(lla_decode, seqlens_k=torch.tensor([4], dtype=torch.int32))
+    call = decoding if name.startswith("decode") else lla_attention
     with pytest.raises(RuntimeError, match=rf"{name}.*config.*BLOCK_.*set_backend\('chunked'\)") as caught:
-        if name.startswith("decode"):
-            lla_decode(q, k, v, torch.tensor([4], dtype=torch.int32), backend="triton")
-        else:
-            lla_attention(q, k, v, backend="triton")
+        call(q, k, v, backend="triton")
     assert isinstance(caught.value.__cause__, ValueError)
 
 

@@ -71,7 +71,8 @@ def moments_kernel(
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """g_mean, t of (3.1) as a direction of unit length and its length, and lse in bits, without the rounding it came with.
+    """g_mean, t of (3.1) as a direction of unit length and its length, and shift: lse in bits, without the rounding it
+    came with.
 
     g_near (B H, S): where g_mean is about, so that t is no small difference of large sums; None for 0.
     """

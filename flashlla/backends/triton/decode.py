@@ -7,7 +7,7 @@ merge     adds up the pieces, where there are several
 solve     C and Cov(v, k) from the moments, a Cholesky factor of A = C + lambda I, and o by (2.3) of docs/math.md
 
 Letters of the shape comments: T = keys a tile; D, V = BLOCK_D, BLOCK_V, the widths of keys and values rounded up to
-powers of two of at least 16; P = 16, the rows of a panel of A. A system is a query of one head: (b Hq + h) N + n.
+powers of two of at least 16; P = 16, the columns of a panel of A; W, warps of the solve. A system is a query of one head: (b Hq + h) N + n.
 
 Precision. Keys enter relative to an origin, the last key that the query sees: a common offset costs no digits. The
 operands of the two matrix products are x_j = sqrt(w_j) (k_j - origin) and y_j = sqrt(w_j) v_j, rounded once, and *all*
@@ -548,7 +548,7 @@ def shared_rows(d: int, v: int, count: int) -> tuple[int, int]:
 
 
 def slices(d: int, v: int, large: bool) -> int:
-    """Programs that share the rows of one system's moments; d and v are powers of two. ``large``: as `configs.large`."""
+    """Programs that share the rows of one system's moments; d and v are powers of two, ``large`` is `configs.large`."""
     count = 1
     while sum(shared_rows(d, v, count)) * d > (MOMENTS if large else MOMENTS // 2):
         count *= 2
@@ -657,7 +657,7 @@ def decode(
             decode_solve_kernel, "decode", (count * members,), q.device,
             *merged, offset, seqlens_k, ridge, y, out, seqlens_k.stride(0), *ridge.stride(), *out.stride(),
             *shape, delta_eps,
-            VALUE_DIM=value_dim, MERGED=merging, BLOCK_K=min(t.solve_columns, d), WARPS=solve_warps, PRODUCTS=t.products,
-            num_warps=solve_warps, num_stages=2, **sizes,
+            VALUE_DIM=value_dim, MERGED=merging, BLOCK_K=min(t.solve_columns, d), WARPS=solve_warps,
+            PRODUCTS=t.products, num_warps=solve_warps, num_stages=2, **sizes,
         )  # fmt: skip
     return out

@@ -300,8 +300,8 @@ def backward(
     rows = torch.empty(5, problem.batch * problem.q_heads, tiles * configs.ROWS_PAD, device=at.device)
     top = torch.zeros(at.n_shared, device=at.device)
     at.sweep(
-        backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, at.units, at.origin, do_unit, z_size, z_y, shift, k_mean,
-        ridge, g_mean, outs[0], dridge, rows, top, rows.stride(1), rows.stride(0),
+        backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, at.units, at.origin, do_unit, z_size, z_y, shift,
+        k_mean, ridge, g_mean, outs[0], dridge, rows, top, rows.stride(1), rows.stride(0),
         *at.strides(q, k, v, ridge, outs[0]), *at.where, problem.scale,
     )  # fmt: skip
     at.sweep(

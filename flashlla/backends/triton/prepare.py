@@ -94,8 +94,8 @@ def largest_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def cast_kernel(
-    q, k, v, origin_ptr, largest, flawed, q_out, k_out, v_out, units, flaws, q_flaws, k_flaws, v_flaws, q_stride_b, q_stride_h, q_stride_s,
-    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+    q, k, v, origin_ptr, largest, flawed, q_out, k_out, v_out, units, flaws, q_flaws, k_flaws, v_flaws,
+    q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     cu_q, cu_k, seqlens_k, n_heads, heads, group, q_len, k_len, longest_q, longest_k,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,

@@ -7,7 +7,8 @@ merge     adds up the pieces, where there are several
 solve     C and Cov(v, k) from the moments, a Cholesky factor of A = C + lambda I, and o by (2.3) of docs/math.md
 
 Letters of the shape comments: T = keys a tile; D, V = BLOCK_D, BLOCK_V, the widths of keys and values rounded up to
-powers of two of at least 16; P = 16, the columns of a panel of A; W, warps of the solve. A system is a query of one head: (b Hq + h) N + n.
+powers of two of at least 16; P = 16, the columns of a panel of A; W, warps of the solve. A system is a query of one
+head: (b Hq + h) N + n.
 
 Precision. Keys enter relative to an origin, the last key that the query sees: a common offset costs no digits. The
 operands of the two matrix products are x_j = sqrt(w_j) (k_j - origin) and y_j = sqrt(w_j) v_j, rounded once, and *all*

@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashlla.backends.triton import configs
+from flashlla.backends.triton.cholesky import PANEL, factored_panel, panel_of
 from flashlla.backends.triton.launch import capability, run
 from flashlla.backends.triton.primitives import (
     LOG2E,
@@ -43,7 +44,6 @@ from flashlla.backends.triton.primitives import (
     rounded,
 )
 
-PANEL: tl.constexpr = tl.constexpr(16)
 # Numbers that describe a piece: the maximum m of its logits, omega, and the units of its keys and values.
 SCALARS: tl.constexpr = tl.constexpr(4)
 
@@ -366,61 +366,6 @@ def decode_merge_kernel(
         tl.store(scalars_out + 3, v_unit)
 
 
-@triton.jit
-def inverse_factor(a, least):
-    """L^-1 of a = L L^T, (W, P, P): W copies. Two columns at a time: the way through a pair is hardly longer than
-    through one.
-
-    In exact arithmetic no pivot is below ``least``, the ridge.
-    """
-    row, column = tl.arange(0, PANEL)[None, :, None], tl.arange(0, PANEL)[None, None, :]
-    inverse = tl.where(row == column, 1.0, 0.0) + tl.zeros_like(a)
-    for j in tl.static_range(0, PANEL, 2):
-        row_0, row_1 = row_of(a, row == j), row_of(a, row == j + 1)  # (W, 1, P)
-        column_0 = tl.sum(tl.where(column == j, a, 0.0), 2, keep_dims=True)  # (W, P, 1)
-        column_1 = tl.sum(tl.where(column == j + 1, a, 0.0), 2, keep_dims=True)
-        done_0, done_1 = row_of(inverse, row == j), row_of(inverse, row == j + 1)  # (W, 1, P)
-        pivot_0 = tl.maximum(row_of(column_0, row == j), least)  # (W, 1, 1)
-        beside, pivot_1 = row_of(column_1, row == j), row_of(column_1, row == j + 1)
-        turn = beside / pivot_0
-        pivot_1 = tl.maximum(pivot_1 - turn * beside, least)
-        row_1 -= turn * row_0
-        column_1 -= turn * column_0
-        done_1 -= turn * done_0
-        column_0, column_1 = column_0 * (1 / pivot_0), column_1 * (1 / pivot_1)
-        a -= column_0 * row_0 + column_1 * row_1
-        below = inverse - (column_0 * done_0 + column_1 * done_1)
-        above = tl.where(row < j, inverse, done_0 * tl.rsqrt(pivot_0))
-        above = tl.where(row == j + 1, done_1 * tl.rsqrt(pivot_1), above)
-        inverse = tl.where(row > j + 1, below, above)
-    return inverse
-
-
-@triton.jit
-def row_of(a, which):
-    """The row of each of W matrices that ``which`` (1, P, 1) picks: (W, 1, P)."""
-    return tl.sum(tl.where(which, a, 0.0), 1, keep_dims=True)
-
-
-@triton.jit
-def tile_of(matrix, row, column, there, D: tl.constexpr):
-    """Elements of a matrix with D columns at rows ``row`` (W, R) and columns ``column`` (K,), zero where not ``there``
-    (W, R): (W, R, K)."""
-    return tl.load(matrix + row[:, :, None] * D + column[None, None, :], mask=there[:, :, None], other=0.0)
-
-
-@triton.jit
-def panel_of(moments, v_moments, k_row, v_row, p, D: tl.constexpr):
-    """Columns ``p`` to p + P of the keys' moments, (W, D / W, P), of the values', (W, V / W, P), and the square on the
-    diagonal, (W, P, P); nothing past the last column."""
-    W: tl.constexpr = k_row.shape[0]
-    panel = p + tl.arange(0, PANEL)
-    own_row = tl.zeros([W, 1], tl.int32) + panel[None, :]
-    keys = tile_of(moments, k_row, panel, (k_row >= p) & (p < D), D)
-    values = tile_of(v_moments, v_row, panel, (v_row >= 0) & (p < D), D)
-    return keys, values, tile_of(moments, own_row, panel, own_row < D, D)
-
-
 @triton.jit(do_not_specialize=["first_pair", "heads", "group", "new", "capacity", "window"])
 def decode_solve_kernel(
     moments, sums_ptr, scalars_ptr, offset_ptr, lengths, ridge_ptr, y_ptr, o_out,
@@ -433,9 +378,7 @@ def decode_solve_kernel(
     kernel's; if not, there is one piece.
 
     Cholesky's factor of A = C + lambda I, with Cov(v, k) for further rows: A = L L^T, G = Cov(v, k) L^-T, y = L^-1 d,
-    and Cov(v, k) z = G y, so that nothing is solved backwards. Panels of P columns, each made of all that come before
-    it, BLOCK_K of them at a time. Every warp has its share of the rows and makes the factor of a panel's square itself:
-    nothing goes from one to another but through memory, once a panel, hence the barrier. y_ptr: (systems, D).
+    and Cov(v, k) z = G y, so that nothing is solved backwards (cholesky.py). y_ptr: (systems, D).
     """
     system = tl.program_id(0).to(tl.int64)
     pair, member = first_pair + tl.program_id(0) // (group * new), tl.program_id(0) % (group * new)
@@ -483,33 +426,14 @@ def decode_solve_kernel(
             b += tl.load(offset_ptr + own_row) * inverse_power(k_unit)
         keys += tl.where(k_row[:, :, None] == (p + panel)[None, None, :], scaled_ridge, 0.0)
         own += tl.where(own_row[:, :, None] == (p + panel)[None, None, :], scaled_ridge, 0.0)
-        for k in tl.range(0, p, BLOCK_K):
-            column = k + tl.arange(0, BLOCK_K)
-            across_at = moments + own_row[:, :, None] * BLOCK_D + column[None, None, :]
-            across = tl.load(across_at, mask=(column < p)[None, None, :], other=0.0)  # (W, P, K)
-            y = tl.load(y_ptr + column, mask=column < p, other=0.0)  # (K,)
-            b -= tl.sum(across * y[None, None, :], 2)
-            turned = tl.permute(across, (0, 2, 1))  # (W, K, P)
-            own -= tl.dot(across, turned, input_precision=PRODUCTS)
-            before = tile_of(moments, k_row, column, below, BLOCK_D)  # (W, D / W, K); columns from p on meet zeros
-            keys -= tl.dot(before, turned, input_precision=PRODUCTS)
-            before = tile_of(v_moments, v_row, column, v_row >= 0, BLOCK_D)  # (W, V / W, K)
-            values -= tl.dot(before, turned, input_precision=PRODUCTS)
-        # What is under way while the next line, which waits for one pivot after the other, is worked on.
-        next_keys, next_values, next_own = panel_of(moments, v_moments, k_row, v_row, p + PANEL, BLOCK_D)
-        inverse = inverse_factor(own, scaled_ridge)  # (W, P, P)
+        keys, values, b, inverse, later = factored_panel(
+            keys, values, own, b, p, moments, v_moments, y_ptr, k_row, v_row, scaled_ridge, BLOCK_D, BLOCK_K, PRODUCTS
+        )  # fmt: skip
         y = tl.sum(inverse * b[:, None, :], 2)  # (W, P)
         d_z += tl.sum(y * y, 1)
-        turned = tl.permute(inverse, (0, 2, 1))
-        keys = tl.dot(keys, turned, input_precision=PRODUCTS)  # (W, D / W, P) of L
-        values = tl.dot(values, turned, input_precision=PRODUCTS)  # (W, V / W, P) of G
         slope += tl.sum(values * y[:, None, :], 2)
-        # Rows of the panel's own square are not needed again, and others may be reading them yet.
-        k_at = moments + k_row[:, :, None] * BLOCK_D + (p + panel)[None, None, :]
-        tl.store(k_at, keys, mask=(k_row >= p + PANEL)[:, :, None])
-        tl.store(v_moments + v_row[:, :, None] * BLOCK_D + (p + panel)[None, None, :], values)
         tl.store(y_ptr + own_row, y)
-        keys, values, own = next_keys, next_values, next_own
+        keys, values, own = later
         tl.debug_barrier()
 
     # NaN where anything was not finite: of one value, of all.

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import resource
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks.record import record
+from benchmarks.timing import matrix_tflops, milliseconds, prepared
 
 # The published naive reference, on two cores at about 180 GFLOP/s, (1, 1024, 64), ridge 0.1.
 PUBLISHED = {"forward_s": 0.84, "backward_s": 0.41, "peak_mb": 873, "gflops": 180}
@@ -29,31 +27,20 @@ def peak_mb() -> float:
     return kib * 1024 / 1e6
 
 
-def median_time(f: Callable[[], Any], rounds: int) -> float:
-    f()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def measure(length: int, ridge_lambda: float) -> dict[str, float]:
     """Forward and backward of (1, length, 64) in float32."""
     base = peak_mb()
     import flashlla
 
     torch.manual_seed(0)
-    q, k, v, grad_o = (torch.randn(1, length, 64) for _ in range(4))
-    rounds = 7 if length <= 2048 else 3
+    tensors = [torch.randn(1, length, 64) for _ in range(4)]  # q, k, v, grad_o
     options: dict[str, Any] = {"ridge_lambda": ridge_lambda, "backend": "chunked"}
-    forward = median_time(lambda: flashlla.lla_attention(q, k, v, **options), rounds)
+    attend = lambda q, k, v: flashlla.lla_attention(q, k, v, **options)
+    forward = milliseconds(prepared("forward", attend, tensors), "cpu") / 1e3
     forward_mb = peak_mb() - base
-    o, info = flashlla.lla_attention(*(t.requires_grad_() for t in (q, k, v)), return_info=True, **options)
-    backward = median_time(lambda: torch.autograd.grad(o, (q, k, v), grad_o, retain_graph=True), rounds)
+    backward = milliseconds(prepared("backward", attend, tensors), "cpu") / 1e3
     both_mb = peak_mb() - base
-    a, b = torch.randn(2, 1024, 1024).unbind(0)
+    _, info = flashlla.lla_attention(*tensors[:3], return_info=True, **options)
     return {
         "length": length,
         "ridge_lambda": ridge_lambda,
@@ -62,7 +49,7 @@ def measure(length: int, ridge_lambda: float) -> dict[str, float]:
         "forward_peak_mb": forward_mb,
         "both_peak_mb": both_mb,
         "mean_iterations": info.iterations.float().mean().item(),
-        "gflops": 2 * 1024**3 / median_time(lambda: a @ b, 20) / 1e9,
+        "gflops": matrix_tflops(torch.float32, "cpu") * 1e3,
     }
 
 
@@ -75,8 +62,8 @@ def measure_definition() -> dict[str, float]:
     q, k, v = (torch.randn(1, 1, 1024, 64) for _ in range(3))
     visible = torch.ones(1024, 1024).tril().bool()
     with torch.no_grad():
-        forward = median_time(lambda: attention(q, k, v, torch.tensor(0.1), 0.125, 1e-12, visible), 5)
-    return {"forward_s": forward, "forward_peak_mb": peak_mb() - base}
+        forward = milliseconds(lambda: attention(q, k, v, torch.tensor(0.1), 0.125, 1e-12, visible), "cpu")
+    return {"forward_s": forward / 1e3, "forward_peak_mb": peak_mb() - base}
 
 
 def run(call: str) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.record import circumstances
+from benchmarks.exact import output, relative
+from benchmarks.record import circumstances, write
 from flashlla.backends.triton import decode as kernels
 
 HEADS = 8
@@ -75,9 +75,8 @@ class Case:
     def error(self) -> float:
         """Of up to two sequences."""
         few = min(2, self.batch)
-        got = self.ours(self.caches[0])[:few].double()
-        want = exact(self.q[:few], *(t[:few] for t in self.caches[0]))
-        return ((got - want).norm() / want.norm()).item()
+        q, k, v = (t[:few].double() for t in (self.q, *self.caches[0]))
+        return relative(self.ours(self.caches[0])[:few], output(q, k, v, RIDGE))
 
     def each(self, call: Callable[[tuple[Tensor, Tensor]], Any]) -> float:
         """Microseconds of ``call``, given one cache after the other."""
@@ -97,17 +96,6 @@ class Case:
             for cache in self.caches:
                 self.ours(cache, tuned)
         return found
-
-
-def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = q.double(), k.double(), v.double()
-    p = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # (B, H, 1, L)
-    k_mean, v_mean = p @ k, p @ v
-    centred = k - k_mean
-    a = (centred * p.mT).mT @ centred
-    a.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
-    z = torch.linalg.solve(a, (k_mean - q).mT)  # (B, H, D, 1)
-    return v_mean - (p * (centred @ z).mT) @ v
 
 
 def microseconds(calls: list[Callable[[], Any]], replays: int = 25) -> float:
@@ -222,8 +210,7 @@ def main() -> None:
     for name in options.only:
         result[name] = kinds[name](rate)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.json, result)
 
 
 if __name__ == "__main__":

@@ -10,37 +10,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import triton
 from torch import Tensor
 
-from benchmarks.record import circumstances
+from benchmarks.data import make
+from benchmarks.exact import relative
+from benchmarks.record import circumstances, write
+from benchmarks.timing import milliseconds, prepared, sdpa
 from flashlla import CG, lla_attention, lla_attention_varlen
 
 EXACT = CG(atol=0.0, rtol=1e-24, max_iters=2000)
 SPEED = [(4, 16, 4096, 64, "iid"), (4, 8, 4096, 128, "iid"), (4, 16, 4096, 64, "correlated"), (4, 16, 1024, 64, "iid")]
-
-
-def make(
-    shape: tuple[int, ...], data: str = "iid", offset: float = 0.0, dtype: torch.dtype = torch.bfloat16
-) -> list[Tensor]:
-    """q, k, v and grad_o; "correlated": keys and queries an AR(1) sequence (0.95, variance 1) mixed by two matrices."""
-    torch.manual_seed(0)
-    q, k, v, grad = (torch.randn(shape, device="cuda") for _ in range(4))
-    if data == "correlated":
-        x = q.clone()
-        for t in range(1, shape[2]):
-            x[:, :, t] = 0.95 * x[:, :, t - 1] + (1 - 0.95**2) ** 0.5 * q[:, :, t]
-        mix = torch.randn(2, shape[3], shape[3], device="cuda") / shape[3] ** 0.5
-        q, k = x @ mix[0], x @ mix[1]
-    point = torch.randn(shape[3], device="cuda")
-    point *= offset / point.norm()
-    return [t.to(dtype) for t in (q + point, k + point, v, grad)]
 
 
 def step(tensors: list[Tensor], ridge: float, **options: Any) -> dict[str, Tensor]:
@@ -57,10 +41,6 @@ def exact(tensors: list[Tensor], ridge: float) -> dict[str, Tensor]:
     return step([t.double() for t in tensors], ridge, backend="chunked", solver=EXACT)
 
 
-def relative(x: Tensor, reference: Tensor) -> float:
-    return ((x.double() - reference).norm() / reference.norm()).item()
-
-
 def errors(got: dict[str, Tensor], want: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
     first, later = (lambda t: t[:, :, :128]), (lambda t: t[:, :, 128:])
     return {
@@ -69,10 +49,6 @@ def errors(got: dict[str, Tensor], want: dict[str, Tensor], dtype: torch.dtype) 
         **{name: relative(got[name], want[name]) for name in want},
         "rounding": {name: relative(want[name].to(dtype), want[name]) for name in want},
     }
-
-
-def milliseconds(call: Any) -> float:
-    return triton.testing.do_bench(call, warmup=20, rep=60, return_mode="median")
 
 
 def passes(tensors: list[Tensor], ridge: float) -> dict[str, float]:
@@ -100,23 +76,16 @@ def speed() -> list[dict[str, Any]]:
     lines = []
     for batch, heads, length, dim, data in SPEED:
         tensors = make((batch, heads, length, dim), data)
-        q, k, v = (t.clone().requires_grad_() for t in tensors[:3])
-        sdpa = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        o = sdpa()
-        yardstick = {
-            "forward": milliseconds(
-                lambda: torch.nn.functional.scaled_dot_product_attention(*tensors[:3], is_causal=True)
-            ),
-            "backward": milliseconds(lambda: torch.autograd.grad(o, (q, k, v), tensors[3], retain_graph=True)),
-        }
+        yardstick = {which: milliseconds(prepared(which, sdpa, tensors)) for which in ("forward", "backward")}
         for ridge in (10.0, 1.0, 0.1):
-            o, info = lla_attention(q, k, v, ridge_lambda=ridge, return_info=True)
-            line = {
+            attend = lambda q, k, v: lla_attention(q, k, v, ridge_lambda=ridge)
+            _, info = lla_attention(*tensors[:3], ridge_lambda=ridge, return_info=True)
+            line: dict[str, Any] = {
                 "batch_heads": batch * heads, "length": length, "dim": dim, "data": data, "ridge": ridge,
                 "backend": info.backend, "iterations": info.iterations.float().mean().item(),
                 "converged": info.converged.float().mean().item(),
-                "forward_ms": milliseconds(lambda r=ridge: lla_attention(*tensors[:3], ridge_lambda=r)),
-                "backward_ms": milliseconds(lambda: torch.autograd.grad(o, (q, k, v), tensors[3], retain_graph=True)),
+                "forward_ms": milliseconds(prepared("forward", attend, tensors)),
+                "backward_ms": milliseconds(prepared("backward", attend, tensors)),
                 "sdpa_forward_ms": yardstick["forward"], "sdpa_backward_ms": yardstick["backward"],
                 "passes_ms": passes(tensors, ridge),
             }  # fmt: skip
@@ -230,13 +199,8 @@ def surface() -> list[dict[str, Any]]:
         }
         base: dict[str, float] = {}
         for name, (call, tensors, pairs) in calls.items():
-            leaves = [t.detach().requires_grad_() for t in tensors]
-            g = row(grad) if name == "packed" else grad
-            o = call(*leaves)
-            times = {
-                "forward": milliseconds(lambda: call(*tensors)),
-                "backward": milliseconds(lambda: torch.autograd.grad(o, leaves, g, retain_graph=True)),
-            }
+            tensors = (*tensors, row(grad) if name == "packed" else grad)
+            times = {which: milliseconds(prepared(which, call, tensors)) for which in ("forward", "backward")}
             base = base or {n: t / pairs for n, t in times.items()}
             line: dict[str, Any] = {"dim": dim, "what": name}
             line |= {f"{n}_ms": t for n, t in times.items()}
@@ -268,8 +232,7 @@ def main() -> None:
     for name in options.only:
         result[name] = kinds[name]()
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.json, result)
 
 
 if __name__ == "__main__":

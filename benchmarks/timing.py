@@ -1,0 +1,71 @@
+"""How calls are timed, here and nowhere else: medians, on either device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# graph: the same step as "both", replayed from a CUDA graph, which leaves out what the host takes to launch it.
+PASSES = ("forward", "backward", "both", "graph")
+
+
+def milliseconds(call: Callable[[], Any], device: str = "cuda") -> float:
+    """Of one call: the median of many. On a GPU each begins with an empty cache, as Triton's do_bench has it."""
+    if device == "cuda":
+        import triton
+
+        return float(triton.testing.do_bench(call, warmup=20, rep=60, return_mode="median"))
+    call()
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < 20 and sum(times) < 500):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The yardstick: torch's causal softmax attention."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def prepared(which: str, attend: Attend, tensors: Sequence[Tensor]) -> Callable[[], Any]:
+    """One of ``PASSES`` of ``attend`` on q, k, v and grad_o, ready to be timed."""
+    q, k, v, grad_o = tensors
+    if which == "forward":
+        return lambda: attend(q, k, v)
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    if which == "backward":
+        o = attend(q, k, v)
+        return lambda: torch.autograd.grad(o, (q, k, v), grad_o, retain_graph=True)
+    step = lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), grad_o)
+    return step if which == "both" else _captured(step).replay
+
+
+def _captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    if not torch.cuda.is_available():
+        raise RuntimeError("a CUDA graph needs a CUDA device")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is compiled or set up in the first calls cannot be captured
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def matrix_tflops(dtype: torch.dtype, device: str = "cuda") -> float:
+    """What a large square product reaches."""
+    n = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / milliseconds(lambda: a @ b, device) / 1e9

@@ -1,1 +1,1 @@
-"""Timings; `pytest benchmarks` for a table, the scripts for recorded figures (benchmarks/results)."""
+"""Timings. `python -m benchmarks.run` is the one to begin with; others record the figures of docs/performance.md."""

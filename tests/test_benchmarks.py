@@ -1,0 +1,298 @@
+"""The benchmark anyone can run: its data, its float64 rows, its counts, what it writes and what it compares."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashlla
+from benchmarks import data, exact, report, run, timing
+from tests import cases
+from tests.helpers import normal
+
+SMALL = ["--shapes", "1x2x40x8", "1x2x72x8", "--ridges", "1"]
+
+
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call is made once and said to take 2 ms."""
+
+    def milliseconds(call: Callable[[], Any], device: str = "cpu") -> float:
+        call()
+        return 2.0
+
+    monkeypatch.setattr(timing, "milliseconds", milliseconds)
+
+
+def of_size(*shape: int, kind: str = "iid", **options: Any) -> list[Tensor]:
+    return data.make(shape, kind, dtype=torch.float64, device="cpu", **options)
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_exact_rows_are_those_of_the_naive_backend(kind: str):
+    tensors = of_size(2, 3, 70, 8, kind=kind)
+    q, k, v = (t.requires_grad_() for t in tensors[:3])
+    o = flashlla.lla_attention(q, k, v, ridge_lambda=0.3, backend="naive")
+    (dq,) = torch.autograd.grad(o, q, tensors[3])
+    sample = exact.sample(tensors, 0.3)
+    assert sample.heads.tolist() == [0, 2, 5]
+    assert sample.rows[:8].tolist() == list(range(8))
+    assert sample.rows[-1] == 69
+    assert all(error < 1e-9 for error in sample.errors(o=o, dq=dq).values())
+    for wrong in (o * 1.001, o.roll(1, dims=2)):
+        assert sample.errors(o=wrong)["o"] > 0.99e-3
+    assert sample.errors(dq=dq * 1.001)["dq"] > 0.99e-3
+
+
+def test_a_sample_of_one_token():
+    tensors = of_size(1, 1, 1, 4)
+    sample = exact.sample(tensors, 1.0)
+    assert sample.errors(o=tensors[2], dq=torch.zeros_like(tensors[0])) == {"o": 0.0, "dq": 0.0}
+    assert sample.errors(dq=tensors[0])["dq"] == math.inf
+
+
+def test_the_blocked_sequence_is_the_recurrence():
+    steps = normal(2, 45, 3)
+    x = steps[:, 0]
+    for t, made in enumerate(data.autoregressive(steps).unbind(1)):
+        if t:
+            x = 0.95 * x + math.sqrt(1 - 0.95**2) * steps[:, t]
+        torch.testing.assert_close(made, x, rtol=1e-12, atol=1e-12)
+
+
+def autocorrelation(x: Tensor, lag: int) -> float:
+    x = x - x.mean()
+    return float((x[..., lag:, :] * x[..., : x.shape[-2] - lag, :]).mean() / x.square().mean())
+
+
+def test_the_kinds_are_those_of_the_tests():
+    assert {*data.KINDS, "offset"} == set(cases.DATA)
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_values_and_gradients_are_normal(kind: str):
+    _, _, v, grad_o = of_size(2, 4, 1000, 16, kind=kind)
+    for t in (v, grad_o):
+        assert abs(t.mean()) < 0.02
+        assert abs(t.std() - 1) < 0.02
+        assert abs(autocorrelation(t, 1)) < 0.02
+    assert abs((v * grad_o).mean()) < 0.02
+
+
+@pytest.mark.parametrize(("kind", "length_of_q"), [("iid", 1), ("sharp", 3)])
+def test_normal_kinds(kind: str, length_of_q: float):
+    q, k, *_ = of_size(2, 4, 1000, 16, kind=kind)
+    assert abs(q.std() / length_of_q - 1) < 0.02
+    assert abs(k.std() - 1) < 0.02
+    assert abs((q * k).mean()) < 0.05
+    assert abs(autocorrelation(k, 1)) < 0.02
+
+
+def test_correlated():
+    q, k, *_ = of_size(2, 4, 4000, 16, kind="correlated")
+    for t in (q, k):
+        assert abs(autocorrelation(t, 1) - 0.95) < 0.01
+        assert abs(autocorrelation(t, 10) - 0.95**10) < 0.05
+        assert abs(t.square().mean() - 1) < 0.25  # the matrices are random, too
+    x, y = q.flatten(0, 2), k.flatten(0, 2)  # of one sequence: k is linear in q
+    assert exact.relative(x @ torch.linalg.lstsq(x, y).solution, y) < 1e-3
+
+
+def test_power_law():
+    q, k, *_ = of_size(2, 4, 4000, 16, kind="power_law")
+    for t in (q, k):
+        rows = t.flatten(0, 2)
+        deviations = torch.linalg.eigvalsh(rows.T.cov()).flip(0).sqrt()
+        wanted = 1 / torch.arange(1, 17, dtype=torch.float64)
+        torch.testing.assert_close(deviations / deviations[0], wanted, rtol=0.05, atol=0)
+        assert abs(deviations.square().mean() - 1) < 0.05
+    means = [t.flatten(0, 2).mean(0) for t in (q, k)]
+    assert exact.relative(means[0], means[1]) < 0.05
+    assert means[0].norm() > 1
+
+
+def test_seeds_offsets_and_dtypes():
+    first, again, other = (of_size(1, 2, 30, 8, seed=seed) for seed in (0, 0, 1))
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, other))
+    away = [a - b for a, b in zip(of_size(1, 2, 30, 8, offset=30.0), first)]
+    assert not away[2].any()
+    assert not away[3].any()
+    for moved in away[:2]:
+        torch.testing.assert_close(moved.norm(dim=-1), torch.full((1, 2, 30), 30.0, dtype=torch.float64))
+        assert moved.flatten(0, 2).std(0).max() < 1e-5
+    assert {t.dtype for t in data.make((1, 1, 4, 4), device="cpu")} == {torch.bfloat16}
+
+
+def test_counts_of_products():
+    shape, pairs = (2, 3, 10, 4), 6 * 55
+    count = lambda backend, which, t: run.tflops(backend, which, t, shape, 1e-9) / (2 * 4 * pairs)
+    assert count("sdpa", "forward", 0) == pytest.approx(2)
+    assert count("sdpa", "both", 0) == pytest.approx(2 + 5)
+    assert count("triton", "forward", 1.5) == pytest.approx(3 + 3 * 1.5 + 3)
+    assert count("triton_pcg", "backward", 1.5) == pytest.approx(3 + 3 * 1.5 + 5 + 8)
+    assert count("triton", "graph", 1.5) == pytest.approx(22 + 6 * 1.5)
+    assert count("chunked", "both", 1.5) == pytest.approx(4 + 10 + 4 * 1.5)
+    assert run.tflops("naive", "forward", 0, shape, 1.0) is None
+    assert run.tflops("chunked", "forward", 0, shape, 1.0) is None  # a direct solver
+
+
+def test_the_usual_table_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run.Subject, "measure", lambda *_: {"ms": 1.0})
+    options = run.parse(["--device", "cuda"])
+    lines = list(run.sweep(run.chosen(options), options))
+    assert {line["backend"] for line in lines} == {"triton"}
+    assert {line["dtype"] for line in lines} == {"bfloat16"}
+    passes = lambda *shape: [line["pass"] for line in lines if line["shape"] == list(shape)]
+    assert passes(4, 16, 1024, 64) == ["forward", "backward", "graph"]
+    assert passes(1, 8, 65536, 64) == ["forward"]
+    assert passes(4, 16, 4096, 64) == ["forward", "backward"] * (3 + 2 + 1 + 1)
+
+
+def test_a_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "new" / "run.json"
+    swept = [*SMALL, "--passes", "forward", "backward", "both", "--backends", "chunked", "naive"]
+    assert run.main([*swept, "--device", "cpu", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert {"date", "device", "torch", "python", "command"} <= set(result)
+    assert result["matrix_tflops"] > 0
+    assert len(result["lines"]) == 2 * 2 * 3
+    for line in result["lines"]:
+        assert "failed" not in line
+        assert line["ms"] > 0
+        assert line["ratio"] == pytest.approx(line["ms"] / line["sdpa_ms"])
+        assert line["error"] < 1e-5
+        assert line["converged"] == 1
+        assert (line["iterations"] > 0) == (line["backend"] == "chunked") == ("of_peak" in line)
+    table = path.with_suffix(".md").read_text()
+    printed = capsys.readouterr().out
+    for line in result["lines"]:
+        assert report.row(line) in table
+        assert report.row(line) in printed
+    for plot in ("run_time.png", "run_error.png"):
+        assert (path.parent / plot).read_bytes().startswith(b"\x89PNG")
+        assert f"({plot})" in table
+
+
+@pytest.mark.usefixtures("instant")
+def test_a_line_that_fails_says_why_and_the_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    attention = flashlla.lla_attention
+
+    def short_of_memory(q: Tensor, *others: Any, **options: Any) -> Any:
+        if q.requires_grad and q.shape[2] == 40 and options["backend"] == "naive":
+            raise RuntimeError("out of\nmemory | here")
+        return attention(q, *others, **options)
+
+    monkeypatch.setattr(flashlla, "lla_attention", short_of_memory)
+    path = tmp_path / "run.json"
+    backends = ["--backends", "triton", "naive", "--passes", "forward", "backward", "graph"]
+    assert run.main([*SMALL, *backends, "--device", "cpu", "--no-plots", "--json", str(path)]) == 0
+    lines = json.loads(path.read_text())["lines"]
+    assert len(lines) == 2 * 2 * 3
+    failed = {(x["backend"], x["pass"], x["shape"][2]): x["failed"] for x in lines if "failed" in x}
+    assert all("RuntimeError: out of memory | here" in failed["naive", which, 40] for which in ("backward", "graph"))
+    assert "CUDA" in failed["naive", "graph", 72]
+    assert all(
+        reason.startswith("UnsupportedError: it") for (backend, *_), reason in failed.items() if backend == "triton"
+    )
+    assert {key for key in failed if key[0] == "naive"} == {
+        ("naive", p, n) for p, n in (("backward", 40), ("graph", 40), ("graph", 72))
+    }
+    table = path.with_suffix(".md").read_text()
+    assert "out of memory / here" in table
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.usefixtures("instant")
+def test_a_result_that_is_not_finite_is_a_failure(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(exact.Sample, "errors", lambda self, **results: dict.fromkeys(results, math.nan))
+    options = run.parse([*SMALL, "--device", "cpu", "--backends", "chunked"])
+    assert {line.get("failed") for line in run.sweep(run.chosen(options), options)} == {
+        "ArithmeticError: the result is not finite"
+    }
+
+
+@pytest.mark.usefixtures("instant")
+def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def two_lines(cases: Any, options: Namespace) -> Any:
+        for count, line in enumerate(sweep(cases, options)):
+            if count == 2:
+                raise KeyboardInterrupt
+            yield line
+
+    sweep = run.sweep
+    monkeypatch.setattr(run, "sweep", two_lines)
+    path = tmp_path / "run.json"
+    with pytest.raises(KeyboardInterrupt):
+        run.main([*SMALL, "--device", "cpu", "--json", str(path)])
+    lines = json.loads(path.read_text())["lines"]
+    assert len(lines) == 2
+    assert all(report.row(line) in path.with_suffix(".md").read_text() for line in lines)
+
+
+@pytest.mark.usefixtures("instant")
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    path = tmp_path / "run.json"
+    assert run.main([*SMALL, "--device", "cpu", "--json", str(path)]) == 0
+    assert "pip install matplotlib" in capsys.readouterr().out
+    assert len(json.loads(path.read_text())["lines"]) == 2 * 2 * 2
+
+
+@pytest.mark.usefixtures("instant")
+def test_comparison_with_an_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    again = [*SMALL, "--device", "cpu", "--no-plots"]
+    assert run.main([*again, "--json", str(old)]) == 0
+    assert run.main([*again, "--json", str(new), "--compare", str(old)]) == 0
+    assert "8 lines in common, 0 slower" in capsys.readouterr().out
+
+    record = json.loads(old.read_text())
+    record["lines"][3]["ratio"] /= 1.06  # the naive backend's backward pass at 40 tokens was faster
+    record["lines"][5]["ratio"] /= 1.04
+    record["device"] = "another"
+    old.write_text(json.dumps(record))
+    assert run.main([*again, "--json", str(new), "--compare", str(old)]) == 1
+    printed = capsys.readouterr().out
+    assert "slower: 1x2x40x8 float32 iid 1 backward naive default: 0.94 to 1.00 x SDPA (+6%)" in printed
+    assert "8 lines in common, 1 slower" in printed
+    assert "devices differ" in printed
+
+    assert run.main([*again, "--ridges", "2", "--json", str(new), "--compare", str(old)]) == 1
+    assert "0 lines in common" in capsys.readouterr().out
+
+
+def test_comparison_counts_what_fails_now():
+    line = {"shape": [1, 1, 8, 4], "dtype": "float32", "data": "iid", "ridge": 1.0, "pass": "forward"}
+    line |= {"backend": "naive", "solver": "default"}
+    ran, failed = {**line, "ratio": 2.0}, {**line, "failed": "it broke"}
+    said, fine = report.compare({"device": "x", "lines": [ran]}, {"device": "x", "lines": [failed]})
+    assert not fine
+    assert "it broke" in said[0]
+    assert report.compare({"device": "x", "lines": [ran]}, {"device": "x", "lines": [ran]})[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--shapes", "4x16x64"],
+        ["--shapes", "4x16x64xD"],
+        ["--data", "unheard_of"],
+        ["--compare", "no/such/file.json"],
+        ["--compare", str(report.__file__)],
+    ],
+)
+def test_arguments_that_do_not_fit(arguments: list[str]):
+    with pytest.raises(SystemExit) as exit:
+        run.parse(arguments)
+    assert exit.value.code == 2

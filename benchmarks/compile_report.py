@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from unittest import mock
 
 import torch
 
-from flashlla.backends.triton import configs
+from flashlla.backends.triton import GRAM_WIDEST, configs
 from flashlla.problem import Inputs, Mask, Problem, Residuals
 from flashlla.solvers import CG
 
@@ -57,6 +56,8 @@ def calls(head_dim: int, dtype: torch.dtype) -> Iterator[tuple[Problem, Inputs, 
     packed = dataclasses.replace(grouped, batch=1, sequences=8, longest_q=512, longest_k=512, mask=Mask(packed=True))
     yield plain, Inputs(q, q, q, rows), "none"
     yield plain, Inputs(q, q, q, rows), "jacobi"
+    if head_dim <= GRAM_WIDEST:
+        yield plain, Inputs(q, q, q, rows), "gram"
     yield dataclasses.replace(plain, mask=Mask(causal=False)), Inputs(q, q, q, rows), "none"
     yield grouped, Inputs(q, shared, shared, rows), "none"
     yield dataclasses.replace(plain, mask=Mask(window=100)), Inputs(q, q, q, rows), "none"
@@ -86,7 +87,7 @@ def launches(
     head_dim: int, dtype: torch.dtype, architecture: int, precision: str, plain: bool = False
 ) -> list[tuple[Any, str, tuple, dict]]:
     """(kernel, pass, arguments, settings) of each launch of a step, forward and backward, and of decoding; ``plain``:
-    of the plain call and the preconditioned one, and of a cache without pages."""
+    of the plain call and the preconditioned ones, and of a cache without pages."""
     from flashlla.backends.triton import decode, launch
 
     found: list[tuple[Any, str, tuple, dict]] = []
@@ -101,7 +102,9 @@ def launches(
         mock.patch.object(decode, "capability", return_value=divmod(architecture, 10)),
         mock.patch.object(torch, "get_float32_matmul_precision", return_value=precision),
     ):
-        for problem, inputs, preconditioner in itertools.islice(calls(head_dim, dtype), 2 if plain else None):
+        for problem, inputs, preconditioner in calls(head_dim, dtype):
+            if plain and (problem.mask != Mask() or problem.group > 1):
+                continue
             launch.forward(problem, inputs, preconditioner)
             rows = inputs.ridge_lambda
             vectors = torch.empty(inputs.q.shape, device="meta")

@@ -35,6 +35,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "default": {"cg_atol": 0.0, "cg_rtol": 0.0, "cg_max_iters": 1000},
     "cg": {"solver": CG(atol=0.0, rtol=0.0, max_iters=1000)},
     "pcg": {"solver": PCG(atol=0.0, rtol=0.0, max_iters=1000)},
+    "gram": {"solver": PCG(atol=0.0, rtol=0.0, max_iters=1000, preconditioner="gram")},
     "direct": {"solver": Direct()},
 }
 

@@ -13,14 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import flashlla
-from flashlla import CG, PCG, Direct, lla_attention, lla_decode
+from flashlla import CG, PCG, Direct, lla_attention, lla_attention_varlen, lla_decode
 from tests.budget import budget
-from tests.cases import BY_NAME
+from tests.cases import BY_NAME, DATA
 from tests.helpers import differentiable
 from tests.interpreter import hasten
 
@@ -226,6 +227,54 @@ def test_how_the_solve_went() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_gram(monkeypatch: pytest.MonkeyPatch, causal: bool, dtype: torch.dtype) -> None:
+    """Fewer iterations for correlated keys, forward and backward the same."""
+    from flashlla.backends.triton import gram
+
+    monkeypatch.setattr(gram, "RUN", 64)
+    q, k = (torch.from_numpy(t).to(dtype) for t in DATA["correlated"](np.random.default_rng(0), (1, 1, 150, 12)))
+    tensors = [q, k, *make((1, 1, 150, 12), dtype)[2:]]
+    options = {"causal": causal, "qk_scale": 12**-0.5 if causal else 0.05}
+    solver = PCG(max_iters=200, preconditioner="gram")
+    call = functools.partial(lla_attention, *tensors[:3], **options, ridge_lambda=0.02, return_info=True)
+    plain, info = (call(backend="triton", solver=s)[1].iterations for s in (CG(max_iters=200), solver))
+    first = 64 if causal else 0  # earlier queries have no keys in common
+    assert info[..., first:].float().mean() < 0.8 * plain[..., first:].float().mean()
+    assert torch.equal(info[..., :first], plain[..., :first])
+    got = step(tensors, 0.02, backend="triton", solver=solver, **options)
+    want = step([t.double() for t in tensors], 0.02, backend="naive", **options)
+    check(got, want, 3e-5 if dtype == torch.float32 else 1.5e-2)
+
+
+@interpreted
+@pytest.mark.parametrize("data", ["iid", "power_law", "sharp"])
+def test_gram_is_left_off_where_it_would_not_help(monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+    from flashlla.backends.triton import gram
+
+    monkeypatch.setattr(gram, "RUN", 128)
+    q, k = (torch.from_numpy(t).bfloat16() for t in DATA[data](np.random.default_rng(0), (1, 1, 256, 12)))
+    v = make((1, 1, 256, 12), torch.bfloat16)[2]
+    plain, o = (
+        lla_attention(q, k, v, ridge_lambda=1.0, backend="triton", solver=solver)
+        for solver in (CG(max_iters=200), PCG(max_iters=200, preconditioner="gram"))
+    )
+    assert torch.equal(o, plain)
+
+
+@interpreted
+def test_what_gram_is_not_made_for() -> None:
+    solver = PCG(preconditioner="gram")
+    q, k, v, _ = make((1, 1, 4, 200), torch.float32)
+    assert "up to 128" in str(flashlla.explain(q, k, v, solver=solver).reasons["triton"])
+    q, k, v = (torch.randn(1, 1, 9, 8) for _ in range(3))
+    lengths = torch.tensor([0, 4, 9], dtype=torch.int32)
+    why = flashlla.explain(q, k, v, op=lla_attention_varlen, cu_seqlens=lengths, max_seqlen=5, solver=solver).reasons
+    assert "packed" in str(why["triton"])
+
+
+@interpreted
 @pytest.mark.parametrize("name", ["solve_kernel", "decode_solve_kernel"])
 def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     from flashlla.backends.triton import decode, launch
@@ -297,9 +346,9 @@ def test_every_kernel_compiles_for_three_architectures(tmp_path: Path) -> None:
     # Cards without Hopper's shared memory take the tiles of architecture 80, and have as little as 99 KiB.
     assert max(x["shared"] for x in lines if x["architecture"] == 80) <= 99 * 1024
     kernels = {(x["kernel"], x["architecture"], x["dim"]) for x in lines}
-    from flashlla.backends.triton import backward, decode, forward, prepare, solve
+    from flashlla.backends.triton import backward, decode, forward, gram, prepare, solve
 
-    modules = (backward, decode, forward, prepare, solve)
+    modules = (backward, decode, forward, gram, prepare, solve)
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {k for k, _, _ in kernels} == written
     assert {(a, d) for _, a, d in kernels} == {(a, d) for a in (80, 90, 100) for d in (64, 128)}

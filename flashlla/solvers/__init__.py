@@ -8,13 +8,14 @@ from threading import Lock
 
 from flashlla.covariance import Systems
 from flashlla.solvers.base import Solution, Solver
-from flashlla.solvers.cg import CG, PCG, Jacobi, Preconditioner
+from flashlla.solvers.cg import CG, PCG, Gram, Jacobi, Preconditioner
 from flashlla.solvers.direct import Direct
 
 __all__ = [
     "CG",
     "PCG",
     "Direct",
+    "Gram",
     "Jacobi",
     "Preconditioner",
     "Solution",
@@ -28,6 +29,7 @@ __all__ = [
 _makers: dict[str, Callable[..., Solver]] = {
     "cg": lambda atol=1e-12, rtol=1e-12, max_iters=32: CG(atol, rtol, int(max_iters)),
     "pcg": lambda atol=1e-12, rtol=1e-12, max_iters=32: PCG(atol, rtol, int(max_iters)),
+    "pcg_gram": lambda atol=1e-12, rtol=1e-12, max_iters=32: PCG(atol, rtol, int(max_iters), "gram"),
     "direct": Direct,
 }
 _unnamed: dict[Solver, str] = {}
@@ -64,8 +66,9 @@ def encode(solver: str | Solver) -> tuple[str, list[float]]:
         return solver, []
     if type(solver) is CG:
         return "cg", [solver.atol, solver.rtol, float(solver.max_iters)]
-    if type(solver) is PCG and solver.preconditioner in ("jacobi", Jacobi()):
-        return "pcg", [solver.atol, solver.rtol, float(solver.max_iters)]
+    if type(solver) is PCG and type(solver.preconditioner_object) in (Jacobi, Gram):
+        name = "pcg" if type(solver.preconditioner_object) is Jacobi else "pcg_gram"
+        return name, [solver.atol, solver.rtol, float(solver.max_iters)]
     if type(solver) is Direct:
         return "direct", []
     return _name_object(solver), []

@@ -33,6 +33,49 @@ class Jacobi(Preconditioner):
 
 
 @dataclass(frozen=True)
+class Gram(Preconditioner):
+    """The inverse of ``G + lambda_i I``, where G is the covariance, without weights, of the keys that all queries of a
+    block see.
+
+    Softmax weights change where a covariance is centred more than what it is, so one matrix serves all queries; of
+    keys whose directions differ much in variance, as those of trained models do, it leaves a third of the iterations.
+    It is left off for the queries of a head where it would not help: where the variances, ridge included, are alike
+    (``WORTH``), or where the weights make something else of the keys than G says (``FIT``).
+
+    Source: docs/math.md, equations (4.5) and (4.6).
+    """
+
+    # Mean square of the eigenvalues of G + lambda I over the square of their mean.
+    WORTH: ClassVar[float] = 1.25
+    # x.A x over x.(G + lambda I) x, for one vector x a query, on average.
+    FIT: ClassVar[tuple[float, float]] = (0.7, 2.0)
+
+    def prepare(self, systems: Systems) -> Callable[[Tensor], Tensor]:
+        seen = (systems.p > 0).all(-2, keepdim=True).mT.to(systems.k.dtype)  # (..., N, 1)
+        count = seen.sum(-2, keepdim=True).clamp(min=1)
+        mean = (systems.k * seen).sum(-2, keepdim=True) / count  # (..., 1, D)
+        centred = (systems.k - mean) * seen
+        variances, axes = torch.linalg.eigh(torch.matmul(centred.mT, centred) / count)  # (..., D), (..., D, D)
+        shifted = variances.clamp(min=0).unsqueeze(-2) + systems.ridge.unsqueeze(-1)  # (..., M, D)
+        worth = shifted.square().mean(-1) / shifted.mean(-1).square()  # (..., M), (4.5)
+        use = worth.mean(-1, keepdim=True) > self.WORTH
+        if use.any():
+            x = systems.k_mean - mean
+            along = torch.matmul(x, axes)
+            fit = _dot(x, systems.matvec(x)) / (along.square() * shifted).sum(-1, keepdim=True)  # (..., M, 1), (4.6)
+            fit = fit.nanmean(-2)
+            use = use & (fit > self.FIT[0]) & (fit < self.FIT[1])
+        if not use.any():
+            return lambda r: r
+        scale = torch.where(use.unsqueeze(-1), shifted.reciprocal(), 1)
+        return lambda r: torch.matmul(torch.matmul(r, axes).mul_(scale), axes.mT)
+
+
+_NAMED: dict[str, Preconditioner] = {"jacobi": Jacobi(), "gram": Gram()}
+_WANTED = f"{' or '.join(map(repr, _NAMED))}, or a Preconditioner object"
+
+
+@dataclass(frozen=True)
 class CG(Solver):
     """Conjugate gradients, matrix-free.
 
@@ -77,7 +120,7 @@ class PCG(CG):
 
     Args:
         atol, rtol, max_iters: as in :class:`CG`.
-        preconditioner: "jacobi" (the default) or a :class:`Preconditioner` object.
+        preconditioner: "jacobi" (the default), "gram" (:class:`Gram`) or a :class:`Preconditioner` object.
 
     Raises:
         ValueError: as :class:`CG`, or the preconditioner's name is not known.
@@ -96,18 +139,18 @@ class PCG(CG):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.preconditioner, str):
-            if self.preconditioner != "jacobi":
-                raise ValueError(
-                    f"preconditioner: got {self.preconditioner!r}, wanted 'jacobi' or a Preconditioner object"
-                )
+            if self.preconditioner not in _NAMED:
+                raise ValueError(f"preconditioner: got {self.preconditioner!r}, wanted {_WANTED}")
         elif not isinstance(self.preconditioner, Preconditioner):
-            raise TypeError(
-                f"preconditioner: got {type(self.preconditioner).__name__}, wanted 'jacobi' or a Preconditioner object"
-            )
+            raise TypeError(f"preconditioner: got {type(self.preconditioner).__name__}, wanted {_WANTED}")
+
+    @property
+    def preconditioner_object(self) -> Preconditioner:
+        """The preconditioner, whatever name it goes by."""
+        return _NAMED[self.preconditioner] if isinstance(self.preconditioner, str) else self.preconditioner
 
     def solve(self, systems: Systems, b: Tensor) -> Solution:
-        preconditioner = Jacobi() if isinstance(self.preconditioner, str) else self.preconditioner
-        apply = preconditioner.prepare(systems)
+        apply = self.preconditioner_object.prepare(systems)
         return conjugate_gradients(systems, b, self.atol, self.rtol, self.max_iters, apply)
 
 

@@ -16,7 +16,10 @@ from torch import Tensor
 from flashlla.backends.base import Backend
 from flashlla.backends.triton import configs
 from flashlla.problem import Forward, Gradients, Inputs, Problem, Residuals, empty_output
-from flashlla.solvers import CG, PCG, Direct, Jacobi, Solver
+from flashlla.solvers import CG, PCG, Direct, Gram, Jacobi, Solver
+
+# Widest head dim of which registers hold the preconditioner "gram" while it is made.
+GRAM_WIDEST = 128
 
 
 def interpreted() -> bool:
@@ -80,17 +83,22 @@ class Triton(Backend):
             if problem.solver_demanded and type(problem.solver) is not Direct:
                 return f"it decodes with a direct solve, not with {_described(problem.solver)}"
             return None
-        if self.preconditioner(problem) is None:
+        preconditioner = self.preconditioner(problem)
+        if preconditioner is None:
             return f"it fuses {self._fuses}, not {_described(problem.solver)}"
+        if preconditioner == "gram" and problem.mask.packed:
+            return "its preconditioner 'gram' is not made for packed sequences"
+        if preconditioner == "gram" and problem.head_dim > GRAM_WIDEST:
+            return f"its preconditioner 'gram' takes head dims up to {GRAM_WIDEST}, and this one is {problem.head_dim}"
         return None
 
-    _fuses = "the solvers CG and PCG(preconditioner='jacobi')"
+    _fuses = "the solvers CG and PCG(preconditioner='jacobi' or 'gram')"
 
     def preconditioner(self, problem: Problem) -> str | None:
         """What the solve kernel calls the preconditioner of this problem; None where it has no such solver."""
         if type(problem.solver) is CG or (not problem.solver_demanded and isinstance(problem.solver, CG)):
             return "none"
-        return "jacobi" if _is_jacobi(problem.solver) else None
+        return _fused(problem.solver)
 
     def forward(self, problem: Problem, inputs: Inputs) -> Forward:
         from flashlla.backends.triton import launch
@@ -117,18 +125,20 @@ class Triton(Backend):
 
 class TritonPCG(Triton):
     name = "triton_pcg"
-    summary = "the same kernels, conjugate gradients with the Jacobi preconditioner"
+    summary = "the same kernels, preconditioned conjugate gradients (Jacobi, or gram)"
 
-    _fuses = "the solver PCG(preconditioner='jacobi')"
+    _fuses = "the solver PCG(preconditioner='jacobi' or 'gram')"
 
     def preconditioner(self, problem: Problem) -> str | None:
         if not problem.solver_demanded and isinstance(problem.solver, CG):
             return "jacobi"
-        return "jacobi" if _is_jacobi(problem.solver) else None
+        return _fused(problem.solver)
 
 
-def _is_jacobi(solver: Solver) -> bool:
-    return type(solver) is PCG and (solver.preconditioner == "jacobi" or type(solver.preconditioner) is Jacobi)
+def _fused(solver: Solver) -> str | None:
+    """The preconditioner of ``solver``, as the kernels call it; None where they have none such."""
+    names = {Jacobi: "jacobi", Gram: "gram"}
+    return names.get(type(solver.preconditioner_object)) if type(solver) is PCG else None
 
 
 def _described(solver: Solver) -> str:

@@ -416,7 +416,6 @@ def decode_solve_kernel(
     keys, values, own = panel_of(moments, v_moments, k_row, v_row, 0, BLOCK_D)
     for p in tl.range(0, BLOCK_D, PANEL):
         own_row = tl.zeros([W, 1], tl.int32) + (p + panel)[None, :]  # (W, P)
-        below = k_row >= p  # those above are done
         b = tl.load(sums_ptr + own_row)  # (W, P) of d
         if not MERGED:
             b *= share

@@ -14,6 +14,7 @@ from torch import Tensor
 from flashlla.backends.triton import backward as backward_kernels
 from flashlla.backends.triton import configs, prepare
 from flashlla.backends.triton import forward as forward_kernels
+from flashlla.backends.triton import gram as gram_kernels
 from flashlla.backends.triton.solve import solve_kernel
 from flashlla.problem import (
     Forward,
@@ -262,12 +263,29 @@ def solve(
     the ``adjoint`` probe, with the lengths of ``b``'s rows, the probe and z.y to fill."""
     iterations, residual, converged = report or (shift,) * 3  # what is not given is not touched
     b_size, probe, z_y = adjoint or (shift,) * 3
+    runs = triton.cdiv(at.problem.q_len, gram_kernels.RUN)
+    shared = gram(at, ridge, runs) if preconditioner == "gram" else (None,) * 3
     at.sweep(
-        solve_kernel, "solve", at.q, at.k, at.units, at.origin, shift, k_mean, ridge, b, b_size, probe, x,
+        solve_kernel, "solve", at.q, at.k, at.units, at.origin, shift, k_mean, ridge, b, b_size, probe, *shared, x,
         z_y, iterations, residual, converged,
-        *at.strides(at.q, at.k, ridge), *at.where, at.problem.scale,
-        *tolerances(at.problem, adjoint is not None), ADJOINT=adjoint is not None, PRECONDITIONER=preconditioner,
+        *at.strides(at.q, at.k, ridge), *at.where, at.problem.scale, *tolerances(at.problem, adjoint is not None), runs,
+        ADJOINT=adjoint is not None, PRECONDITIONER=preconditioner, RUN=gram_kernels.RUN,
     )  # fmt: skip
+
+
+def gram(at: Launcher, ridge: Tensor, runs: int) -> tuple[Tensor, ...]:
+    """What the preconditioner "gram" is made of, as `gram_kernel` describes it."""
+    d = at.dims["BLOCK_D"]
+    matrices = at.n_heads, runs, d, d
+    given, factor = (torch.empty(matrices, dtype=at.operand, device=at.device) for _ in range(2))
+    worth = torch.empty(at.n_heads, runs, device=at.device)
+    scratch = torch.empty(at.n_heads, runs, 2 * d, d, device=at.device)
+    at.run(
+        gram_kernels.gram_kernel, "gram", (at.n_heads * runs,), at.k, at.units, ridge, scratch, given, factor, worth,
+        *at.strides(at.k, ridge), *at.where, runs, CAUSAL=at.problem.mask.causal, PRECISION=at.precision,
+        RUN=gram_kernels.RUN, **gram_kernels.settings(d), **at.dims,
+    )  # fmt: skip
+    return given, factor, worth
 
 
 def backward(

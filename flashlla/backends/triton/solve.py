@@ -6,6 +6,7 @@ A is never formed: A x is one sweep over the keys, sum_j p_j (k_j.x - k_mean.x) 
 import triton
 import triton.language as tl
 
+from flashlla.backends.triton.gram import fits, preconditioned
 from flashlla.backends.triton.primitives import (
     LOG2E,
     NUMBERS,
@@ -91,23 +92,23 @@ def prepare_jacobi(
     return tl.where((keys_seen(at.start + tl.arange(0, M), at, window, CAUSAL) > HEAD_DIM)[:, None], inverse, 1.0)
 
 
-@triton.jit(do_not_specialize=[*NUMBERS, "max_iters"])
+@triton.jit(do_not_specialize=[*NUMBERS, "max_iters", "runs"])
 def solve_kernel(
-    q_ptr, k_ptr, units, origin_ptr, shift_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, probe_ptr, x_out,
-    z_y_out, iterations_out, residual_out, converged_out,
+    q_ptr, k_ptr, units, origin_ptr, shift_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, probe_ptr, gram_ptr,
+    factor_ptr, worth_ptr, x_out, z_y_out, iterations_out, residual_out, converged_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, ridge_stride_b, ridge_stride_h,
     ridge_stride_s,
     cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale,
-    atol, rtol, coarse, max_iters, ADJOINT: tl.constexpr, PRECONDITIONER: tl.constexpr,
+    atol, rtol, coarse, max_iters, runs, ADJOINT: tl.constexpr, PRECONDITIONER: tl.constexpr, RUN: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Forward: the probe z of (2.1), right-hand side k_mean - q; b is C u of statistics_kernel. ADJOINT: -y of (3.1)
     and z.y of (3.6); b is the right-hand side t in rows of unit length, |t| beside it.
 
-    PRECONDITIONER is "none" or "jacobi". A row leaves off when |r|^2 <= max(atol, |b|^2) rtol, of the adjoint when the
-    next step is as small beside the solution too, (4.4); the tile when all its rows have. A row that is NaN has left
-    off.
+    PRECONDITIONER is "none", "jacobi", or "gram" (what gram.py makes for each RUN of queries). A row leaves off when
+    |r|^2 <= max(atol, |b|^2) rtol, of the adjoint when the next step is as small beside the solution too, (4.4); the
+    tile when all its rows have. A row that is NaN has left off.
     """
     at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, BLOCK_M, CAUSAL, False)
     if outside(at, at.q_len, cu_q):
@@ -156,7 +157,19 @@ def solve_kernel(
         step = tl.where(curvature > 0, tl.sum(r * u, 1) / tl.where(curvature > 0, curvature, 1.0), 0.0)
         solution = step[:, None] * u
         r -= step[:, None] * image
-    direction = r * inverse
+    if PRECONDITIONER == "gram":
+        slot = at.q_head.to(tl.int64) * runs + i // RUN
+        gram_ptr += slot * BLOCK_D * BLOCK_D
+        factor_ptr += slot * BLOCK_D * BLOCK_D
+        some = sees_some(row, at, window, CAUSAL)
+        if ADJOINT:  # the probe z has z.A z = z.d
+            u = load_tile(rows_of(probe_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+            u = u * k_unit
+            curvature = tl.sum(u * (k_mean - query_in(q, q_unit, k_unit, origin_ptr, at, HEAD_DIM)), 1)
+        use = fits(u, curvature, gram_ptr, tl.load(worth_ptr + slot), some, q, PRECISION, BLOCK_D)
+        direction = preconditioned(r, use, factor_ptr, q, PRECISION, BLOCK_D)
+    else:
+        direction = r * inverse
     r2 = tl.sum(r * r, 1)
     r_y = tl.sum(r * direction, 1)
     active = r2 > threshold  # False for NaN
@@ -182,7 +195,7 @@ def solve_kernel(
         solution += step[:, None] * x_wide
         r -= step[:, None] * image
         taken += active.to(tl.int32)
-        y = r * inverse
+        y = preconditioned(r, use, factor_ptr, q, PRECISION, BLOCK_D) if PRECONDITIONER == "gram" else r * inverse
         r2 = tl.sum(r * r, 1)
         r_y_next = tl.sum(r * y, 1)
         turn = tl.where(active, r_y_next / tl.where(active, r_y, 1.0), 0.0) * size

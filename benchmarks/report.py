@@ -17,8 +17,8 @@ LEGEND = """\
 - **iterations**, **converged**: mean over all queries of the forward solve, and the share that reached its tolerance.
 - **error**: relative, in the Frobenius norm, to float64 in sampled rows: of the output (forward), of dq (backward), the
   larger of the two (both, graph).
-- **TFLOP/s**: products of visible pairs as `benchmarks/run.py` counts them; **of peak**: beside a large matrix product
-  of the same dtype in the same run."""
+- **TFLOP/s**: products of visible pairs as `benchmarks/run.py` counts them; **of matmul**: beside a large matrix
+  product of the same dtype in the same run."""
 
 
 def shape_name(shape: Sequence[int]) -> str:
@@ -48,7 +48,7 @@ COLUMNS: dict[str, tuple[int, Callable[[Line], str]]] = {  # of the table: headi
     "converged": (9, _cell("converged", ".4f")),
     "error": (7, _cell("error", ".1e")),
     "TFLOP/s": (7, _cell("tflops", ".3g")),
-    "of peak": (7, _cell("of_peak", ".0%")),
+    "of matmul": (9, _cell("of_matmul", ".0%")),
     "SDPA, TFLOP/s": (13, _cell("sdpa_tflops", ".3g")),
     "failed": (6, lambda line: line.get("failed", "").replace("|", "/")),
 }
@@ -71,7 +71,7 @@ def _row(cells: list[str]) -> str:
 def markdown(result: dict[str, Any], plots: Sequence[Path] = ()) -> str:
     versions = ", ".join(f"{p} {result[p]}" for p in ("flashlla", "torch", "triton", "python") if result[p])
     text = f"# {result['device']}, {result['dtype']}, {result['date']}\n\n`{result['command']}`; {versions}; "
-    text += f"{result['threads']} threads. A large matrix product reaches {result['matrix_tflops']:.4g} TFLOP/s.\n\n"
+    text += f"threads: {result['threads']}. A large matrix product reaches {result['matrix_tflops']:.4g} TFLOP/s.\n\n"
     text += f"{LEGEND}\n\n{heading()}\n"
     text += "".join(f"{row(line)}\n" for line in result["lines"])
     return text + "".join(f"\n![{path.stem}]({path.name})\n" for path in plots)

@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore", flashlla.ConvergenceWarning)  # the table has a column for that
         for line in sweep(chosen(options), options):
             if line.get("tflops"):
-                line["of_peak"] = line["tflops"] / result["matrix_tflops"]
+                line["of_matmul"] = line["tflops"] / result["matrix_tflops"]
             print(report.row(line), flush=True)
             result["lines"].append(line)
             keep(path, result)

@@ -6,6 +6,7 @@ once torch was imported. Times are medians, beside the rate that one large float
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
@@ -74,6 +75,9 @@ def run(call: str) -> Any:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="cpu", help="benchmarks/results/NAME.json is written (default: cpu)")
+    name = parser.parse_args().name
     definition = run("measure_definition()")
     print(f"from the definition: {definition}")
     figures = []
@@ -87,7 +91,7 @@ def main() -> None:
     ):
         print(f"forward at 1024, ridge 0.1: {other / first['forward_s']:.1f} x faster than {name}")
     print(f"memory: {first['forward_peak_mb']:.0f} MB, published {PUBLISHED['peak_mb']} MB")
-    print(record("cpu", {"chunked": figures, "definition": definition, "published": PUBLISHED}))
+    print(record(name, {"chunked": figures, "definition": definition, "published": PUBLISHED}))
 
 
 if __name__ == "__main__":

@@ -63,9 +63,11 @@ def lla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, ridge: 
 def main() -> None:
     root = Path(__file__).resolve().parents[1]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=root / "docs" / "sunspots.png", help="where the plot goes")
+    parser.add_argument("--output", type=Path, help="where the plot goes")
     parser.add_argument("--unit-norm", action="store_true", help=f"scale every window to norm sqrt({WINDOW})")
     options = parser.parse_args()
+    # The README's picture, unless it would be another one.
+    output = options.output or (Path("sunspots_unit_norm.png") if options.unit_norm else root / "docs" / "sunspots.png")
 
     torch.set_num_threads(1)  # faster here: the systems are 8 by 8
     years, series, x, mean, deviation = load(options.unit_norm)
@@ -126,8 +128,8 @@ def main() -> None:
     right.annotate(f"LLA  {error(local):.3f}", (0.026, error(local) - 0.06), color=BLUE, **label)
     right.set_title(f"Mean squared error, {first} to {last}", loc="left", fontweight="bold", fontsize=11)
 
-    figure.savefig(options.output, dpi=110, metadata={"Software": None})
-    path = options.output.resolve()
+    figure.savefig(output, dpi=110, metadata={"Software": None})
+    path = output.resolve()
     print(f"Plot: {path.relative_to(root) if path.is_relative_to(root) else path}")
 
 

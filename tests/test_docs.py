@@ -145,3 +145,10 @@ def test_equations_that_code_cites_exist():
         assert cited <= tags, f"{source.name} cites {sorted(cited - tags)}"
         for place in re.findall(r"docs/math\.md[`,]*,? sections? ([0-9])", text):
             assert place in sections, f"{source.name} cites section {place}"
+
+
+def test_a_folder_of_the_packages_name_does_not_hide_it(tmp_path):
+    """As a clone does where Python runs beside it."""
+    (tmp_path / "flashlla").mkdir()
+    command = [sys.executable, "-c", "import flashlla; print(flashlla.__version__)"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout.strip() == flashlla.__version__

@@ -94,16 +94,18 @@ class Solver(ABC):
 
 
 def warn_unconverged(solver: Solver, residuals: Tensor, total: int, where: str = "") -> None:
-    """Say once that ``solver`` left ``residuals`` (one number a query that has not converged) of ``total`` queries."""
+    """Say that ``solver`` left ``residuals`` (one number a query that has not converged) of ``total`` queries: once for
+    each power of ten of the worst."""
     if not residuals.numel():
         return
     name = type(solver).__name__
     nans = int(residuals.isnan().sum())
     worst = residuals.nan_to_num(0).max().item()
     found = f"relative residual up to {worst:.1e}" + (f", NaN on {nans}" if nans else "")
+    magnitude = f"{worst:.0e}"[-3:]  # its power of ten, or "inf"
     warn_once(
-        f"{name} stopped early{where}",
+        f"{solver} stopped early{where}: {magnitude}",
         f"{name} stopped early{where} on {residuals.numel()} of {total} queries, {found}. Try {solver.advice}, "
-        f"a larger ridge_lambda or float64 inputs; return_info=True shows each query. This is said once.",
+        "a larger ridge_lambda or float64 inputs; return_info=True shows each query. Said once for each power of ten.",
         ConvergenceWarning,
     )

@@ -344,6 +344,18 @@ def test_a_solution_that_is_none_is_not_called_converged(backend, solver):
     assert info.residual[~info.converged].max() > 1e-6
 
 
+def test_early_stops_are_told_once_and_again_where_they_are_worse():
+    q, k, v = qkv(1, 60, 8)
+    call = lambda ridge: lla_attention(q, k, v, ridge_lambda=ridge, backend="chunked", cg_max_iters=2)
+    with pytest.warns(flashlla.ConvergenceWarning, match="stopped early"):
+        call(0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(0.1)
+    with pytest.warns(flashlla.ConvergenceWarning, match="stopped early"):
+        call(1e-5)
+
+
 def test_nan_from_finite_inputs_is_not_silent():
     q, k, v = qkv(1, 9, 4)
     with pytest.warns(flashlla.ConvergenceWarning, match="NaN on"):

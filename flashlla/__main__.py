@@ -36,18 +36,19 @@ def info() -> int:
         preferred = flashlla.get_backend()
     except ValueError as error:
         preferred = str(error)
-    print(f"backend   {preferred} (in the order that auto tries them:)")
+    print(f"backend   {preferred}; {'tried' if preferred == dispatch.AUTO else 'auto tries them'} in this order:")
     backends = dispatch.all_backends()
     width = max(len(b.name) for b in backends)
     for backend in backends:
         reason = backend.unavailable()
         verdict = "can run" if reason is None else f"cannot run: {reason}"
-        print(f"  {backend.name:<{width}}  {verdict}; {backend.summary}")
+        print(f"  {backend.name:<{width}}  {backend.summary}; {verdict}")
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
     """Check a backend against SciPy on random inputs; 1 where an output is off by more than ``--tolerance``."""
+    _check_device(options.device)
     generator = torch.Generator().manual_seed(options.seed)
     shape = (options.batch, options.heads, options.length, options.dim)
     q, k, v = (torch.randn(shape, generator=generator).to(options.device, _DTYPES[options.dtype]) for _ in range(3))
@@ -66,10 +67,24 @@ def verify(options: argparse.Namespace) -> int:
         print(f"{'batch':>6}{'head':>6}{'query':>7}{'condition':>12}{'error':>10}{'residual':>10}")
         for row, condition, error, residual in zip(report.row, report.condition, report.error, report.residual):
             print(f"{row[0]:>6}{row[1]:>6}{row[2]:>7}{condition:>12.1e}{error:>10.1e}{residual:>10.1e}")
-    if report.error.max(initial=0.0) <= options.tolerance:
+    worst = report.error.max(initial=0.0)
+    found = f"worst error {worst:.1e} (limit {options.tolerance:.0e})"
+    if worst <= options.tolerance:
+        print(f"ok: {found}")
         return 0
-    print(f"an output is off by more than {options.tolerance}; raise --tolerance if that is what you expect")
+    print(
+        f"failed: {found}; try --solver direct, a larger --ridge-lambda or --dtype float64 before raising --tolerance"
+    )
     return 1
+
+
+def _check_device(name: str) -> None:
+    """Refuse what holds no numbers here; torch says so by one kind of error or another."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (AssertionError, RuntimeError) as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--device: got {name!r}, which torch cannot use here ({said}); try --device cpu") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,18 +92,21 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, and which backends can run here")
     check = commands.add_parser("verify", help="check a backend against scipy.linalg on random inputs")
-    check.add_argument("--batch", type=int, default=1)
-    check.add_argument("--heads", type=int, default=2)
-    check.add_argument("--length", type=int, default=512)
-    check.add_argument("--dim", type=int, default=64)
-    check.add_argument("--dtype", choices=_DTYPES, default="float32")
-    check.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    check.add_argument("--ridge-lambda", type=float, default=10.0)
-    check.add_argument("--solver", default=None, help="cg, pcg or direct")
-    check.add_argument("--backend", default=None, help="a backend's name, or auto")
-    check.add_argument("--rows", type=int, default=64, help="queries to check")
-    check.add_argument("--seed", type=int, default=0)
-    check.add_argument("--tolerance", type=float, default=1e-2, help="largest relative output error that passes")
+    shown = "(default: %(default)s)"
+    check.add_argument("--batch", type=int, default=1, help=f"sequences {shown}")
+    check.add_argument("--heads", type=int, default=2, help=f"heads of each {shown}")
+    check.add_argument("--length", type=int, default=512, help=f"queries and keys of each {shown}")
+    check.add_argument("--dim", type=int, default=64, help=f"head dim {shown}")
+    check.add_argument("--dtype", choices=_DTYPES, default="float32", help=f"of the inputs {shown}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check.add_argument("--device", default=device, help=f"as torch names it {shown}")
+    check.add_argument("--ridge-lambda", type=float, default=10.0, help=f"above 0 {shown}")
+    check.add_argument("--solver", help="cg, pcg, pcg_gram or direct (default: the backend's own conjugate gradients)")
+    check.add_argument("--backend", help="a backend's name, or auto (default: FLASHLLA_BACKEND, else auto)")
+    check.add_argument("--rows", type=int, default=64, help=f"queries to check {shown}")
+    check.add_argument("--seed", type=int, default=0, help=f"of the inputs and the choice of queries {shown}")
+    tolerance = f"largest relative output error that passes {shown}"
+    check.add_argument("--tolerance", type=float, default=1e-2, help=tolerance)
     check.add_argument("--per-row", action="store_true", help="print every checked query")
     options = parser.parse_args(arguments)
     try:

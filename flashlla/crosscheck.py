@@ -42,7 +42,7 @@ class Verification:
             f"{'':<18}{'median':>10}{'worst':>10}  worst at (batch, head, query)",
         ]
         for name, values in columns:
-            if len(values):
+            if len(values) and not (name == "residual" and np.isnan(values).all()):
                 worst = int(np.nanargmax(values)) if not np.isnan(values).all() else 0
                 where = tuple(int(i) for i in self.row[worst])
                 lines.append(f"{name:<18}{np.median(values):>10.1e}{values[worst]:>10.1e}  {where}")

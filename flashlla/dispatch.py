@@ -43,7 +43,11 @@ class Explanation:
 
     def __str__(self) -> str:
         width = max(map(len, self.reasons))
-        lines = [f"flashlla: {self.asked}; runs on {self.backend or 'nothing: the call is refused'}"]
+        if self.backend is not None:
+            verdict = f"; runs on {self.backend}"
+        else:
+            verdict = " cannot run this call:" if self.asked.startswith("backend=") else "; none can run this call:"
+        lines = [f"flashlla: {self.asked}{verdict}"]
         lines += [f"  {name:<{width}}  {reason or 'can'}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
 

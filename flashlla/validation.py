@@ -127,6 +127,11 @@ def prepare_varlen(
                 raise ValueError(f"{name}: got it together with cu_seqlens, wanted cu_seqlens alone or both others")
         cu_q = cu_k = _check_cu_seqlens(cu_seqlens, q, "cu_seqlens")
     else:
+        if cu_seqlens_q is None and cu_seqlens_k is None:
+            raise ValueError(
+                "cu_seqlens: got None, wanted a tensor of (sequences + 1,) int32, where each sequence begins and the "
+                "last one ends; or cu_seqlens_q and cu_seqlens_k"
+            )
         for name, value in apart:
             if value is None:
                 raise ValueError(f"{name}: got None, wanted a tensor of (sequences + 1,) int32, or cu_seqlens for both")
@@ -277,18 +282,20 @@ def _check_mask(causal: bool, window: int | None) -> tuple[bool, int | None]:
     causal = bool(causal)
     if window is None:
         return causal, None
-    window = _check_whole(window, "window", "a whole number of keys, or None for all")
+    pair = isinstance(window, (tuple, list))
+    hint = "the causal (left, 0) of FlashAttention is window=left + 1" if pair else "try int(window)"
+    window = _check_whole(window, "window", "a whole number of keys, or None for all", hint)
     if window < 1:
-        raise ValueError(f"window: got {window}, wanted at least 1, the query's own key")
+        raise ValueError(f"window: got {window}, wanted at least 1, the query's own key, or None for all keys")
     if not causal:
         raise ValueError(f"window: got {window} with causal=False, wanted causal=True: it keeps the latest keys")
     return causal, window
 
 
-def _check_whole(value: int, name: str, wanted: str = "a whole number") -> int:
+def _check_whole(value: int, name: str, wanted: str = "a whole number", hint: str = "") -> int:
     """``value`` as Python's own int, or as torch.compile's; no tensor, since to read one waits for the device."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}; try int({name})")
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}; {hint or f'try int({name})'}")
     return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
 
 
@@ -314,6 +321,11 @@ def _check_seqlens(seqlens_k: Tensor | None, q: Tensor, k: Tensor) -> Tensor | N
         raise TypeError(
             f"seqlens_k: got a mask, torch.bool of shape {tuple(seqlens_k.shape)}, wanted how many keys each sequence "
             f"has, (B,) int32; try seqlens_k.sum(-1).to(torch.int32), if the mask is True for a sequence's first keys"
+        )
+    if isinstance(seqlens_k, Integral):
+        raise TypeError(
+            f"seqlens_k: got {type(seqlens_k).__name__}, wanted a tensor of (B,) integers; for the same in each "
+            f"sequence try torch.full(({q.shape[0]},), seqlens_k, dtype=torch.int32, device=q.device)"
         )
     seqlens_k = _check_integers(seqlens_k, "seqlens_k", "(B,)", k.device)
     if seqlens_k.shape != q.shape[:1]:
@@ -374,7 +386,7 @@ def _check_tensors(
         if t.layout != torch.strided or t.is_nested:
             raise TypeError(f"{name}: got a sparse or nested tensor, wanted a dense one; try {name}.to_dense()")
         if t.dim() != q.dim():
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {q.dim()} dimensions, as q")
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {q.dim()} dimensions, as q {tuple(q.shape)}")
         if t.dim() not in (3, 4):
             hint = f"; try {name}.unsqueeze({1 if layout == 'thd' else 0})" if t.dim() == 2 else ""
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {flat} or {letters}{hint}")
@@ -446,7 +458,12 @@ def _check_ridge(ridge_lambda: float | Tensor, q: Tensor, layout: str) -> Tensor
     """ridge_lambda as (B, H, S) in the accumulator dtype; a view of few numbers where few were given."""
     dtype, rows = accumulator(q.dtype), q.shape[:-1]
     if not isinstance(ridge_lambda, Tensor):
-        number = _check_number(ridge_lambda, "ridge_lambda")
+        hint = ""
+        if ridge_lambda is None:
+            hint = "; leave it out for the default 10.0"
+        elif isinstance(ridge_lambda, (list, tuple, np.ndarray)):
+            hint = "; try torch.as_tensor(ridge_lambda)"
+        number = _check_number(ridge_lambda, "ridge_lambda", f"a number or a tensor{hint}")
         if number <= 0:
             raise ValueError(f"ridge_lambda: got {ridge_lambda}, wanted a number above 0")
         least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max
@@ -470,18 +487,23 @@ def _check_ridge(ridge_lambda: float | Tensor, q: Tensor, layout: str) -> Tensor
         layout, ((0, 1, 2), "(B, H, S)", None)
     )
     wanted = tuple(rows[i] for i in kept)
-    if ridge.dim() > len(wanted) or any(n not in (1, w) for n, w in zip(ridge.shape[::-1], wanted[::-1])):
-        raise ValueError(
-            f"ridge_lambda: got shape {tuple(ridge.shape)}, wanted one that broadcasts to {letters} = {wanted}"
-        )
+    given = tuple(ridge.shape)
+    fits = lambda shape: len(shape) <= len(wanted) and all(n in (1, w) for n, w in zip(shape[::-1], wanted[::-1]))
+    if not fits(given):
+        hint = ""
+        if len(given) > 1 and fits((*given[:-2], given[-1], given[-2])):
+            hint = f"; try ridge_lambda.{'T' if len(given) == 2 else 'mT'}"
+        elif fits((*given, 1)):
+            each, rest = "sequence" if layout == "bsd" else "head", ":" if len(given) == 1 else "..."
+            hint = f"; one a {each}? try ridge_lambda[{rest}, None]"
+        raise ValueError(f"ridge_lambda: got shape {given}, wanted one that broadcasts to {letters} = {wanted}{hint}")
     ridge = ridge.expand(wanted)
     return ridge if lacking is None else ridge.unsqueeze(lacking)
 
 
-def _check_number(value: float, name: str) -> float:
+def _check_number(value: float, name: str, wanted: str = "a number") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
-        hint = " or a tensor; try torch.as_tensor" if name == "ridge_lambda" else ""
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number{hint}")
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: got {value}, wanted a finite number")
     return float(value)

@@ -26,12 +26,12 @@ def check_values(problem: Problem, inputs: Inputs) -> None:
     if inputs.block_table is not None:
         _check_pages(inputs.block_table, inputs.k.shape[0])
     both = inputs.cu_seqlens_q is inputs.cu_seqlens_k  # given as cu_seqlens
-    for name, edges, total, longest in (
-        ("cu_seqlens_q", inputs.cu_seqlens_q, problem.q_len, problem.longest_q),
-        ("cu_seqlens_k", inputs.cu_seqlens_k, problem.k_len, problem.longest_k),
+    for name, edges, packed, longest in (
+        ("q", inputs.cu_seqlens_q, inputs.q, problem.longest_q),
+        ("k", inputs.cu_seqlens_k, inputs.k, problem.longest_k),
     ):
         if edges is not None:
-            _check_edges("cu_seqlens" if both else name, edges.tolist(), total, longest)
+            _check_edges("cu_seqlens" if both else f"cu_seqlens_{name}", edges.tolist(), name, packed, longest)
 
 
 def _check_ridge(ridge_lambda: Tensor) -> None:
@@ -57,16 +57,23 @@ def _check_pages(block_table: Tensor, pages: int) -> None:
         )
 
 
-def _check_edges(name: str, edges: list[int], total: int, longest: int) -> None:
+def _check_edges(name: str, edges: list[int], of: str, packed: Tensor, longest: int) -> None:
+    """``packed``: (1, H, T, D), which the caller calls ``of``."""
     if edges[0] != 0:
-        raise ValueError(f"{name}: got {edges[0]} first, wanted 0")
+        raise ValueError(
+            f"{name}: got {edges[0]} first, wanted 0; if these are lengths: "
+            f"torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
+        )
     sequences = list(itertools.pairwise(edges))
     for i, (first, last) in enumerate(sequences):
         if last < first:
             raise ValueError(f"{name}: got {first} and then {last} at {i + 1}, wanted numbers that never fall")
+    heads, total = packed.shape[1:3]
     if edges[-1] > total:
+        swapped = f"; of (1, T, H, D) try {of}[0], of (H, T, D) {of}.transpose(0, 1)" * (edges[-1] <= heads)
         raise ValueError(
-            f"{name}: got {edges[-1]} last, wanted at most {total}, the tokens there are in (T, H, D) or (1, H, T, D)"
+            f"{name}: got {edges[-1]} last, wanted at most {total}, the tokens that {of} has as (T, H, D) or "
+            f"(1, H, T, D){swapped}"
         )
     for i, (first, last) in enumerate(sequences):
         if last - first > longest:

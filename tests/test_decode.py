@@ -372,6 +372,7 @@ def test_verify_and_explain() -> None:
     assert len(report.row) == 2 * 6 * 4
     assert report.error.max() < 1e-4
     assert "output error" in str(report)
+    assert "residual" not in str(report)
     told = flashlla.explain(q, k, v, op=lla_decode, block_table=table, **keywords, **case.options(), backend="chunked")
     assert told.backend == "chunked"
     with pytest.raises(TypeError, match=r"explain\(\) lacks the keyword argument 'seqlens_k' of lla_decode"):
@@ -395,6 +396,7 @@ def test_verify_and_explain() -> None:
         ({"v_cache": torch.zeros(2, 2, 19, 8)}, ValueError, ["v_cache:", "(2, 2, 19, 8)", "as k_cache"]),
         ({"k_cache": torch.zeros(2, 2, 20, 8).half()}, TypeError, ["k_cache:", "float16", "k_cache.to(q.dtype)"]),
         ({"seqlens_k": None}, TypeError, ["seqlens_k", "None", "the new ones counted"]),
+        ({"seqlens_k": 3}, TypeError, ["seqlens_k", "int", "torch.full((2,), seqlens_k, dtype=torch.int32"]),
         ({"seqlens_k": [3, 4]}, TypeError, ["seqlens_k", "list", "torch.tensor"]),
         ({"seqlens_k": torch.ones(2)}, TypeError, ["seqlens_k", "float32", ".int()"]),
         ({"seqlens_k": torch.ones(3, dtype=torch.int32)}, ValueError, ["seqlens_k", "(3,)", "(2,)"]),

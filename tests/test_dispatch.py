@@ -11,6 +11,7 @@ import torch
 
 import flashlla
 from flashlla import dispatch
+from flashlla.backends import triton
 from flashlla.backends.base import Backend
 from flashlla.backends.chunked import Chunked
 from flashlla.solvers import Solution
@@ -139,7 +140,7 @@ def test_explain_agrees_and_runs_nothing(monkeypatch):
     assert told.backend is None
     assert told.reasons["picky"] == "length 11 is over 10"
     assert told.reasons["naive"] is None
-    assert "refused" in str(told)
+    assert "backend='picky' cannot run this call:" in str(told)
     assert flashlla.explain(*inputs(5), backend="picky").backend == "picky"
     with flashlla.set_backend("picky"), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -162,6 +163,13 @@ def test_an_emulated_backend_runs_on_demand_only():
     assert ran_on(backend="slow") == "slow"
     with flashlla.set_backend("slow"):
         assert ran_on() == "slow"
+
+
+def test_triton_first_misses_the_device(monkeypatch):
+    monkeypatch.setattr(triton, "_has_gpu", lambda: False)
+    monkeypatch.setattr(triton, "_has_triton", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "no CUDA device" in triton.Triton().unavailable()
 
 
 def test_naive_says_which_solvers_it_stands_in_for():

@@ -198,7 +198,7 @@ def test_numbers_that_only_the_device_sees(backend: Backend, edges: tuple[int, .
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"cu_seqlens": None}, ValueError, ["cu_seqlens_q", "None", "cu_seqlens"]),
+        ({"cu_seqlens": None}, ValueError, ["cu_seqlens: got None", "or cu_seqlens_q and"]),
         ({"cu_seqlens": None, "cu_seqlens_q": cu()}, ValueError, ["cu_seqlens_k", "None"]),
         ({"cu_seqlens_q": cu()}, ValueError, ["cu_seqlens_q", "together with cu_seqlens"]),
         ({"cu_seqlens_k": cu()}, ValueError, ["cu_seqlens_k", "together with cu_seqlens"]),
@@ -207,7 +207,11 @@ def test_numbers_that_only_the_device_sees(backend: Backend, edges: tuple[int, .
         ({"cu_seqlens": cu()[None]}, ValueError, ["cu_seqlens", "(1, 5)", "(sequences + 1,)", "cumsum"]),
         ({"cu_seqlens": cu(())}, ValueError, ["cu_seqlens", "(0,)", "(sequences + 1,)"]),
         ({"cu_seqlens": cu(device="meta")}, ValueError, ["cu_seqlens", "meta", "cpu"]),
-        ({"cu_seqlens": cu((1, 9))}, ValueError, ["cu_seqlens", "1 first", "wanted 0"]),
+        (
+            {"cu_seqlens": cu((1, 9))},
+            ValueError,
+            ["cu_seqlens", "1 first", "wanted 0", "pad(lengths.cumsum(0), (1, 0)).int()"],
+        ),
         ({"cu_seqlens": cu((0, 9, 8))}, ValueError, ["cu_seqlens", "9 and then 8", "never fall"]),
         ({"cu_seqlens": cu((0, 9, 31))}, ValueError, ["cu_seqlens:", "31 last", "at most 30"]),
         ({"cu_seqlens": cu((0, 9, 31), dtype=torch.int64)}, ValueError, ["cu_seqlens:", "31 last", "at most 30"]),
@@ -238,11 +242,16 @@ def test_numbers_that_only_the_device_sees(backend: Backend, edges: tuple[int, .
         (
             {n: torch.zeros(1, TOTAL, 2, 8) for n in "qkv"},
             ValueError,
-            ["cu_seqlens:", "27 last", "at most 2", "(T, H, D) or (1, H, T, D)"],
+            ["cu_seqlens:", "27 last", "at most 2, the tokens that q has as (T, H, D) or (1, H, T, D)", "try q[0]"],
         ),
+        ({n: torch.zeros(2, TOTAL, 8) for n in "qkv"}, ValueError, ["27 last", "of (H, T, D) q.transpose(0, 1)"]),
         ({"k": torch.zeros(TOTAL, 2, 7)}, ValueError, ["k:", "(30, 2, 7)", "head dim"]),
         ({"v": torch.zeros(TOTAL - 1, 2, 8)}, ValueError, ["v:", "(29, 2, 8)", "(30, 2, 8)"]),
-        ({"ridge_lambda": torch.ones(TOTAL, 2)}, ValueError, ["ridge_lambda", "(30, 2)", "(H, T)", "(2, 30)"]),
+        (
+            {"ridge_lambda": torch.ones(TOTAL, 2)},
+            ValueError,
+            ["ridge_lambda", "(30, 2)", "(H, T)", "(2, 30)", "try ridge_lambda.T"],
+        ),
         ({"window": 0}, ValueError, ["window", "0"]),
         ({"causal": None}, TypeError, ["causal", "NoneType"]),
         ({"backend": "chunkd"}, ValueError, ["backend", "did you mean 'chunked'"]),

@@ -42,10 +42,10 @@ class Triton(Backend):
     summary = "fused Triton kernels, conjugate gradients; memory linear in length"
 
     def unavailable(self) -> str | None:
-        if not _has_triton():
-            return "Triton is not installed (torch brings it where it is built for CUDA)"
         if not _has_gpu() and not interpreted():
             return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+        if not _has_triton():
+            return "Triton is not installed (torch brings it where it is built for CUDA)"
         return None
 
     def emulated(self) -> bool:

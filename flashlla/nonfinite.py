@@ -50,12 +50,13 @@ def isolate(
     q, k, v, ridge = inputs[:4]
     # A key so large that the products of other queries with it overflow is as good as infinite.
     largest = torch.finfo(accumulator(problem.dtype)).max ** 0.5 / (4 * problem.head_dim)
-    finite_q, finite_k, finite_v, finite_ridge = q.isfinite(), k.abs() <= largest, v.isfinite(), ridge.isfinite()
+    finite_k = k.isfinite() & (k.abs() <= largest)  # in float16 the second alone takes infinity for no larger
+    finite_q, finite_v, finite_ridge = q.isfinite(), v.isfinite(), ridge.isfinite()
     finite_g = torch.ones_like(finite_q[..., :1]) if grad_o is None else grad_o.isfinite()
     if all(bool(f.all()) for f in (finite_q, finite_k, finite_v, finite_ridge, finite_g)):
         return inputs, grad_o, None
     bad_key = ~(finite_k.all(-1) & finite_v.all(-1))  # (B, Hkv, Sk)
-    start, stop = problem.runs(inputs)
+    start, stop = (t.clamp(max=problem.k_len) for t in problem.runs(inputs))  # packed: tokens may be of no sequence
     shape = (*bad_key.shape[:-1], problem.q_len)
     start, stop = start.expand(shape), torch.maximum(start, stop).expand(shape)  # (B, Hkv, Sq)
     # Bad keys in a query's run: a running count, read off at its ends.

@@ -143,3 +143,26 @@ def test_nothing_leaves_a_window(backend: Backend, where: str) -> None:
     torch.testing.assert_close(spoilt["q"][BAD][~rows], clean["q"][BAD][~rows])
     assert spoilt["k"][BAD][keys].isnan().all()
     torch.testing.assert_close(spoilt["k"][BAD][~keys], clean["k"][BAD][~keys])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["naive", "chunked"])
+def test_a_key_of_a_16_bit_dtype_that_is_not_finite_reaches_no_earlier_row(
+    name: str, dtype: torch.dtype, value: float
+) -> None:
+    q, k, v = (normal(1, 1, 7, 16, seed=i).to(dtype) for i in range(3))
+    k[0, 0, 6, 3] = value
+    o = flashlla.lla_attention(q, k, v, ridge_lambda=1.0, backend=name)
+    assert o[0, 0].isnan().all(-1).tolist() == [False] * 6 + [True]
+
+
+def test_nan_in_packed_sequences_with_tokens_of_none() -> None:
+    q, k, v = (normal(1, 2, n, 3, seed=i, dtype=torch.float32) for i, n in enumerate((8, 12, 12)))
+    q[0, 1, 3, 2] = float("nan")
+    lengths = (torch.tensor(x, dtype=torch.int32) for x in ([0, 0, 5], [0, 7, 9]))
+    cu = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), lengths))
+    o = flashlla.lla_attention_varlen(
+        q, k, v, **cu, max_seqlen_q=5, max_seqlen_k=7, window=1, ridge_lambda=1.0, backend="chunked"
+    )
+    assert o[0, 1].isnan().any(-1).tolist() == [row == 3 for row in range(8)]

@@ -264,6 +264,21 @@ def test_gram_is_left_off_where_it_would_not_help(monkeypatch: pytest.MonkeyPatc
 
 
 @interpreted
+def test_gram_of_keys_of_few_dims_and_a_ridge_of_almost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its matrix is singular but for the ridge, which has no digits in it."""
+    from flashlla.backends.triton import gram
+
+    monkeypatch.setattr(gram, "RUN", 64)
+    q, k, v = (t.float() for t in make((1, 1, 150, 32), torch.float32)[:3])
+    k = 3 * k[..., :3] @ torch.linspace(-1, 1, 96).view(3, 32)
+    o, info = lla_attention(
+        0.1 * q, k, v, ridge_lambda=1e-6, backend="triton", solver=PCG(preconditioner="gram"), return_info=True
+    )
+    assert o.isfinite().all()
+    assert info.residual.isfinite().all()
+
+
+@interpreted
 def test_what_gram_is_not_made_for() -> None:
     solver = PCG(preconditioner="gram")
     q, k, v, _ = make((1, 1, 4, 200), torch.float32)

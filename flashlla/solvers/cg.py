@@ -56,7 +56,9 @@ class Gram(Preconditioner):
         mean = (systems.k * seen).sum(-2, keepdim=True) / count  # (..., 1, D)
         centred = (systems.k - mean) * seen
         variances, axes = torch.linalg.eigh(torch.matmul(centred.mT, centred) / count)  # (..., D), (..., D, D)
-        shifted = variances.clamp(min=0).unsqueeze(-2) + systems.ridge.unsqueeze(-1)  # (..., M, D)
+        # No smaller than there are digits of: a preconditioner need not be exact.
+        least = variances.amax(-1)[..., None, None] * torch.finfo(variances.dtype).eps ** 0.5
+        shifted = variances.clamp(min=0).unsqueeze(-2) + systems.ridge.unsqueeze(-1).maximum(least)  # (..., M, D)
         worth = shifted.square().mean(-1) / shifted.mean(-1).square()  # (..., M), (4.5)
         use = worth.mean(-1, keepdim=True) > self.WORTH
         if use.any():

@@ -35,6 +35,8 @@ from flashlla.solvers import Gram
 # Queries that share a preconditioner: a multiple of every tile.
 RUN = 256
 # Where it is worth it, (4.5), and where it fits, (4.6).
+# lambda in G + lambda I is at least this share of the largest variance: smaller, its factor has no digits left.
+FLOOR: tl.constexpr = tl.constexpr(2.0**-12)
 WORTH: tl.constexpr = tl.constexpr(Gram.WORTH)
 FIT_LEAST: tl.constexpr = tl.constexpr(Gram.FIT[0])
 FIT_MOST: tl.constexpr = tl.constexpr(Gram.FIT[1])
@@ -84,7 +86,9 @@ def gram_kernel(
     given = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=there, other=0.0)  # (M,)
     ridge = ridge_in(tl.sum(given, 0) / tl.sum(there.to(tl.float32), 0), k_unit)
     on_diagonal = dim[:, None] == dim[None, :]
-    gram = gram * share - mean[:, None] * mean[None, :] + tl.where(on_diagonal, ridge, 0.0)
+    gram = gram * share - mean[:, None] * mean[None, :]
+    ridge = tl.maximum(ridge, tl.max(tl.where(on_diagonal, gram, 0.0)) * FLOOR)
+    gram += tl.where(on_diagonal, ridge, 0.0)
     # (4.5): the trace of the square over the square of the trace, of HEAD_DIM dims.
     inside = (dim[:, None] < HEAD_DIM) & (dim[None, :] < HEAD_DIM)
     largest = tl.max(tl.where(on_diagonal, gram, 0.0))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashlla.problem import Forward, Gradients, Inputs, Problem, accumulator
+from flashlla.problem import Forward, Gradients, Inputs, Problem, accumulator, largest_key
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ def isolate(
 ) -> tuple[Inputs, Tensor | None, Poison | None]:
     """``inputs`` and ``grad_o`` with nothing but finite numbers, and where NaN belongs (None: nowhere)."""
     q, k, v, ridge = inputs[:4]
-    # A key so large that the products of other queries with it overflow is as good as infinite.
-    largest = torch.finfo(accumulator(problem.dtype)).max ** 0.5 / (4 * problem.head_dim)
+    largest = largest_key(accumulator(problem.dtype), problem.head_dim)
     finite_k = k.isfinite() & (k.abs() <= largest)  # in float16 the second alone takes infinity for no larger
     finite_q, finite_v, finite_ridge = q.isfinite(), v.isfinite(), ridge.isfinite()
     finite_g = torch.ones_like(finite_q[..., :1]) if grad_o is None else grad_o.isfinite()

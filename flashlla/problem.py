@@ -32,6 +32,11 @@ def resolution(dtype: torch.dtype) -> float:
     return _RESOLUTION[dtype]
 
 
+def largest_key(dtype: torch.dtype, head_dim: int) -> float:
+    """A larger one, whose products with other queries overflow in sums of ``dtype``, is as good as infinite."""
+    return float(torch.finfo(dtype).max ** 0.5 / (4 * head_dim))
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are kept in: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32

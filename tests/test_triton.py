@@ -264,6 +264,56 @@ def test_gram_is_left_off_where_it_would_not_help(monkeypatch: pytest.MonkeyPatc
 
 
 @interpreted
+@pytest.mark.parametrize("spoilt", ["query", "ridge"])
+def test_one_bad_number_leaves_gram_to_the_others(monkeypatch: pytest.MonkeyPatch, spoilt: str) -> None:
+    from flashlla.backends.triton import gram
+
+    monkeypatch.setattr(gram, "RUN", 64)
+    q, k = (torch.from_numpy(t).float() for t in DATA["correlated"](np.random.default_rng(0), (1, 1, 150, 12)))
+    v, grad = make((1, 1, 150, 12), torch.float32)[2:]
+    ridge = torch.full((150,), 0.02)
+    # So few that gradients show whether the adjoint solve had it.
+    solver = PCG(max_iters=12, preconditioner="gram")
+    clean = step([q, k, v, grad], ridge, backend="triton", solver=solver)
+    if spoilt == "query":
+        q[0, 0, 70, 3] = float("nan")
+    else:
+        ridge[70] = float("inf")
+    got = step([q, k, v, grad], ridge, backend="triton", solver=solver)
+    others = torch.arange(150) != 70
+    for name in ("o", "dq", "dridge"):
+        torch.testing.assert_close(got[name][0, 0][others], clean[name][0, 0][others], rtol=2e-3, atol=2e-3)
+
+
+@interpreted
+def test_gram_is_left_off_where_queries_see_no_more_keys_than_dims(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashlla.backends.triton import gram
+
+    monkeypatch.setattr(gram, "RUN", 64)
+    q, k = (torch.from_numpy(t).float() for t in DATA["correlated"](np.random.default_rng(0), (1, 1, 150, 12)))
+    v = make((1, 1, 150, 12), torch.float32)[2]
+    plain, o = (
+        lla_attention(q, k, v, ridge_lambda=1e-3, window=12, backend="triton", solver=solver)
+        for solver in (CG(max_iters=200), PCG(max_iters=200, preconditioner="gram"))
+    )
+    assert torch.equal(o, plain)
+
+
+@interpreted
+@pytest.mark.parametrize("solver", ["cg", "pcg"])
+@pytest.mark.parametrize("size", [1e20, 3e38])
+def test_a_key_as_good_as_infinite_reaches_those_who_see_it(size: float, solver: str) -> None:
+    tensors = make((1, 1, 21, 8), torch.float32)
+    clean = step(tensors, 1.0, backend="triton", solver=solver)
+    tensors[1] = tensors[1].clone()
+    tensors[1][0, 0, 9] = size
+    got = step(tensors, 1.0, backend="triton", solver=solver)
+    for name in ("o", "dq", "dridge"):
+        assert got[name][0, 0, 9:].isnan().all()
+        torch.testing.assert_close(got[name][0, 0, :9], clean[name][0, 0, :9])
+
+
+@interpreted
 def test_gram_of_keys_of_few_dims_and_a_ridge_of_almost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its matrix is singular but for the ridge, which has no digits in it."""
     from flashlla.backends.triton import gram

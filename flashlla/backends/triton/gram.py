@@ -34,9 +34,9 @@ from flashlla.solvers import Gram
 
 # Queries that share a preconditioner: a multiple of every tile.
 RUN = 256
-# Where it is worth it, (4.5), and where it fits, (4.6).
 # lambda in G + lambda I is at least this share of the largest variance: smaller, its factor has no digits left.
 FLOOR: tl.constexpr = tl.constexpr(2.0**-12)
+# Where it is worth it, (4.5), and where it fits, (4.6).
 WORTH: tl.constexpr = tl.constexpr(Gram.WORTH)
 FIT_LEAST: tl.constexpr = tl.constexpr(Gram.FIT[0])
 FIT_MOST: tl.constexpr = tl.constexpr(Gram.FIT[1])
@@ -55,8 +55,8 @@ def gram_kernel(
     units of powers of two; and worth_out (heads, runs), whether the two are to be used: 0 if not, and then they are
     not written. scratch: (heads, runs, 2 D, D).
 
-    lambda is the mean of the run's. The keys are those that all of the run's queries see; with a window, those before
-    it.
+    lambda is the mean of the run's finite ones. The keys are those that all of the run's queries see; with a window,
+    those before it.
     """
     at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, RUN, CAUSAL, False)
     if outside(at, at.q_len, cu_q):
@@ -70,7 +70,8 @@ def gram_kernel(
         stop = between(at.start + at.shift, 0, at.k_stop)
         if window is not None:
             first = between(at.start + at.shift - window, 0, stop)
-    origin = tl.load(k_base + first * k_stride_s + dim, mask=(dim < HEAD_DIM) & (first < stop), other=0.0)  # (D,)
+    origin_at = k_base + tl.cast(first, tl.int64) * k_stride_s + dim
+    origin = tl.load(origin_at, mask=(dim < HEAD_DIM) & (first < stop), other=0.0)  # (D,)
     gram, total = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
     for j in tl.range(first, stop, BLOCK_N):
         k = load_tile(k_base, k_stride_s, j, stop, HEAD_DIM, BLOCK_N, BLOCK_D, True).to(tl.float32)  # (N, D)
@@ -83,8 +84,10 @@ def gram_kernel(
     row = at.start + tl.arange(0, RUN)
     there = row < at.q_len
     ridge_base = queries_of(ridge_ptr, ridge_stride_b, ridge_stride_h, ridge_stride_s, at)
-    given = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=there, other=0.0)  # (M,)
-    ridge = ridge_in(tl.sum(given, 0) / tl.sum(there.to(tl.float32), 0), k_unit)
+    given = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=there, other=0.0)  # (RUN,)
+    there = there & finite(given)
+    ridge = tl.sum(tl.where(there, given, 0.0), 0) / tl.maximum(tl.sum(there.to(tl.float32), 0), 1.0)
+    ridge = ridge_in(ridge, k_unit)
     on_diagonal = dim[:, None] == dim[None, :]
     gram = gram * share - mean[:, None] * mean[None, :]
     ridge = tl.maximum(ridge, tl.max(tl.where(on_diagonal, gram, 0.0)) * FLOOR)
@@ -131,7 +134,7 @@ def fits(x, curvature, gram_ptr, worth, some, like, PRECISION: tl.constexpr, D: 
     gram = load_tile(gram_ptr, D, 0, D, D, D, D, False)  # (D, D)
     size = tl.sqrt(tl.sum(x * x, 1))
     share = tl.where(some & finite(curvature), inverse_or_zero(size), 0.0)  # (M,)
-    unit_x = rounded(x * share[:, None], like, PRECISION)  # (M, D)
+    unit_x = rounded(tl.where((share > 0)[:, None], x * share[:, None], 0.0), like, PRECISION)  # (M, D)
     image = times(unit_x, gram, zeros(unit_x, gram), PRECISION)
     expected = tl.sum(image * unit_x.to(tl.float32)) * worth
     found = tl.sum(tl.where(share > 0, curvature * share * share, 0.0), 0)
@@ -140,14 +143,14 @@ def fits(x, curvature, gram_ptr, worth, some, like, PRECISION: tl.constexpr, D: 
 
 @triton.jit
 def preconditioned(r, use, factor_ptr, like, PRECISION: tl.constexpr, D: tl.constexpr):
-    """L^-T L^-1 r of each row of r, (M, D), but for a factor; r itself where not ``use``, without a branch: Triton does
-    not compile one with products for Blackwell."""
+    """L^-T L^-1 r of each row of r, (M, D), but for a factor; r itself of rows that do not ``use`` it, (M,). Without a
+    branch: Triton does not compile one with products for Blackwell."""
     factor = load_tile(factor_ptr, D, 0, D, D, D, D, False)  # (D, D) L^-T
     size = tl.sqrt(tl.sum(r * r, 1))
     x = rounded(r * inverse_or_zero(size)[:, None], like, PRECISION)  # (M, D)
     x = rounded(times(x, factor, zeros(x, factor), PRECISION), like, PRECISION)  # (M, D) rows times L^-T
     y = times(x, tl.trans(factor), zeros(x, tl.trans(factor)), PRECISION) * size[:, None]
-    return tl.where(use, y, r)
+    return tl.where(use[:, None], y, r)
 
 
 def settings(d: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from flashlla.problem import (
     Residuals,
     bounds,
     empty_output,
+    largest_key,
     resolution,
 )
 
@@ -69,6 +70,7 @@ class Launcher:
         # What tells a kernel which keys its queries see, as `primitives.place` takes it.
         self.where = (*self.runs, mask.window, *self.lengths)
         # float32 has digits to lose: keys are taken relative to their sequence's first (docs/math.md, section 6).
+        self.k_most = prepare.MOST.value if half else largest_key(problem.dtype, problem.head_dim)
         self.origin = None if half else self.first_keys(inputs.k)  # (sequences Hkv, D)
         self.q, self.k, self.v, self.units, self.flaws = self.cast(*map(with_unit_stride, inputs[:3]))
 
@@ -101,22 +103,23 @@ class Launcher:
             found = k[0].index_select(1, first.clamp(max=self.problem.k_len - 1)).transpose(0, 1)  # (sequences, Hkv, D)
         else:
             found = k[:, :, 0]
-        return found.nan_to_num(0.0, 0.0, 0.0).flatten(0, 1).contiguous()
+        return torch.where(found.abs() <= self.k_most, found, 0).flatten(0, 1).contiguous()
 
-    def of_sequence(self, x: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
-        """``x`` (sequences Hkv, D) for every row: (B, Hkv, 1 or S, D)."""
+    def of_queries(self, x: Tensor) -> Tensor:
+        """``x`` (sequences Hkv, D) for every query: (B, Hkv, 1 or Sq, D)."""
         x = x.unflatten(0, (-1, self.problem.kv_heads))
-        if cu_seqlens is None:
+        if self.inputs.cu_seqlens_q is None:
             return x.unsqueeze(2)
-        row = torch.arange(length, device=self.device)
-        sequence = torch.searchsorted(cu_seqlens[1:].long(), row, right=True).clamp(max=x.shape[0] - 1)
+        row = torch.arange(self.problem.q_len, device=self.device)
+        ends = self.inputs.cu_seqlens_q[1:].long()
+        sequence = torch.searchsorted(ends, row, right=True).clamp(max=x.shape[0] - 1)
         return x[sequence].transpose(0, 1).unsqueeze(0)
 
     def moved(self, lse: Tensor, k_mean: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
         """lse and k_mean of keys as they came, for keys as the kernels have them; ``back``: the other way."""
         if self.origin is None:
             return lse, k_mean
-        origin = self.of_sequence(self.origin, self.inputs.cu_seqlens_q, self.problem.q_len)
+        origin = self.of_queries(self.origin)
         origin = origin.repeat_interleave(self.problem.group, 1)
         sign = -1 if back else 1
         logit = self.problem.scale * (self.q * origin).sum(-1)
@@ -136,12 +139,12 @@ class Launcher:
         sizes = {"CHUNKS": chunks, "BLOCK_M": CAST_ROWS, **self.dims}
         strides = self.strides(*tensors)
         self.run(
-            prepare.largest_kernel, "cast", (self.n_heads * chunks, 3), *tensors, largest, flawed, *strides,
-            *self.runs, *self.lengths, chunk, **sizes,
+            prepare.largest_kernel, "cast", (self.n_heads * chunks, 3), *tensors, self.k_most, largest, flawed,
+            *strides, *self.runs, *self.lengths, chunk, **sizes,
         )  # fmt: skip
         self.run(
-            prepare.cast_kernel, "cast", (self.n_heads * triton.cdiv(longest, CAST_ROWS), 3), *tensors, self.origin,
-            largest, flawed, *outs, units, flaws, *row_flaws, *strides, *self.runs, *self.lengths, **sizes,
+            prepare.cast_kernel, "cast", (self.n_heads * triton.cdiv(longest, CAST_ROWS), 3), *tensors, self.k_most,
+            self.origin, largest, flawed, *outs, units, flaws, *row_flaws, *strides, *self.runs, *self.lengths, **sizes,
         )  # fmt: skip
         return (*outs, units, (flaws, *row_flaws))
 

@@ -10,7 +10,6 @@ import triton.language as tl
 from flashlla.backends.triton.primitives import (
     NUMBERS,
     between,
-    finite,
     finite_or_zero,
     inverse_or_zero,
     inverse_power,
@@ -27,11 +26,15 @@ from flashlla.backends.triton.primitives import (
     store_tile,
 )
 
+# What numbers other than keys may be: all that are finite.
+MOST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+
 
 @triton.jit
-def flaw_of(tile):
-    """Of each row NaN where some number is not finite, else 0: (M,)."""
-    return tl.sum(tl.where(finite(tile), 0.0, float("nan")), 1)
+def cleaned(tile, most):
+    """``tile`` with 0 for NaN and what is larger than ``most``; and of each row NaN if it had such, else 0: (M,)."""
+    sound = tl.abs(tile) <= most
+    return tl.where(sound, tile, 0.0), tl.sum(tl.where(sound, 0.0, float("nan")), 1)
 
 
 @triton.jit
@@ -57,14 +60,14 @@ def rows_of_operand(
 
 @triton.jit(do_not_specialize=[*NUMBERS, "chunk"])
 def largest_kernel(
-    q, k, v, largest, flawed, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
+    q, k, v, k_most, largest, flawed, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
     v_stride_b, v_stride_h, v_stride_s,
     cu_q, cu_k, seqlens_k, n_heads, heads, group, q_len, k_len, longest_q, longest_k, chunk,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The largest finite magnitude of each of CHUNKS runs of rows of each head, and 1 where some number is not finite,
-    else 0: of q's heads, of k's, of v's."""
+    else 0: of q's heads, of k's, of v's. A key beyond k_most is not finite."""
     program, part = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
     n_shared = n_heads // group
     tensors = (
@@ -85,8 +88,9 @@ def largest_kernel(
             for i in tl.range(part * chunk, tl.minimum((part + 1) * chunk, length), BLOCK_M):
                 tile = load_tile(base, tensors[which][3], i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
                 tile = tl.abs(tile.to(tl.float32))
-                found = tl.maximum(found, tl.max(tl.where(finite(tile), tile, 0.0), 1))
-                flaw = tl.maximum(flaw, tl.max(tl.where(finite(tile), 0.0, 1.0), 1))
+                sound = tile <= (k_most if which == 1 else MOST)
+                found = tl.maximum(found, tl.max(tl.where(sound, tile, 0.0), 1))
+                flaw = tl.maximum(flaw, tl.max(tl.where(sound, 0.0, 1.0), 1))
             slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_shared) + program
             tl.store(largest + slot * CHUNKS + part, tl.max(found, 0))
             tl.store(flawed + slot * CHUNKS + part, tl.max(flaw, 0))
@@ -94,7 +98,7 @@ def largest_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def cast_kernel(
-    q, k, v, origin_ptr, largest, flawed, q_out, k_out, v_out, units, flaws, q_flaws, k_flaws, v_flaws,
+    q, k, v, k_most, origin_ptr, largest, flawed, q_out, k_out, v_out, units, flaws, q_flaws, k_flaws, v_flaws,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     cu_q, cu_k, seqlens_k, n_heads, heads, group, q_len, k_len, longest_q, longest_k,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -134,8 +138,8 @@ def cast_kernel(
             tile = load_tile(base, tensors[which][3], i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
             tile = tile.to(tl.float32)
             if flaw > 0:
-                store_rows(tensors[which][5] + row, i, length, flaw_of(tile))
-                tile = finite_or_zero(tile)
+                tile, row_flaw = cleaned(tile, k_most if which == 1 else MOST)
+                store_rows(tensors[which][5] + row, i, length, row_flaw)
             if which == 1 and origin_ptr is not None:
                 dim = tl.arange(0, COLUMNS)
                 tile -= tl.load(origin_ptr + program.to(tl.int64) * WIDTH + dim, mask=dim < WIDTH, other=0.0)[None, :]
@@ -158,8 +162,7 @@ def cast_rows_kernel(
     base = queries_of(grad_o, stride_b, stride_h, stride_s, at)
     tile = load_tile(base, stride_s, i, length, V_DIM, BLOCK_M, BLOCK_V, True).to(tl.float32)  # (M, V)
     tile = tile * load_rows(rows_of(guard, at, 1), i, length, BLOCK_M, 1.0)[:, None]
-    flaw = flaw_of(tile)
-    tile = finite_or_zero(tile)
+    tile, flaw = cleaned(tile, MOST)
     top = tl.max(tl.abs(tile), 1)  # (M,)
     # Elements under 2 / (2 sqrt(V)): the row's length is under 1. ROOM is the power of two at or above 2 sqrt(V).
     ROOM: tl.constexpr = 32 if BLOCK_V > 64 else (16 if BLOCK_V > 16 else 8)

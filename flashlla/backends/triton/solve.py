@@ -12,6 +12,7 @@ from flashlla.backends.triton.primitives import (
     NUMBERS,
     WEIGHT,
     WEIGHT_BITS,
+    finite,
     finite_or_zero,
     inverse_or_zero,
     inverse_power,
@@ -161,12 +162,13 @@ def solve_kernel(
         slot = at.q_head.to(tl.int64) * runs + i // RUN
         gram_ptr += slot * BLOCK_D * BLOCK_D
         factor_ptr += slot * BLOCK_D * BLOCK_D
-        some = sees_some(row, at, window, CAUSAL)
+        some = sees_some(row, at, window, CAUSAL) & finite(given)
         if ADJOINT:  # the probe z has z.A z = z.d
             u = load_tile(rows_of(probe_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
             u = u * k_unit
             curvature = tl.sum(u * (k_mean - query_in(q, q_unit, k_unit, origin_ptr, at, HEAD_DIM)), 1)
-        use = fits(u, curvature, gram_ptr, tl.load(worth_ptr + slot), some, q, PRECISION, BLOCK_D)
+        fit = fits(u, curvature, gram_ptr, tl.load(worth_ptr + slot), some, q, PRECISION, BLOCK_D)
+        use = tl.where(fit, keys_seen(row, at, window, CAUSAL), 0) > HEAD_DIM  # (M,), the latter as in prepare_jacobi
         direction = preconditioned(r, use, factor_ptr, q, PRECISION, BLOCK_D)
     else:
         direction = r * inverse

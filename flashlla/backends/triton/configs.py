@@ -29,7 +29,8 @@ class Config(NamedTuple):
         return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
-PASSES = ("statistics", "solve", "output", "moments", "dq", "dk")
+# solve_gram is the solve with that preconditioner.
+PASSES = ("statistics", "solve", "solve_gram", "output", "moments", "dq", "dk")
 
 # Tables by padded head dim and pass. float16 operands on Hopper and Blackwell's data-centre chips (measured on an H200;
 # docs/performance.md): 227 KiB of shared memory a processor, products of whole warp groups.
@@ -39,6 +40,7 @@ _HALF: dict[int, dict[str, Config]] = {
     64: {
         "statistics": Config(64, 64, 4, 3, 168),
         "solve": Config(64, 64, 4, 3),
+        "solve_gram": Config(64, 64, 4, 3),
         "output": Config(64, 64, 4, 3, 168),
         "moments": Config(64, 64, 4, 3, 168),
         "dq": Config(64, 64, 4, 3),
@@ -47,6 +49,7 @@ _HALF: dict[int, dict[str, Config]] = {
     128: {
         "statistics": Config(64, 64, 4, 3),
         "solve": Config(64, 32, 4, 3),
+        "solve_gram": Config(64, 32, 4, 3),
         "output": Config(128, 64, 8, 3),
         "moments": Config(128, 64, 8, 3),
         "dq": Config(128, 64, 8, 2),
@@ -66,7 +69,11 @@ _HALF_SMALL: dict[int, dict[str, Config]] = {
     16: dict.fromkeys(PASSES, Config(64, 64, 4, 2)),
     32: dict.fromkeys(PASSES, Config(64, 64, 4, 2)),
     64: {**dict.fromkeys(PASSES, Config(64, 64, 4, 2)), "dk": Config(32, 64, 4, 2)},
-    128: {**dict.fromkeys(PASSES, Config(64, 32, 4, 2)), "dk": Config(32, 32, 4, 2)},
+    128: {
+        **dict.fromkeys(PASSES, Config(64, 32, 4, 2)),
+        "solve_gram": Config(32, 32, 4, 2),
+        "dk": Config(32, 32, 4, 2),
+    },
     256: {**dict.fromkeys(PASSES, Config(32, 32, 4, 2)), "dk": Config(16, 32, 4, 1)},
 }
 # float32 operands. Full products are sums of scalar multiply-adds, unrolled: small tiles keep them in registers.

@@ -269,7 +269,8 @@ def solve(
     runs = triton.cdiv(at.problem.q_len, gram_kernels.RUN)
     shared = gram(at, ridge, runs) if preconditioner == "gram" else (None,) * 3
     at.sweep(
-        solve_kernel, "solve", at.q, at.k, at.units, at.origin, shift, k_mean, ridge, b, b_size, probe, *shared, x,
+        solve_kernel, "solve_gram" if preconditioner == "gram" else "solve",
+        at.q, at.k, at.units, at.origin, shift, k_mean, ridge, b, b_size, probe, *shared, x,
         z_y, iterations, residual, converged,
         *at.strides(at.q, at.k, ridge), *at.where, at.problem.scale, *tolerances(at.problem, adjoint is not None), runs,
         ADJOINT=adjoint is not None, PRECONDITIONER=preconditioner, RUN=gram_kernels.RUN,

@@ -18,7 +18,8 @@ class LLAInfo(NamedTuple):
     """How each query's system was solved; shapes are those of ``q`` without its last dimension.
 
     ``iterations``: int32, 0 for direct solves. ``residual``: \\|A z - d\\| / \\|d\\|, float32 (float64 for float64
-    inputs). ``converged``: bool, whether the solver's tolerance was reached. ``omega``: sum of the softmax weights
+    inputs); where the Triton kernels end with a step that no product with A checks, an estimate of it (docs/math.md,
+    (4.7)). ``converged``: bool, whether the solver's tolerance was reached. ``omega``: sum of the softmax weights
     relative to the largest, ``sum_j exp(s q.k_j - max_j s q.k_j)``. ``backend``: the name of the backend that ran.
     """
 

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,128 @@ def test_gram(monkeypatch: pytest.MonkeyPatch, causal: bool, dtype: torch.dtype)
     check(got, want, 3e-5 if dtype == torch.float32 else 1.5e-2)
 
 
+class _Kernel:
+    """Stands for one of Triton's: launches, and what it has compiled, are told apart by name."""
+
+    arg_names = ("x", "n", "scale", "BLOCK")
+    __name__ = "kernel"
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, tuple[object, ...]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        def launch(*arguments: object, **settings: object) -> object:
+            self.launches.append(("compile", arguments))
+            return {(*grid, 1, 1)[:3]: lambda *all_: self.launches.append(("again", all_))}
+
+        return launch
+
+
+def test_a_kernel_is_launched_at_once_only_where_triton_would_compile_nothing_else() -> None:
+    from flashlla.backends.triton import launch
+
+    kernel, x = _Kernel(), torch.zeros(40)
+    cpu = torch.device("cpu")
+
+    def how(x: torch.Tensor | None = x, n: int = 7, scale: float = 0.5, block: int = 64, warps: int = 4) -> str:
+        launch.run(kernel, "solve", (3,), cpu, x, n, scale, BLOCK=block, num_warps=warps)
+        return kernel.launches[-1][0]
+
+    assert how() == "compile"
+    assert how() == "again"
+    assert kernel.launches[-1][1] == (x, 7, 0.5, 64)
+    assert how(x=torch.ones(9), n=99, scale=2.0) == "again"
+    others: list[dict[str, Any]] = [
+        {"x": x[1:]}, {"x": x.half()}, {"x": None}, {"n": 1}, {"n": 16}, {"n": 2**31 + 1}, {"block": 32}, {"warps": 8},
+    ]  # fmt: skip
+    for other in others:
+        assert how(**other) == "compile"
+        assert how(**other) == "again"
+
+
+@interpreted
+def test_gram_is_the_default_of_long_sequences_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashlla.backends import triton
+    from flashlla.backends.triton import gram
+
+    monkeypatch.setattr(gram, "RUN", 64)
+    monkeypatch.setattr(triton, "GRAM_LEAST_KEYS", 149)
+    q, k = (torch.from_numpy(t).bfloat16() for t in DATA["correlated"](np.random.default_rng(0), (1, 1, 150, 12)))
+    v = make((1, 1, 150, 12), torch.bfloat16)[2]
+
+    def iterations(length: int, dtype: torch.dtype, solver: str | None) -> torch.Tensor:
+        tensors = (t[:, :, :length].to(dtype) for t in (q, k, v))
+        return lla_attention(*tensors, ridge_lambda=0.02, backend="triton", solver=solver, return_info=True)[
+            1
+        ].iterations
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert torch.equal(iterations(150, bf16, None), iterations(150, bf16, "pcg_gram"))
+    assert iterations(150, bf16, None).float().mean() < 0.8 * iterations(150, bf16, "cg").float().mean()
+    assert torch.equal(iterations(149, bf16, None), iterations(149, bf16, "cg"))
+    assert torch.equal(iterations(150, fp32, None), iterations(150, fp32, "cg"))
+
+
+@interpreted
+@pytest.mark.parametrize("data", ["iid", "power_law", "sharp"])
+def test_a_last_step_saves_iterations_and_costs_no_accuracy(monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+    """(4.7): as good as what CG's tolerance allows, and converged by its own account, though iterations are saved."""
+    import triton.language as tl
+
+    from flashlla.backends.triton import solve
+
+    q, k = (torch.from_numpy(t).bfloat16() for t in DATA[data](np.random.default_rng(0), (1, 1, 200, 12)))
+    tensors = [q, k, *make((1, 1, 200, 12), torch.bfloat16)[2:]]
+    want = step([t.double() for t in tensors], 10.0, backend="naive")
+
+    def call() -> tuple[float, float]:
+        info = lla_attention(*tensors[:3], ridge_lambda=10.0, backend="triton", solver="cg", return_info=True)[1]
+        assert info.converged.all()
+        got = step(tensors, 10.0, backend="triton", solver="cg")
+        error = max(((got[n] - want[n]).norm() / want[n].norm()).item() for n in ("o", "dq", "dk", "dv", "dridge"))
+        return info.iterations.float().mean().item(), error
+
+    iterations, error = call()
+    monkeypatch.setattr(solve, "LAST_MOST", tl.constexpr(0.0))
+    plain_iterations, plain_error = call()
+    assert error < 1.2 * plain_error
+    assert iterations <= (0.9 if data == "iid" else 1.0) * plain_iterations
+
+
+@interpreted
+def test_a_last_step_is_not_taken_on_the_word_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of one query, of one query many times, and such as need no sweep, are what they are without it."""
+    import triton.language as tl
+
+    from flashlla.backends.triton import solve
+
+    q, k = (torch.from_numpy(t).bfloat16() for t in DATA["power_law"](np.random.default_rng(1), (1, 24, 193, 16)))
+    v = make((1, 24, 193, 16), torch.bfloat16)[2]
+    flat = k.clone()
+    flat[..., 0] = 0
+    away = torch.zeros_like(q)
+    away[..., 0] = 2000 * (1 + 0.1 * torch.rand(q.shape[:-1]))
+
+    def outputs() -> list[torch.Tensor]:
+        cases = (
+            (q[:, :, -1:], k, 1.0),
+            (q[:, :, -1:].expand(-1, -1, 64, -1), k, 1.0),
+            (away[:, :2], flat[:, :2], 0.01),
+        )
+        return [
+            lla_attention(q, k, v[:, : k.shape[1]], ridge_lambda=ridge, causal=False, backend="triton", solver="cg")
+            for q, k, ridge in cases
+        ]
+
+    found = outputs()
+    monkeypatch.setattr(solve, "LAST_MOST", tl.constexpr(0.0))
+    (one, same, none), (plain_one, plain_same, plain_none) = found, outputs()
+    assert torch.equal(one, plain_one)
+    assert torch.equal(none, plain_none)
+    far = (same - plain_same).double().norm(dim=-1) / plain_same.double().norm(dim=-1)
+    assert far.max() < 5e-3
+
+
 @interpreted
 @pytest.mark.parametrize("data", ["iid", "power_law", "sharp"])
 def test_gram_is_left_off_where_it_would_not_help(monkeypatch: pytest.MonkeyPatch, data: str) -> None:
@@ -340,9 +463,9 @@ def test_what_gram_is_not_made_for() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["solve_kernel", "decode_solve_kernel"])
+@pytest.mark.parametrize("name", ["solve_kernel", "gram_sums_kernel", "decode_solve_kernel"])
 def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    from flashlla.backends.triton import decode, launch
+    from flashlla.backends.triton import decode, gram, launch
 
     def fail(*_: object, **__: object) -> None:
         raise ValueError("out of something")
@@ -353,10 +476,13 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch
         def __getitem__(self, _: object) -> object:
             return fail
 
-    monkeypatch.setattr(decode if name.startswith("decode") else launch, name, Broken())
+    module, call = {
+        "solve_kernel": (launch, lla_attention),
+        "gram_sums_kernel": (gram, functools.partial(lla_attention, solver="pcg_gram")),
+        "decode_solve_kernel": (decode, functools.partial(lla_decode, seqlens_k=torch.tensor([4], dtype=torch.int32))),
+    }[name]
+    monkeypatch.setattr(module, name, Broken())
     q, k, v, _ = make((1, 1, 4, 8), torch.float32)
-    decoding = functools.partial(lla_decode, seqlens_k=torch.tensor([4], dtype=torch.int32))
-    call = decoding if name.startswith("decode") else lla_attention
     with pytest.raises(RuntimeError, match=rf"{name}.*config.*BLOCK_.*set_backend\('chunked'\)") as caught:
         call(q, k, v, backend="triton")
     assert isinstance(caught.value.__cause__, ValueError)

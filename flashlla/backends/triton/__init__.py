@@ -20,6 +20,8 @@ from flashlla.solvers import CG, PCG, Direct, Gram, Jacobi, Solver
 
 # Widest head dim of which registers hold the preconditioner "gram" while it is made.
 GRAM_WIDEST = 128
+# More keys than this, and the default solver has it: fewer are over before it pays.
+GRAM_LEAST_KEYS = 1024
 
 
 def interpreted() -> bool:
@@ -86,19 +88,18 @@ class Triton(Backend):
         preconditioner = self.preconditioner(problem)
         if preconditioner is None:
             return f"it fuses {self._fuses}, not {_described(problem.solver)}"
-        if preconditioner == "gram" and problem.mask.packed:
-            return "its preconditioner 'gram' is not made for packed sequences"
-        if preconditioner == "gram" and problem.head_dim > GRAM_WIDEST:
-            return f"its preconditioner 'gram' takes head dims up to {GRAM_WIDEST}, and this one is {problem.head_dim}"
+        if preconditioner == "gram":
+            return _without_gram(problem)
         return None
 
     _fuses = "the solvers CG and PCG(preconditioner='jacobi' or 'gram')"
 
     def preconditioner(self, problem: Problem) -> str | None:
         """What the solve kernel calls the preconditioner of this problem; None where it has no such solver."""
-        if type(problem.solver) is CG or (not problem.solver_demanded and isinstance(problem.solver, CG)):
-            return "none"
-        return _fused(problem.solver)
+        if not problem.solver_demanded and isinstance(problem.solver, CG):
+            long = problem.dtype != torch.float32 and problem.k_len > GRAM_LEAST_KEYS
+            return "gram" if long and _without_gram(problem) is None else "none"
+        return "none" if type(problem.solver) is CG else _fused(problem.solver)
 
     def forward(self, problem: Problem, inputs: Inputs) -> Forward:
         from flashlla.backends.triton import launch
@@ -133,6 +134,18 @@ class TritonPCG(Triton):
         if not problem.solver_demanded and isinstance(problem.solver, CG):
             return "jacobi"
         return _fused(problem.solver)
+
+
+def _without_gram(problem: Problem) -> str | None:
+    """Why the preconditioner "gram" is not made for this problem; None where it is."""
+    if problem.mask.packed:
+        return "its preconditioner 'gram' is not made for packed sequences"
+    widest = max(problem.head_dim, problem.v_dim)
+    return (
+        f"its preconditioner 'gram' takes head dims up to {GRAM_WIDEST}, and this one is {widest}"
+        if widest > GRAM_WIDEST
+        else None
+    )
 
 
 def _fused(solver: Solver) -> str | None:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from flashlla.backends.triton import configs
 from flashlla.backends.triton.cholesky import PANEL, factored_panel, panel_of
-from flashlla.backends.triton.launch import capability, run
+from flashlla.backends.triton.launch import capability, cdiv, run
 from flashlla.backends.triton.primitives import (
     LOG2E,
     finite,
@@ -535,7 +535,7 @@ def decode(
     members = group * new
     pieces = t.pieces
     if pieces is None:
-        tiles = min(triton.cdiv(capacity, t.tile), triton.cdiv(window, t.tile) + 1)
+        tiles = min(cdiv(capacity, t.tile), cdiv(window, t.tile) + 1)
         # Two programs of four warps go where one of eight does.
         pieces = pieces_of(pairs * members * shares, tiles, processors(q.device) * max(1, 8 // t.warps))
     each = members * pieces * (d + v) * d * 4

@@ -26,6 +26,7 @@ from flashlla.backends.triton.primitives import (
     rounded,
     rows_of,
     sees_some,
+    shortening,
     store_rows,
     store_tile,
     sweep_keys,
@@ -44,7 +45,7 @@ def statistics_body(
 ):  # fmt: skip
     """One tile of the running maximum m, and of the sums of w, w k, c and c k, c = w u.(k - origin)."""
     m, total, acc, c_total, c_acc = state
-    q, factor, inverse, u_origin, FLIP = rows
+    q, factor, short, u_origin, FLIP = rows
     k_base, k_stride = keys
     k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     product = times(q, tl.trans(k), zeros(q, tl.trans(k)), PRECISION)  # (M, N)
@@ -57,7 +58,7 @@ def statistics_body(
         m_next = tl.maximum(m, (tl.min(product, 1) if FLIP else tl.max(product, 1)) * factor)
         base = m_next
     w = tl.exp2(s - (base - WEIGHT_BITS)[:, None])  # (M, N)
-    c = w * (product * inverse[:, None] - u_origin[:, None])
+    c = w * (product * short[:, None] - u_origin[:, None])
     fade = tl.exp2(m - base)
     # Totals of the rounded numbers: they make k_mean a mean of keys, and C u a covariance, wherever the origin is.
     w = rounded(w, k, PRECISION)
@@ -101,7 +102,7 @@ def statistics_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """lse, omega and k_mean of section 2; shift, which is lse in bits, not rounded in between; and C u in units of the
-    keys, u the query's direction, for the first guess (4.3).
+    keys, u the query, shortened, for the first guess (4.3).
 
     FLIP: the scale is negative, and the smallest product has the largest logit.
     """
@@ -115,14 +116,14 @@ def statistics_kernel(
     q = load_tile(q_base, q_stride_s, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
     factor = scale * LOG2E * q_unit * k_unit
     wide = q.to(tl.float32)
-    inverse = inverse_or_zero(tl.sqrt(tl.sum(wide * wide, 1)))  # (M,)
+    short = shortening(q)  # (M,)
     # Keys far from the origin are near each other, but for some: u.k is measured from that of the query's own key.
     own = load_tile_at(k_base, k_stride_s, own_key(i, at, BLOCK_M), at.k_stop, HEAD_DIM, BLOCK_D).to(tl.float32)
-    u_origin = tl.sum(wide * own, 1) * inverse  # (M,)
+    u_origin = tl.sum(wide * own, 1) * short  # (M,)
     nothing, nowhere = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m, total, acc, c_total, c_acc = sweep_keys(
         statistics_body, (nothing - float("inf"), nothing, nowhere, nothing, nowhere),
-        (q, factor, inverse, u_origin, FLIP), (k_base, k_stride_s), at, window,
+        (q, factor, short, u_origin, FLIP), (k_base, k_stride_s), at, window,
         HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     total += flaws_seen(
@@ -203,7 +204,8 @@ def output_kernel(
         # The weights sum to 1: what lse and k_mean are off by, which all of them have in common, goes.
         share = 1 / tl.where(total == 0, 1.0, total)
     omega = load_rows(rows_of(omega_ptr, at, 1), i, at.q_len, BLOCK_M, 1.0)
-    guard = 1 / (1 + delta_eps * (1 + d_z) / tl.maximum(omega, 1.0))
+    least = tl.where(omega < 1, 1.0, omega)  # NaN stays, which tl.maximum would drop
+    guard = 1 / (1 + delta_eps * (1 + d_z) / least)
     store_rows(rows_of(guard_out, at, 1), i, at.q_len, guard)
     o_base = queries_of(o_out, o_stride_b, o_stride_h, o_stride_s, at)
     o = acc * (guard * v_unit * share)[:, None]

@@ -1,9 +1,9 @@
 """The preconditioner "gram" (docs/math.md, section 4): for runs of queries, what the keys before them look like.
 
-One kernel, before the solve: the covariance G of the keys without weights, and, where it is worth it, the inverse of
-Cholesky's factor of G + lambda I. The solve applies two products of a tile of residuals with D x D matrices, where an
-iteration has three with every tile of keys; the inverse is L^-T L^-1 of one rounded factor, so that it stays symmetric
-and definite whatever the rounding.
+Two kernels before the solve. The first adds up the moments of chunks of keys; the second, for each run of queries,
+makes of the chunks before it the covariance G without weights, looks whether (G + lambda I)^-1 would help there, and if
+so makes it, by way of Cholesky's factor. The solve is then launched twice: tiles of runs that have a preconditioner are
+solved by the one, all others by the other, which is plain and has no register to spare for it.
 """
 
 from typing import Any
@@ -20,66 +20,93 @@ from flashlla.backends.triton.primitives import (
     inverse_power,
     keys_of,
     load_tile,
-    outside,
     place,
     power_of_two,
     queries_of,
+    query_in,
     ridge_in,
     rounded,
+    rows_of,
+    sees_some,
+    shortening,
     times,
     units_of,
     zeros,
 )
 from flashlla.solvers import Gram
 
-# Queries that share a preconditioner: a multiple of every tile.
-RUN = 256
-# lambda in G + lambda I is at least this share of the largest variance: smaller, its factor has no digits left.
-FLOOR: tl.constexpr = tl.constexpr(2.0**-12)
+# Queries that share a preconditioner, and keys a chunk: a multiple of every tile. Causal queries of the first have
+# none; a matrix more costs time and memory.
+RUN = 512
+# lambda in G + lambda I is at least this share of the largest variance: smaller, and the inverse, rounded to float16,
+# would not be definite.
+FLOOR: tl.constexpr = tl.constexpr(2.0**-8)
 # Where it is worth it, (4.5), and where it fits, (4.6).
 WORTH: tl.constexpr = tl.constexpr(Gram.WORTH)
 FIT_LEAST: tl.constexpr = tl.constexpr(Gram.FIT[0])
 FIT_MOST: tl.constexpr = tl.constexpr(Gram.FIT[1])
 
 
-@triton.jit(do_not_specialize=[*NUMBERS, "runs"])
-def gram_kernel(
-    k_ptr, units, ridge_ptr, scratch, gram_out, factor_out, worth_out, k_stride_b, k_stride_h, k_stride_s,
-    ridge_stride_b, ridge_stride_h, ridge_stride_s,
-    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, runs,
+@triton.jit(do_not_specialize=[*NUMBERS, "chunks"])
+def gram_sums_kernel(
+    k_ptr, sums_out, k_stride_b, k_stride_h, k_stride_s,
+    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, chunks,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, RUN: tl.constexpr,
-    BLOCK_K: tl.constexpr, WARPS: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """Of each run of RUN queries: gram_out, G + lambda I, and factor_out, L^-T of it, both (heads, runs, D, D) in
-    units of powers of two; and worth_out (heads, runs), whether the two are to be used: 0 if not, and then they are
-    not written. scratch: (heads, runs, 2 D, D).
-
-    lambda is the mean of the run's finite ones. The keys are those that all of the run's queries see; with a window,
-    those before it.
-    """
-    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, RUN, CAUSAL, False)
-    if outside(at, at.q_len, cu_q):
-        return
-    _, k_unit, _ = units_of(units, at, n_heads, group)
-    slot = at.q_head.to(tl.int64) * runs + at.start // RUN
+    """sums_out (heads of keys, chunks, D + 1, D): of x = k - (the head's first key), sum x x^T over sum x, of each
+    chunk of RUN keys."""
+    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, RUN, CAUSAL, True)
     k_base = keys_of(k_ptr, k_stride_b, k_stride_h, k_stride_s, at)
     dim = tl.arange(0, BLOCK_D)
-    first, stop = 0, at.k_stop
-    if CAUSAL:
-        stop = between(at.start + at.shift, 0, at.k_stop)
-        if window is not None:
-            first = between(at.start + at.shift - window, 0, stop)
-    origin_at = k_base + tl.cast(first, tl.int64) * k_stride_s + dim
-    origin = tl.load(origin_at, mask=(dim < HEAD_DIM) & (first < stop), other=0.0)  # (D,)
+    origin = tl.load(k_base + dim, mask=(dim < HEAD_DIM) & (at.k_stop > 0), other=0.0)  # (D,)
+    stop = tl.minimum(at.start + RUN, at.k_stop)
     gram, total = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
-    for j in tl.range(first, stop, BLOCK_N):
+    for j in tl.range(at.start, stop, BLOCK_N):
         k = load_tile(k_base, k_stride_s, j, stop, HEAD_DIM, BLOCK_N, BLOCK_D, True).to(tl.float32)  # (N, D)
         x = tl.where((j + tl.arange(0, BLOCK_N) < stop)[:, None], k - origin.to(tl.float32)[None, :], 0.0)
         x = rounded(x, origin, PRECISION)
         gram = times(tl.trans(x), x, gram, PRECISION)  # (D, D)
         total += tl.sum(x.to(tl.float32), 0)
-    share = inverse_or_zero((stop - first).to(tl.float32))
+    slot = at.k_head.to(tl.int64) * chunks + at.start // RUN
+    sums_out += slot * (BLOCK_D + 1) * BLOCK_D
+    tl.store(sums_out + dim[:, None] * BLOCK_D + dim[None, :], gram)
+    tl.store(sums_out + BLOCK_D * BLOCK_D + dim, total)
+
+
+@triton.jit(do_not_specialize=[*NUMBERS, "chunks", "runs"])
+def gram_kernel(
+    q_ptr, sums_ptr, units, origin_ptr, k_mean_ptr, ridge_ptr, b_ptr, probe_ptr, scratch, inverse_out, use_out,
+    q_stride_b, q_stride_h, q_stride_s, ridge_stride_b, ridge_stride_h, ridge_stride_s,
+    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, chunks, runs,
+    ADJOINT: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, RUN: tl.constexpr,
+    BLOCK_K: tl.constexpr, WARPS: tl.constexpr, PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """Of each run of RUN queries: use_out (heads, runs), whether its queries are to use inverse_out (heads, runs, D,
+    D), (G + lambda I)^-1 but for a power of two; where not, it is not written. scratch: (heads, runs, 2 D, D).
+
+    lambda is the mean of the run's finite ones. The keys are those that all of the run's queries see, with a window
+    those before it: the whole chunks of them.
+    """
+    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, RUN, CAUSAL, False)
+    q_unit, k_unit, _ = units_of(units, at, n_heads, group)
+    slot = at.q_head.to(tl.int64) * runs + at.start // RUN
+    tl.store(use_out + slot, 0)
+    first, last = 0, tl.cdiv(at.k_stop, RUN)
+    if CAUSAL:
+        stop = between(at.start + at.shift, 0, at.k_stop)
+        last = stop // RUN
+        if window is not None:
+            first = tl.cdiv(between(at.start + at.shift - window, 0, stop), RUN)
+    dim = tl.arange(0, BLOCK_D)
+    at_matrix = dim[:, None] * BLOCK_D + dim[None, :]
+    gram, total = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    for c in tl.range(first, last):
+        sums = sums_ptr + (at.k_head.to(tl.int64) * chunks + c) * (BLOCK_D + 1) * BLOCK_D
+        gram += tl.load(sums + at_matrix)  # (D, D)
+        total += tl.load(sums + BLOCK_D * BLOCK_D + dim)  # (D,)
+    share = inverse_or_zero((tl.minimum(last * RUN, at.k_stop) - first * RUN).to(tl.float32))
     mean = total * share
     row = at.start + tl.arange(0, RUN)
     there = row < at.q_len
@@ -99,61 +126,80 @@ def gram_kernel(
     scaled = gram * inverse_power(unit)
     trace = tl.sum(tl.where(inside & on_diagonal, scaled, 0.0))
     worth = tl.sum(tl.where(inside, scaled * scaled, 0.0)) * HEAD_DIM / (trace * trace)
-    if (worth > WORTH) & (largest < float("inf")) & (ridge > 0):
-        at_gram = slot * BLOCK_D * BLOCK_D + dim[:, None] * BLOCK_D + dim[None, :]
-        tl.store(gram_out + at_gram, scaled.to(gram_out.dtype.element_ty))
-        tl.store(worth_out + slot, unit)
-        a = scratch + slot * (2 * BLOCK_D * BLOCK_D)
-        further = a + BLOCK_D * BLOCK_D
-        tl.store(a + dim[:, None] * BLOCK_D + dim[None, :], gram)
-        tl.store(further + dim[:, None] * BLOCK_D + dim[None, :], tl.where(on_diagonal, 1.0, 0.0))
+    if ~((last > first) & (worth > WORTH) & (largest < float("inf")) & (ridge > 0)):
+        return
+    # (4.6), above and below the line summed over the run's queries.
+    q_base = queries_of(q_ptr, q_stride_b, q_stride_h, q_stride_s, at)
+    found, expected = 0.0, 0.0
+    for i in tl.range(at.start, tl.minimum(at.start + RUN, at.q_len), BLOCK_M):
+        q = load_tile(q_base, q_stride_s, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
+        member = i + tl.arange(0, BLOCK_M)
+        own = tl.load(ridge_base + member.to(tl.int64) * ridge_stride_s, mask=member < at.q_len, other=1.0)  # (M,)
+        if ADJOINT:  # the probe z has z.A z = z.d
+            x = load_tile(rows_of(probe_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+            x = x * k_unit
+            d = load_tile(rows_of(k_mean_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+            d = d * inverse_power(k_unit) - query_in(q, q_unit, k_unit, origin_ptr, at, HEAD_DIM)
+            curvature = tl.sum(x * d, 1)  # (M,)
+            inverse_size = inverse_or_zero(tl.sqrt(tl.sum(x * x, 1)))
+            curvature *= inverse_size * inverse_size
+        else:  # the first guess's direction u has C u = b
+            x = q.to(tl.float32) * shortening(q)[:, None]
+            image = load_tile(rows_of(b_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+            inverse_size = inverse_or_zero(tl.sqrt(tl.sum(x * x, 1)))
+            curvature = tl.sum(x * image, 1) * inverse_size * inverse_size + ridge_in(own, k_unit)
+        some = sees_some(member, at, window, CAUSAL) & finite(own) & finite(curvature) & (inverse_size > 0)
+        x = rounded(tl.where(some[:, None], x * inverse_size[:, None], 0.0), q, PRECISION)  # (M, D) of unit length
+        matrix = rounded(scaled, q, PRECISION)  # (D, D)
+        expected += tl.sum(times(x, matrix, zeros(x, matrix), PRECISION) * x.to(tl.float32)) * unit
+        found += tl.sum(tl.where(some, curvature, 0.0))
+    if ~((found > expected * FIT_LEAST) & (found < expected * FIT_MOST)):
+        return
+    tl.store(use_out + slot, 1)
+    a = scratch + slot * (2 * BLOCK_D * BLOCK_D)
+    further = a + BLOCK_D * BLOCK_D
+    tl.store(a + at_matrix, gram)
+    tl.store(further + at_matrix, tl.where(on_diagonal, 1.0, 0.0))
+    tl.debug_barrier()
+    W: tl.constexpr = WARPS
+    rows_of_warp: tl.constexpr = BLOCK_D // W
+    k_row = tl.arange(0, W)[:, None] * rows_of_warp + tl.arange(0, rows_of_warp)[None, :]  # (W, D / W)
+    b = tl.zeros([W, PANEL], tl.float32)
+    rows, more, own = panel_of(a, further, k_row, k_row, 0, BLOCK_D)
+    for p in tl.range(0, BLOCK_D, PANEL):
+        _rows, _more, b, _square, later = factored_panel(
+            rows, more, own, b, p, a, further, None, k_row, k_row, ridge, BLOCK_D, BLOCK_K, PRODUCTS
+        )  # fmt: skip
+        rows, more, own = later
         tl.debug_barrier()
-        W: tl.constexpr = WARPS
-        rows_of_warp: tl.constexpr = BLOCK_D // W
-        k_row = tl.arange(0, W)[:, None] * rows_of_warp + tl.arange(0, rows_of_warp)[None, :]  # (W, D / W)
-        factor_unit = power_of_two(tl.rsqrt(ridge))
-        b = tl.zeros([W, PANEL], tl.float32)
-        rows, more, own = panel_of(a, further, k_row, k_row, 0, BLOCK_D)
-        for p in tl.range(0, BLOCK_D, PANEL):
-            rows, more, b, _square, later = factored_panel(
-                rows, more, own, b, p, a, further, None, k_row, k_row, ridge, BLOCK_D, BLOCK_K, PRODUCTS
-            )  # fmt: skip
-            column = p + tl.arange(0, PANEL)
-            to = factor_out + slot * BLOCK_D * BLOCK_D + k_row[:, :, None] * BLOCK_D + column[None, None, :]
-            tl.store(to, (more * inverse_power(factor_unit)).to(factor_out.dtype.element_ty))  # (W, D / W, P) of L^-T
-            rows, more, own = later
-            tl.debug_barrier()
-    else:
-        tl.store(worth_out + slot, 0.0)
+    factor = tl.load(further + at_matrix) * inverse_power(power_of_two(tl.rsqrt(ridge)))  # (D, D) L^-T
+    factor = rounded(factor, tl.zeros([1], inverse_out.dtype.element_ty), PRECISION)
+    inverse = times(factor, tl.trans(factor), zeros(factor, tl.trans(factor)), PRECISION)  # (D, D)
+    tl.store(inverse_out + slot * BLOCK_D * BLOCK_D + at_matrix, inverse.to(inverse_out.dtype.element_ty))
 
 
 @triton.jit
-def fits(x, curvature, gram_ptr, worth, some, like, PRECISION: tl.constexpr, D: tl.constexpr):
-    """Whether a tile is to use its run's preconditioner: ``worth`` is not 0, and (4.6) is about 1 for the directions of
-    x (M, D), of which x.A x is ``curvature`` (M,), above and below the line summed over ``some`` of the queries."""
-    gram = load_tile(gram_ptr, D, 0, D, D, D, D, False)  # (D, D)
-    size = tl.sqrt(tl.sum(x * x, 1))
-    share = tl.where(some & finite(curvature), inverse_or_zero(size), 0.0)  # (M,)
-    unit_x = rounded(tl.where((share > 0)[:, None], x * share[:, None], 0.0), like, PRECISION)  # (M, D)
-    image = times(unit_x, gram, zeros(unit_x, gram), PRECISION)
-    expected = tl.sum(image * unit_x.to(tl.float32)) * worth
-    found = tl.sum(tl.where(share > 0, curvature * share * share, 0.0), 0)
-    return (worth > 0) & (found > expected * FIT_LEAST) & (found < expected * FIT_MOST)
-
-
-@triton.jit
-def preconditioned(r, use, factor_ptr, like, PRECISION: tl.constexpr, D: tl.constexpr):
-    """L^-T L^-1 r of each row of r, (M, D), but for a factor; r itself of rows that do not ``use`` it, (M,). Without a
-    branch: Triton does not compile one with products for Blackwell."""
-    factor = load_tile(factor_ptr, D, 0, D, D, D, D, False)  # (D, D) L^-T
+def preconditioned(r, use, inverse_ptr, like, PRECISION: tl.constexpr, D: tl.constexpr):
+    """(G + lambda I)^-1 r of each row of r, (M, D), but for a factor; r itself of rows that do not ``use`` it, (M,)."""
+    inverse = load_tile(inverse_ptr, D, 0, D, D, D, D, False)  # (D, D)
     size = tl.sqrt(tl.sum(r * r, 1))
     x = rounded(r * inverse_or_zero(size)[:, None], like, PRECISION)  # (M, D)
-    x = rounded(times(x, factor, zeros(x, factor), PRECISION), like, PRECISION)  # (M, D) rows times L^-T
-    y = times(x, tl.trans(factor), zeros(x, tl.trans(factor)), PRECISION) * size[:, None]
-    return tl.where(use[:, None], y, r)
+    return tl.where(use[:, None], times(x, inverse, zeros(x, inverse), PRECISION) * size[:, None], r)
 
 
 def settings(d: int) -> dict[str, Any]:
     """Tiles and warps of `gram_kernel` for padded widths ``d``."""
     warps = min(4 if d <= 64 else 8, d // PANEL.value)
-    return {"BLOCK_N": 64, "BLOCK_K": 16, "WARPS": warps, "PRODUCTS": "tf32x3", "num_warps": warps, "num_stages": 2}
+    return {
+        "BLOCK_M": 64 if d <= 64 else 32,
+        "BLOCK_K": 16,
+        "WARPS": warps,
+        "PRODUCTS": "tf32x3",
+        "num_warps": warps,
+        "num_stages": 2,
+    }
+
+
+def sums_settings(d: int) -> dict[str, Any]:
+    """The same of `gram_sums_kernel`."""
+    return {"BLOCK_N": 64, "num_warps": 4 if d <= 64 else 8, "num_stages": 2}

@@ -36,11 +36,19 @@ PROBE_SLACK = 2.0
 # Without fused multiply-adds, which Triton means to stop using by default, every sweep takes a third more instructions.
 COMPILER = {"enable_fp_fusion": True}
 _tuned: dict[tuple[Any, ...], configs.Config] = {}
+# By kernel, device, settings and kinds of arguments: what Triton compiled, and the settings as its parameters follow.
+_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+_HERE = contextlib.nullcontext()
 
 
 def capability(device: torch.device) -> tuple[int, int]:
     """Of the device; on the CPU, in Triton's interpreter, that of the architecture most configs were made for."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Triton's takes microseconds."""
+    return -(-a // b)
 
 
 class Launcher:
@@ -89,8 +97,9 @@ class Launcher:
 
     def strides(self, *tensors: Tensor) -> tuple[int, ...]:
         """Of batch, head and row of each."""
-        packed = self.problem.mask.packed
-        return tuple(0 if packed and i == 0 else t.stride(i) for t in tensors for i in range(3))
+        if self.problem.mask.packed:
+            return tuple([stride for t in tensors for stride in (0, *t.stride()[1:3])])
+        return tuple([stride for t in tensors for stride in t.stride()[:3]])
 
     def target(self, out: Tensor) -> Tensor:
         """What a kernel writes instead of ``out``: itself, where its rows are such as kernels take."""
@@ -131,7 +140,7 @@ class Launcher:
         # Runs of rows that look for a head's largest number side by side; the interpreter has no sides.
         chunks = 16 if self.device.type == "cuda" else 1
         longest, slots = max(self.longest), self.n_heads + 2 * self.n_shared
-        chunk = triton.cdiv(triton.cdiv(longest, chunks), CAST_ROWS) * CAST_ROWS
+        chunk = cdiv(cdiv(longest, chunks), CAST_ROWS) * CAST_ROWS
         largest, flawed = torch.empty(2, slots, chunks, device=self.device)
         units, flaws = torch.empty(2, slots, device=self.device)
         outs = [torch.empty(t.shape, dtype=self.operand, device=self.device) for t in tensors]
@@ -143,7 +152,7 @@ class Launcher:
             *strides, *self.runs, *self.lengths, chunk, **sizes,
         )  # fmt: skip
         self.run(
-            prepare.cast_kernel, "cast", (self.n_heads * triton.cdiv(longest, CAST_ROWS), 3), *tensors, self.k_most,
+            prepare.cast_kernel, "cast", (self.n_heads * cdiv(longest, CAST_ROWS), 3), *tensors, self.k_most,
             self.origin, largest, flawed, *outs, units, flaws, *row_flaws, *strides, *self.runs, *self.lengths, **sizes,
         )  # fmt: skip
         return (*outs, units, (flaws, *row_flaws))
@@ -155,26 +164,29 @@ class Launcher:
         y, y_unit = self.vectors(self.operand, grad_o.shape[-1]), self.rows()
         z, z_size = self.vectors(self.operand), self.rows()
         self.run(
-            prepare.cast_rows_kernel, "cast", (self.n_heads * triton.cdiv(self.longest[0], CAST_ROWS),),
+            prepare.cast_rows_kernel, "cast", (self.n_heads * cdiv(self.longest[0], CAST_ROWS),),
             grad_o, guard, probe, y, y_unit, z, z_size, *self.strides(grad_o), self.runs[0], *self.lengths,
             PRECISION=self.precision, BLOCK_M=CAST_ROWS, **self.dims,
         )  # fmt: skip
         return y, y_unit, z, z_size
 
-    def sweep(self, kernel: Any, name: str, *arguments: Any, over_keys: bool = False, **settings: Any) -> None:
-        """Launch ``kernel`` of pass ``name``, one program a tile of queries (``over_keys``: of keys) and head."""
+    def sweep(
+        self, kernel: Any, name: str, *arguments: Any, over_keys: bool = False, tune: bool = True, **settings: Any
+    ) -> None:
+        """Launch ``kernel`` of pass ``name``, one program a tile of queries (``over_keys``: of keys) and head;
+        ``tune``: with the config that FLASHLLA_AUTOTUNE=1 finds."""
         heads = self.n_shared if over_keys else self.n_heads
         settings.update(self.dims, CAUSAL=self.problem.mask.causal, PRECISION=self.precision)
 
         def with_config(c: configs.Config) -> None:
-            tiles = triton.cdiv(self.longest[over_keys], c.n if over_keys else c.m)
+            tiles = cdiv(self.longest[over_keys], c.n if over_keys else c.m)
             self.run(kernel, name, (heads * tiles,), *arguments, **c.options(), **settings)
 
-        with_config(self.config(name, with_config))
+        with_config(self.config(name, with_config if tune else None))
 
-    def config(self, name: str, with_config: Callable[[configs.Config], None]) -> configs.Config:
+    def config(self, name: str, with_config: Callable[[configs.Config], None] | None) -> configs.Config:
         key = (name, max(self.problem.head_dim, self.problem.v_dim), self.operand, capability(self.device))
-        if os.environ.get("FLASHLLA_AUTOTUNE") != "1" or self.device.type != "cuda":
+        if with_config is None or os.environ.get("FLASHLLA_AUTOTUNE") != "1" or self.device.type != "cuda":
             return configs.config(*key)
         if key not in _tuned:
             _tuned[key] = fastest(configs.candidates(*key), with_config)
@@ -187,18 +199,44 @@ class Launcher:
 def run(
     kernel: Any, name: str, grid: tuple[int, ...], device: torch.device, *arguments: Any, **settings: Any
 ) -> None:  # fmt: skip
-    """Launch ``kernel`` of pass ``name``."""
-    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Launch ``kernel`` of pass ``name``.
+
+    From the second launch of a kind on without Triton's look at every argument, which takes as long as a short kernel.
+    """
+    if device.type != "cuda":
+        on_device: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    elif device.index == torch.cuda.current_device():
+        on_device = _HERE
+    else:
+        on_device = torch.cuda.device(device)
+    key = kernel, device, tuple(settings.items()), kinds(arguments)
     try:
         with on_device:
-            kernel[grid](*arguments, **settings, **COMPILER)
+            if (known := _compiled.get(key)) is not None:
+                compiled, rest = known
+                compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
+                return
+            compiled = kernel[grid](*arguments, **settings, **COMPILER)
+            if compiled is not None:  # as it is in Triton's interpreter
+                _compiled[key] = compiled, [settings[parameter] for parameter in kernel.arg_names[len(arguments) :]]
     except Exception as error:
-        dtypes = {str(a.dtype).removeprefix("torch.") for a in arguments[:3]}
+        dtypes = {str(a.dtype).removeprefix("torch.") for a in arguments[:3] if isinstance(a, Tensor)}
         raise RuntimeError(
             f"flashlla: the Triton backends could not compile or launch kernel {kernel.__name__} (pass {name!r}, "
             f"{', '.join(sorted(dtypes))}, config {settings}) on {device} with Triton {triton.__version__}. "
             f"Use another backend: flashlla.set_backend('chunked'), or FLASHLLA_BACKEND=chunked."
         ) from error
+
+
+def kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of a kernel's arguments all that Triton compiles for: None or not, dtypes and whether pointers are aligned, and
+    of integers whether they are 1, multiples of 16 and of 32 bits."""
+    return tuple([
+        (x == 1, x % 16 == 0, x.bit_length() < 32) if type(x) is int
+        else type(x) if x is None or type(x) is float
+        else (x.dtype, x.data_ptr() % 16 == 0)
+        for x in arguments
+    ])  # fmt: skip
 
 
 def with_unit_stride(t: Tensor) -> Tensor:
@@ -227,7 +265,7 @@ def tolerances(problem: Problem, adjoint: bool) -> tuple[float, float, float, in
     solver: Any = problem.solver
     floor = resolution(problem.dtype)
     coarse = (PROBE_SLACK * floor) ** 2 if problem.dtype == torch.bfloat16 and not adjoint else 0.0
-    return solver.atol, max(solver.rtol, floor**2), coarse, solver.max_iters
+    return float(solver.atol), max(float(solver.rtol), floor**2), coarse, int(solver.max_iters)
 
 
 def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
@@ -266,30 +304,40 @@ def solve(
     the ``adjoint`` probe, with the lengths of ``b``'s rows, the probe and z.y to fill."""
     iterations, residual, converged = report or (shift,) * 3  # what is not given is not touched
     b_size, probe, z_y = adjoint or (shift,) * 3
-    runs = triton.cdiv(at.problem.q_len, gram_kernels.RUN)
-    shared = gram(at, ridge, runs) if preconditioner == "gram" else (None,) * 3
-    at.sweep(
-        solve_kernel, "solve_gram" if preconditioner == "gram" else "solve",
-        at.q, at.k, at.units, at.origin, shift, k_mean, ridge, b, b_size, probe, *shared, x,
-        z_y, iterations, residual, converged,
-        *at.strides(at.q, at.k, ridge), *at.where, at.problem.scale, *tolerances(at.problem, adjoint is not None), runs,
-        ADJOINT=adjoint is not None, PRECONDITIONER=preconditioner, RUN=gram_kernels.RUN,
-    )  # fmt: skip
+    runs = cdiv(at.problem.q_len, gram_kernels.RUN)
+    shared = gram(at, ridge, k_mean, b, probe, runs, adjoint is not None) if preconditioner == "gram" else (None, None)
+    for which in ("none", "gram") if preconditioner == "gram" else (preconditioner,):
+        at.sweep(
+            solve_kernel, "solve_gram" if which == "gram" else "solve",
+            at.q, at.k, at.units, at.origin, shift, k_mean, ridge, b, b_size, probe, *shared, x,
+            z_y, iterations, residual, converged,
+            *at.strides(at.q, at.k, ridge), *at.where, at.problem.scale, *tolerances(at.problem, adjoint is not None),
+            runs, ADJOINT=adjoint is not None, PRECONDITIONER=which, RUN=gram_kernels.RUN,
+            tune=preconditioner != "gram",  # either may have no tile that is its own
+        )  # fmt: skip
 
 
-def gram(at: Launcher, ridge: Tensor, runs: int) -> tuple[Tensor, ...]:
-    """What the preconditioner "gram" is made of, as `gram_kernel` describes it."""
-    d = at.dims["BLOCK_D"]
-    matrices = at.n_heads, runs, d, d
-    given, factor = (torch.empty(matrices, dtype=at.operand, device=at.device) for _ in range(2))
-    worth = torch.empty(at.n_heads, runs, device=at.device)
+def gram(
+    at: Launcher, ridge: Tensor, k_mean: Tensor, b: Tensor, probe: Tensor, runs: int, adjoint: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The preconditioner "gram": the matrices, and which ``runs`` of queries have one."""
+    d, run_length = at.dims["BLOCK_D"], gram_kernels.RUN
+    chunks = cdiv(at.problem.k_len, run_length)
+    sums = torch.empty(at.n_shared, chunks, d + 1, d, device=at.device)
+    inverse = torch.empty(at.n_heads, runs, d, d, dtype=at.operand, device=at.device)
     scratch = torch.empty(at.n_heads, runs, 2 * d, d, device=at.device)
+    use = torch.empty(at.n_heads, runs, dtype=torch.int32, device=at.device)
+    common = {"CAUSAL": at.problem.mask.causal, "PRECISION": at.precision, "RUN": run_length, **at.dims}
     at.run(
-        gram_kernels.gram_kernel, "gram", (at.n_heads * runs,), at.k, at.units, ridge, scratch, given, factor, worth,
-        *at.strides(at.k, ridge), *at.where, runs, CAUSAL=at.problem.mask.causal, PRECISION=at.precision,
-        RUN=gram_kernels.RUN, **gram_kernels.settings(d), **at.dims,
+        gram_kernels.gram_sums_kernel, "gram", (at.n_shared * chunks,), at.k, sums, *at.strides(at.k), *at.where,
+        chunks, **gram_kernels.sums_settings(d), **common,
     )  # fmt: skip
-    return given, factor, worth
+    at.run(
+        gram_kernels.gram_kernel, "gram", (at.n_heads * runs,), at.q, sums, at.units, at.origin, k_mean, ridge, b,
+        probe, scratch, inverse, use, *at.strides(at.q, ridge), *at.where, chunks, runs, ADJOINT=adjoint,
+        **gram_kernels.settings(d), **common,
+    )  # fmt: skip
+    return inverse, use
 
 
 def backward(
@@ -318,7 +366,7 @@ def backward(
     outs = [at.target(x) for x in (dq, dk, dv)]
     dridge = at.rows()
     # What queries hand on to keys: whole tiles of queries, a sequence's apart from the next one's.
-    tiles = triton.cdiv(problem.q_len, configs.ROWS_PAD) + (problem.sequences if problem.mask.packed else 0)
+    tiles = cdiv(problem.q_len, configs.ROWS_PAD) + (problem.sequences if problem.mask.packed else 0)
     rows = torch.empty(5, problem.batch * problem.q_heads, tiles * configs.ROWS_PAD, device=at.device)
     top = torch.zeros(at.n_shared, device=at.device)
     at.sweep(

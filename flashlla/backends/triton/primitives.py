@@ -258,6 +258,17 @@ def inverse_or_zero(x):
 
 
 @triton.jit
+def shortening(q):
+    """Of each row of operands q (M, D) a power of two that makes it no longer than 1, and not by much shorter: (M,).
+
+    Exact but for lengths that no power of two in range mends, so that products made with it in one kernel are those of
+    the very vector that another makes with it.
+    """
+    span: tl.constexpr = 8.0 if q.shape[1] <= 16 else (16.0 if q.shape[1] <= 64 else 32.0)  # at least 2 sqrt(D)
+    return inverse_power(power_of_two(tl.max(tl.abs(q.to(tl.float32)), 1))) * (1 / span)
+
+
+@triton.jit
 def visible(row, key, at, window, CAUSAL: tl.constexpr):
     """Whether queries ``row`` see ``key``s; shapes broadcast. ``window``: the latest keys that one sees, or None."""
     if CAUSAL:

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
+import flashlla
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def circumstances(device: str = "cuda" if torch.cuda.is_available() else "cpu") -> dict[str, Any]:
     """Date, versions, and the name of the device."""
-    packages: dict[str, str | None] = {}
-    for package in ("flashlla", "torch", "triton", "numpy"):
+    packages: dict[str, str | None] = {"flashlla": flashlla.__version__}  # installed or not
+    for package in ("torch", "triton", "numpy"):
         try:
             packages[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -132,7 +132,7 @@ def _panels(lines: list[Line], draw: Callable[[Any, list[Line]], None], path: Pa
     from matplotlib.ticker import LogFormatter
 
     passes = list(dict.fromkeys(line["pass"] for line in lines))
-    figure = Figure(figsize=(5 * len(passes), 5), layout="constrained")
+    figure = Figure(figsize=(6.5 * len(passes), 5), layout="constrained")
     for axes, which in zip(figure.subplots(1, len(passes), squeeze=False)[0], passes):
         axes.set(title=which, xscale="log", yscale="log")
         axes.xaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))  # 20, not 2 x 10^1

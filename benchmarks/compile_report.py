@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 
-from flashlla.backends.triton import GRAM_WIDEST, configs
+from flashlla.backends.triton import configs
 from flashlla.problem import Inputs, Mask, Problem, Residuals
 from flashlla.solvers import CG
 
@@ -46,7 +46,7 @@ POINTERS = {
 }
 
 
-def calls(head_dim: int, dtype: torch.dtype) -> Iterator[tuple[Problem, Inputs, str]]:
+def calls(head_dim: int, dtype: torch.dtype, architecture: int) -> Iterator[tuple[Problem, Inputs, str]]:
     """What is compiled: (problem, its inputs, preconditioner) of the plain call, then of what makes other kernels."""
     meta = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device="meta")
     q, shared = meta(2, 6, 512, head_dim, dtype=dtype), meta(2, 2, 512, head_dim, dtype=dtype)
@@ -56,7 +56,8 @@ def calls(head_dim: int, dtype: torch.dtype) -> Iterator[tuple[Problem, Inputs, 
     packed = dataclasses.replace(grouped, batch=1, sequences=8, longest_q=512, longest_k=512, mask=Mask(packed=True))
     yield plain, Inputs(q, q, q, rows), "none"
     yield plain, Inputs(q, q, q, rows), "jacobi"
-    if head_dim <= GRAM_WIDEST:
+    operand = torch.float32 if dtype == torch.float32 else torch.float16
+    if head_dim <= configs.gram_widest(operand, divmod(architecture, 10)):
         yield plain, Inputs(q, q, q, rows), "gram"
     yield dataclasses.replace(plain, mask=Mask(causal=False)), Inputs(q, q, q, rows), "none"
     yield grouped, Inputs(q, shared, shared, rows), "none"
@@ -102,7 +103,7 @@ def launches(
         mock.patch.object(decode, "capability", return_value=divmod(architecture, 10)),
         mock.patch.object(torch, "get_float32_matmul_precision", return_value=precision),
     ):
-        for problem, inputs, preconditioner in calls(head_dim, dtype):
+        for problem, inputs, preconditioner in calls(head_dim, dtype, architecture):
             if plain and (problem.mask != Mask() or problem.group > 1):
                 continue
             launch.forward(problem, inputs, preconditioner)

@@ -495,6 +495,8 @@ def test_what_a_chip_has_no_shared_memory_for() -> None:
     assert configs.too_large(200, torch.float16, (8, 9)) is None
     assert configs.too_large(128, torch.float32, (12, 0)) is None
     assert configs.too_large(256, torch.float32, (9, 0)) is None
+    assert configs.gram_widest(torch.float32, (8, 9)) == 64
+    assert configs.gram_widest(torch.float32, (8, 0)) == configs.gram_widest(torch.float16, (8, 9)) == 128
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])

@@ -18,8 +18,6 @@ from flashlla.backends.triton import configs
 from flashlla.problem import Forward, Gradients, Inputs, Problem, Residuals, empty_output
 from flashlla.solvers import CG, PCG, Direct, Gram, Jacobi, Solver
 
-# Widest head dim of which registers hold the preconditioner "gram" while it is made.
-GRAM_WIDEST = 128
 # More keys than this, and the default solver has it: fewer are over before it pays.
 GRAM_LEAST_KEYS = 1024
 
@@ -140,11 +138,12 @@ def _without_gram(problem: Problem) -> str | None:
     """Why the preconditioner "gram" is not made for this problem; None where it is."""
     if problem.mask.packed:
         return "its preconditioner 'gram' is not made for packed sequences"
-    widest = max(problem.head_dim, problem.v_dim)
+    on_gpu = problem.device.type == "cuda"
+    capability = torch.cuda.get_device_capability(problem.device) if on_gpu else (9, 0)
+    operand = torch.float32 if problem.dtype == torch.float32 else torch.float16
+    widest, most = max(problem.head_dim, problem.v_dim), configs.gram_widest(operand, capability)
     return (
-        f"its preconditioner 'gram' takes head dims up to {GRAM_WIDEST}, and this one is {widest}"
-        if widest > GRAM_WIDEST
-        else None
+        None if widest <= most else f"its preconditioner 'gram' takes head dims up to {most}, and this one is {widest}"
     )
 
 

@@ -102,6 +102,12 @@ def too_large(head_dim: int, operand: torch.dtype, capability: tuple[int, int]) 
     return None
 
 
+def gram_widest(operand: torch.dtype, capability: tuple[int, int]) -> int:
+    """The widest head dim that the preconditioner "gram" is made for: while it is made, registers hold its matrix, and
+    shared memory two of them."""
+    return 64 if too_large(256, operand, capability) else 128
+
+
 def padded(head_dim: int) -> int:
     """The power of two that tiles of ``head_dim`` columns take up."""
     return max(16, 1 << (head_dim - 1).bit_length())

@@ -56,8 +56,7 @@ def calls(head_dim: int, dtype: torch.dtype, architecture: int) -> Iterator[tupl
     packed = dataclasses.replace(grouped, batch=1, sequences=8, longest_q=512, longest_k=512, mask=Mask(packed=True))
     yield plain, Inputs(q, q, q, rows), "none"
     yield plain, Inputs(q, q, q, rows), "jacobi"
-    operand = torch.float32 if dtype == torch.float32 else torch.float16
-    if head_dim <= configs.gram_widest(operand, divmod(architecture, 10)):
+    if head_dim <= configs.gram_widest(dtype, divmod(architecture, 10)):
         yield plain, Inputs(q, q, q, rows), "gram"
     yield dataclasses.replace(plain, mask=Mask(causal=False)), Inputs(q, q, q, rows), "none"
     yield grouped, Inputs(q, shared, shared, rows), "none"
@@ -74,7 +73,7 @@ def decodings(head_dim: int, dtype: torch.dtype, plain: bool) -> None:
     q, ridge = meta(2, 6, 1, head_dim, dtype=dtype), meta(2, 6, 1, dtype=torch.float32)
     width = configs.padded(head_dim)
     full = torch.get_float32_matmul_precision() == "highest"
-    large = configs.large(decode.capability(q.device))
+    large = configs.large(configs.capability(q.device))
     usual = decode.tuning(width, width, dtype != torch.float32, full, large)
     for page in (0,) if plain else (0, 16, 256):
         cache = meta(*((32, 2, page) if page else (2, 2, 4096)), head_dim, dtype=dtype)
@@ -99,8 +98,7 @@ def launches(
     with (
         mock.patch.object(launch, "run", record),
         mock.patch.object(decode, "run", record),
-        mock.patch.object(launch, "capability", return_value=divmod(architecture, 10)),
-        mock.patch.object(decode, "capability", return_value=divmod(architecture, 10)),
+        mock.patch.object(configs, "capability", return_value=divmod(architecture, 10)),
         mock.patch.object(torch, "get_float32_matmul_precision", return_value=precision),
     ):
         for problem, inputs, preconditioner in calls(head_dim, dtype, architecture):

@@ -300,9 +300,8 @@ def test_gram_is_the_default_of_long_sequences_in_16_bits(monkeypatch: pytest.Mo
 
     def iterations(length: int, dtype: torch.dtype, solver: str | None) -> torch.Tensor:
         tensors = (t[:, :, :length].to(dtype) for t in (q, k, v))
-        return lla_attention(*tensors, ridge_lambda=0.02, backend="triton", solver=solver, return_info=True)[
-            1
-        ].iterations
+        _, info = lla_attention(*tensors, ridge_lambda=0.02, backend="triton", solver=solver, return_info=True)
+        return info.iterations
 
     bf16, fp32 = torch.bfloat16, torch.float32
     assert torch.equal(iterations(150, bf16, None), iterations(150, bf16, "pcg_gram"))

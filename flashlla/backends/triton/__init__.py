@@ -61,7 +61,7 @@ class Triton(Backend):
             return f"its kernels run on CUDA tensors, and these are on {problem.device}"
         if interpreted():
             return "TRITON_INTERPRET=1 is set: the kernels run on CPU tensors"
-        major, minor = torch.cuda.get_device_capability(problem.device)
+        major, minor = configs.capability(problem.device)
         if major < 8:
             return f"it needs compute capability 8.0, and {problem.device} has {major}.{minor}"
         return None
@@ -72,10 +72,8 @@ class Triton(Backend):
         widest = max(problem.head_dim, problem.v_dim)
         if widest > 256:
             return f"it takes head dims up to 256, and this one is {widest}"
-        if problem.device.type == "cuda" and problem.dtype == torch.float32:
-            capability = torch.cuda.get_device_capability(problem.device)
-            if reason := configs.too_large(widest, problem.dtype, capability):
-                return reason
+        if problem.device.type == "cuda":
+            return configs.too_large(widest, problem.dtype, configs.capability(problem.device))
         return None
 
     def _solver(self, problem: Problem) -> str | None:
@@ -138,13 +136,11 @@ def _without_gram(problem: Problem) -> str | None:
     """Why the preconditioner "gram" is not made for this problem; None where it is."""
     if problem.mask.packed:
         return "its preconditioner 'gram' is not made for packed sequences"
-    on_gpu = problem.device.type == "cuda"
-    capability = torch.cuda.get_device_capability(problem.device) if on_gpu else (9, 0)
-    operand = torch.float32 if problem.dtype == torch.float32 else torch.float16
-    widest, most = max(problem.head_dim, problem.v_dim), configs.gram_widest(operand, capability)
-    return (
-        None if widest <= most else f"its preconditioner 'gram' takes head dims up to {most}, and this one is {widest}"
-    )
+    widest = max(problem.head_dim, problem.v_dim)
+    most = configs.gram_widest(problem.dtype, configs.capability(problem.device))
+    if widest > most:
+        return f"its preconditioner 'gram' takes head dims up to {most}, and this one is {widest}"
+    return None
 
 
 def _fused(solver: Solver) -> str | None:

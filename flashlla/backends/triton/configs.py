@@ -6,6 +6,7 @@ contain the length.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,12 @@ _SINGLE_SMALL: dict[int, dict[str, Config]] = {
 }
 
 
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of the device; on the CPU, in Triton's interpreter, that of the architecture most configs were made for."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
 def large(capability: tuple[int, int]) -> bool:
     """Whether the chip is one that the large tables are for."""
     return capability[0] in (9, 10)
@@ -102,10 +109,10 @@ def too_large(head_dim: int, operand: torch.dtype, capability: tuple[int, int]) 
     return None
 
 
-def gram_widest(operand: torch.dtype, capability: tuple[int, int]) -> int:
+def gram_widest(dtype: torch.dtype, capability: tuple[int, int]) -> int:
     """The widest head dim that the preconditioner "gram" is made for: while it is made, registers hold its matrix, and
     shared memory two of them."""
-    return 64 if too_large(256, operand, capability) else 128
+    return 64 if too_large(256, dtype, capability) else 128
 
 
 def padded(head_dim: int) -> int:

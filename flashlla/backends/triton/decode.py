@@ -33,7 +33,7 @@ from torch import Tensor
 
 from flashlla.backends.triton import configs
 from flashlla.backends.triton.cholesky import PANEL, factored_panel, panel_of
-from flashlla.backends.triton.launch import capability, cdiv, run
+from flashlla.backends.triton.launch import cdiv, run
 from flashlla.backends.triton.primitives import (
     LOG2E,
     finite,
@@ -528,7 +528,7 @@ def decode(
     half = q.dtype != torch.float32
     full = torch.get_float32_matmul_precision() == "highest"
     d, v = configs.padded(head_dim), configs.padded(value_dim)
-    large = configs.large(capability(q.device))
+    large = configs.large(configs.capability(q.device))
     shares = slices(d, v, large)
     t = tuned or tuning(d, v, half, full, large)
     pairs = batch * kv_heads

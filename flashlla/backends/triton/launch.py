@@ -38,12 +38,6 @@ COMPILER = {"enable_fp_fusion": True}
 _tuned: dict[tuple[Any, ...], configs.Config] = {}
 # By kernel, device, settings and kinds of arguments: what Triton compiled, and the settings as its parameters follow.
 _compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
-_HERE = contextlib.nullcontext()
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """Of the device; on the CPU, in Triton's interpreter, that of the architecture most configs were made for."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -185,7 +179,7 @@ class Launcher:
         with_config(self.config(name, with_config if tune else None))
 
     def config(self, name: str, with_config: Callable[[configs.Config], None] | None) -> configs.Config:
-        key = (name, max(self.problem.head_dim, self.problem.v_dim), self.operand, capability(self.device))
+        key = (name, max(self.problem.head_dim, self.problem.v_dim), self.operand, configs.capability(self.device))
         if with_config is None or os.environ.get("FLASHLLA_AUTOTUNE") != "1" or self.device.type != "cuda":
             return configs.config(*key)
         if key not in _tuned:
@@ -203,12 +197,8 @@ def run(
 
     From the second launch of a kind on without Triton's look at every argument, which takes as long as a short kernel.
     """
-    if device.type != "cuda":
-        on_device: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    elif device.index == torch.cuda.current_device():
-        on_device = _HERE
-    else:
-        on_device = torch.cuda.device(device)
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    on_device = torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
     key = kernel, device, tuple(settings.items()), kinds(arguments)
     try:
         with on_device:
@@ -217,7 +207,7 @@ def run(
                 compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
                 return
             compiled = kernel[grid](*arguments, **settings, **COMPILER)
-            if compiled is not None:  # as it is in Triton's interpreter
+            if compiled is not None:  # it is None in Triton's interpreter
                 _compiled[key] = compiled, [settings[parameter] for parameter in kernel.arg_names[len(arguments) :]]
     except Exception as error:
         dtypes = {str(a.dtype).removeprefix("torch.") for a in arguments[:3] if isinstance(a, Tensor)}

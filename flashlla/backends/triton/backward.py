@@ -121,8 +121,8 @@ def dq_body(
     state, rows, keys, j, k_len, seen,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
-    """One tile of sum_j dl_ij k_j and of sum_j dl_ij."""
-    acc, total = state
+    """One tile of sum_j dl_ij k_j and of sum_j dl_ij; in float32 of sum_j w_ij (1 - a_ij) and of sum_j w_ij, too."""
+    acc, total, answers, whole = state
     q, z, do, y_neg, minus_size, rest, e_mean, push, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
     k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
@@ -130,10 +130,13 @@ def dq_body(
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
     # 1 - a of (2.2)
     not_a = times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * minus_size[:, None] + rest[:, None]
+    if k.dtype == tl.float32:
+        answers += tl.sum(w * not_a, 1)
+        whole += tl.sum(w, 1)
     e = times(do, tl.trans(v), zeros(do, tl.trans(v)), PRECISION)
     e = times(y_neg, tl.trans(k), e, PRECISION) - e_mean[:, None]  # (3.2)
     dl = rounded(w * (not_a * e + push[:, None]), k, PRECISION)
-    return times(dl, k, acc, PRECISION), total + tl.sum(dl.to(tl.float32), 1)
+    return times(dl, k, acc, PRECISION), total + tl.sum(dl.to(tl.float32), 1), answers, whole
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, "rows_len"])
@@ -185,9 +188,10 @@ def dq_kernel(
     gain = tl.minimum(power_of_two((1 / (dl_top + 1e-30)) * TOP), WEIGHT * WEIGHT)
 
     factor = scale * LOG2E * q_unit * k_unit
-    acc, total = sweep_keys(
+    nothing = tl.zeros([BLOCK_M], tl.float32)
+    acc, total, answers, whole = sweep_keys(
         dq_body,
-        (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)),
+        (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), nothing, nothing, nothing),
         (q, z, do, y_neg, -z_size, 1 + a_mean, e_mean, push, shift - tl.log2(gain), factor),
         (k_base, k_stride_s, v_base, v_stride_s), at, window, HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
@@ -205,6 +209,8 @@ def dq_kernel(
     dridge = unit * (z_y * inverse_power(k_unit) * inverse_power(k_unit))
     store_rows(rows_of(dridge_out, at, 1), i, at.q_len, dridge)
 
+    if q.dtype == tl.float32:  # weights times 1 - a sum to 1 (output_kernel)
+        a_mean -= tl.where(whole > 0, answers / tl.where(whole > 0, whole, 1.0) - 1, 0.0)
     kappa = tl.abs(scale * q_unit * k_unit)
     top = do_unit * tl.maximum(tl.maximum(dl_top * kappa, e_top * z_size), spread)
     top = tl.where(top < float("inf"), top, 0.0)  # a row of NaN must not decide for the others

@@ -146,19 +146,24 @@ def output_body(
     state, rows, keys, j, k_len, seen,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
-    """One tile of sum_j p_ij (1 - a_ij) v_j, (2.3), and of sum_j p_ij (1 - a_ij) where float32 makes use of it."""
-    acc, total = state
+    """One tile of sum_j p_ij (1 - a_ij) v_j, (2.3); where float32 makes use of them, of the sums of p_ij v_j, of p_ij
+    (1 - a_ij) and of p_ij."""
+    acc, plain, total, whole = state
     q, z, minus_size, rest, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
     k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     v = load_tile(v_base, v_stride, j, k_len, V_DIM, N, acc.shape[1], CUT)  # (N, V)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
+    if v.dtype == tl.float32:
+        w = rounded(w, v, PRECISION)
+        plain = times(w, v, plain, PRECISION)  # (M, V)
+        whole += tl.sum(w, 1)  # (M,)
     # 1 - a of (2.2) in one multiply-add
     w = w * (times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * minus_size[:, None] + rest[:, None])
     w = rounded(w, v, PRECISION)
-    if w.dtype == tl.float32:
-        total += tl.sum(w, 1)
-    return times(w, v, acc, PRECISION), total  # (M, V), (M,)
+    if v.dtype == tl.float32:
+        total += tl.sum(w, 1)  # (M,)
+    return times(w, v, acc, PRECISION), plain, total, whole
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -194,15 +199,17 @@ def output_kernel(
     gain = tl.minimum(power_of_two((1 / bound) * TOP), WEIGHT)
     shift = load_rows(rows_of(shift_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) - tl.log2(gain)
     factor = scale * LOG2E * q_unit * k_unit
-    acc, total = sweep_keys(
-        output_body, (tl.zeros([BLOCK_M, BLOCK_V], tl.float32), tl.zeros([BLOCK_M], tl.float32)),
+    nothing, nowhere = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    acc, plain, total, whole = sweep_keys(
+        output_body, (nowhere, nowhere, nothing, nothing),
         (q, z, -z_size, rest, shift, factor), (k_base, k_stride_s, v_base, v_stride_s), at, window,
         HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     share = inverse_power(gain)
     if q.dtype == tl.float32:
-        # The weights sum to 1: what lse and k_mean are off by, which all of them have in common, goes.
-        share = 1 / tl.where(total == 0, 1.0, total)
+        # Weights sum to 1, and so do weights times 1 - a: what lse and, times a large z, k_mean are off by goes.
+        share = 1 / tl.where(whole == 0, 1.0, whole)
+        acc -= plain * (total * share - 1)[:, None]
     omega = load_rows(rows_of(omega_ptr, at, 1), i, at.q_len, BLOCK_M, 1.0)
     least = tl.where(omega < 1, 1.0, omega)  # NaN stays, which tl.maximum would drop
     guard = 1 / (1 + delta_eps * (1 + d_z) / least)

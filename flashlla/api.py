@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashlla import dispatch
-from flashlla.autograd import WithoutGradient, decode, decode_out_op, describe, forward
+from flashlla.autograd import WithoutGradient, decode, decode_out_op, describe, forward, which_op
 from flashlla.solvers import Solver
 from flashlla.validation import Call, check_out, prepare, prepare_decode, prepare_for, prepare_varlen
 
@@ -147,13 +147,13 @@ def lla_attention(  # type: ignore[misc]  # the overloads say only what return_i
 
 
 def _attend(call: Call, backend: str | None, return_info: bool) -> Tensor | tuple[Tensor, LLAInfo]:
-    o, *_, omega, iterations, residual, converged, choice = forward(*call.arguments, backend)
+    o, *_, omega, iterations, residual, converged = forward(*call.arguments, backend)
     if not return_info:
         return call.restore(o)
     iterations, residual, converged, omega = (
         call.restore(t.detach()) for t in (iterations, residual, converged, omega)
     )
-    return call.restore(o), LLAInfo(iterations, residual, converged, omega, choice)
+    return call.restore(o), LLAInfo(iterations, residual, converged, omega, which_op(*call.arguments, backend))
 
 
 @overload

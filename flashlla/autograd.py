@@ -2,8 +2,8 @@
 
 The operators are opaque to torch.compile; ``forward``, ``backward`` and ``decode`` are three of them as functions that
 torch.func transforms too. The choice of a backend is made inside the operator, at run time and in the caller's
-context; from forward it travels to the backward operator, which may run on another thread, as a number on the CPU
-among the saved tensors.
+context. The backward operator, which may run on another thread, makes it again from what was asked for when forward
+ran, or was traced: all outputs are on the inputs' device, so that CUDA graphs hold whole steps.
 """
 
 from __future__ import annotations
@@ -93,14 +93,13 @@ def _no_autocast(problem: Problem) -> contextlib.AbstractContextManager[Any]:
 
 
 def _allocate(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """Uninitialised outputs of the forward operator: o, residuals, report, choice."""
+    """Uninitialised outputs of the forward operator: o, residuals, report."""
     dtype, rows = accumulator(q.dtype), q.shape[:-1]
     row = lambda dtype: q.new_empty(rows, dtype=dtype)
     full = lambda: q.new_empty(q.shape, dtype=dtype)
     return [
         empty_output(q, v), row(dtype), row(dtype), full(), full(),
         row(dtype), row(torch.int32), row(dtype), row(torch.bool),
-        torch.empty((), dtype=torch.int64, device="cpu"),
     ]  # fmt: skip
 
 
@@ -110,14 +109,13 @@ def _forward(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *sett
     problem = describe(inputs, *settings)
     check_values(problem, inputs)
     chosen = dispatch.choose(problem, backend)
-    choice = torch.tensor(dispatch.serial(chosen))
     if problem.empty:
-        *found, converged, _ = _allocate(q, k, v)
-        return (*(t.zero_() for t in found), converged.fill_(True), choice)
+        *found, converged = _allocate(q, k, v)
+        return (*(t.zero_() for t in found), converged.fill_(True))
     with _no_autocast(problem):
         o, residuals, report = chosen.forward(problem, inputs)
     warn_if_stopped_early(problem, inputs, report)
-    return (o, *(t.contiguous() for t in (*residuals, *report)), choice)  # laid out as the fake says
+    return (o, *(t.contiguous() for t in (*residuals, *report)))  # laid out as the fake says
 
 
 def _forward_fake(q, k, v, *_):  # type: ignore[no-untyped-def]
@@ -125,12 +123,12 @@ def _forward_fake(q, k, v, *_):  # type: ignore[no-untyped-def]
 
 
 def _backward(grad_o, q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *rest):  # type: ignore[no-untyped-def]
-    lse, guard, probe, k_mean, choice, *settings = rest
+    lse, guard, probe, k_mean, *settings, backend, preference = rest
     inputs = Inputs(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k)
     problem = describe(inputs, *settings)
     if problem.empty:
         return tuple(t.zero_() for t in _allocate_gradients(q, k, v, ridge_lambda))
-    chosen = dispatch.backend_numbered(int(choice))
+    chosen = dispatch.choose(problem, backend, preference)
     with _no_autocast(problem):
         dq, dk, dv, dridge = chosen.backward(problem, inputs, Residuals(lse, guard, probe, k_mean), grad_o)
     return dq, dk, dv, dridge.contiguous()
@@ -140,15 +138,20 @@ def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor, ridge_lambda: Tensor) -
     return [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), ridge_lambda.new_empty(ridge_lambda.shape)]
 
 
+def _which(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *settings_and_backend):  # type: ignore[no-untyped-def]
+    *settings, backend = settings_and_backend
+    problem = describe(Inputs(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k), *settings)
+    return torch.tensor(dispatch.serial(dispatch.choose(problem, backend)))
+
+
 def _backward_fake(grad_o, q, k, v, ridge_lambda, *_):  # type: ignore[no-untyped-def]
     return tuple(_allocate_gradients(q, k, v, ridge_lambda))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, (*settings, _) = inputs[:7], inputs[7:]
-    _, lse, guard, probe, k_mean, *_, choice = output
-    ctx.save_for_backward(*tensors, lse, guard, probe, k_mean, choice)
-    ctx.settings = settings
+    _, lse, guard, probe, k_mean, *_ = output
+    ctx.save_for_backward(*inputs[:7], lse, guard, probe, k_mean)
+    ctx.settings = (*inputs[7:], dispatch.get_backend())
     ctx.set_materialize_grads(False)
 
 
@@ -239,15 +242,20 @@ def _forward_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
     """The dimension becomes part of the batch."""
     _refuse_vmap_of_packed(arguments[5])
     folded = [_fold(t, dim, info.batch_size) for t, dim in zip(arguments[:7], in_dims)]
-    *found, choice = forward(*folded, *arguments[7:])
-    return (*(_unfold(t, info.batch_size) for t in found), choice), (*(0,) * len(found), None)
+    found = forward(*folded, *arguments[7:])
+    return tuple(_unfold(t, info.batch_size) for t in found), (0,) * len(found)
 
 
 def _backward_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
     _refuse_vmap_of_packed(arguments[6])
-    folded = [_fold(t, dim, info.batch_size) for t, dim in zip(arguments[:12], in_dims)]
-    found = backward(*folded, *arguments[12:])
+    folded = [_fold(t, dim, info.batch_size) for t, dim in zip(arguments[:11], in_dims)]
+    found = backward(*folded, *arguments[11:])
     return tuple(_unfold(t, info.batch_size) for t in found), (0,) * len(found)
+
+
+def _which_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
+    folded = [_fold(t, dim, info.batch_size) for t, dim in zip(arguments[:7], in_dims)]
+    return which_op(*folded, *arguments[7:]), None
 
 
 def _refuse_vmap_of_packed(cu_seqlens: Tensor | None) -> None:
@@ -280,15 +288,24 @@ def _define(name: str, arguments: str, outputs: int, kernel: Any, fake: Any, vma
 forward_op = _define(
     "forward",
     f"Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, {_LENGTHS}, {_SETTINGS}, str? backend",
-    10,
+    9,
     _forward,
     _forward_fake,
     _forward_vmap,
 )
+# Which backend forward runs on: its number, on the CPU. A tensor torch.compile can return, a name it cannot.
+which_op = _define(
+    "which",
+    f"Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, {_LENGTHS}, {_SETTINGS}, str? backend",
+    1,
+    _which,
+    lambda *_: torch.empty((), dtype=torch.int64, device="cpu"),
+    _which_vmap,
+)
 backward_op = _define(
     "backward",
     f"Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, {_LENGTHS}, Tensor lse, Tensor guard, "
-    f"Tensor probe, Tensor k_mean, Tensor choice, {_SETTINGS}",
+    f"Tensor probe, Tensor k_mean, {_SETTINGS}, str? backend, str preference",
     4,
     _backward,
     _backward_fake,

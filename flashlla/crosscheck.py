@@ -96,14 +96,13 @@ def verify(
     call = prepare_for(op, "verify", q, k, v, {**options, "backend": backend})
     problem, inputs = describe(call.inputs, *call.settings, decoding=call.decoding), call.inputs
     with torch.no_grad():
+        name = dispatch.choose(problem, backend).name
         if call.decoding:
-            name = dispatch.choose(problem, backend).name
             o = decode_op(*call.arguments, backend)
             z = torch.full_like(inputs.q, float("nan"))
             problem, inputs = plain_cache(problem, inputs)
         else:
-            o, _, _, z, *_, choice = forward_op(*call.arguments, backend)
-            name = dispatch.backend_numbered(int(choice)).name
+            o, _, _, z, *_ = forward_op(*call.arguments, backend)
     runs = problem.runs(inputs)
     start, stop = (t.cpu().expand(problem.batch, 1, problem.q_len)[:, 0] for t in runs)  # (B, Sq)
     picked = _pick(tuple(inputs.q.shape[:3]), rows, seed)

@@ -196,10 +196,14 @@ class set_backend:
         return f"set_backend({self.name!r})"
 
 
+def _reason(backend: Backend, problem: Problem) -> str | None:
+    return backend.unavailable() or backend.unsupported(problem)
+
+
 def explain(problem: Problem, demand: str | None = None) -> Explanation:
     """Which backend would run ``problem``, and every backend's reason; nothing runs."""
     backends = all_backends()
-    reasons = {b.name: b.unavailable() or b.unsupported(problem) for b in backends}
+    reasons = {b.name: _reason(b, problem) for b in backends}
     if demand is not None and demand != AUTO:
         name, asked = check_name(demand, "backend"), f"backend={demand!r}"
         return Explanation(name if reasons[name] is None else None, reasons, asked)
@@ -210,16 +214,24 @@ def explain(problem: Problem, demand: str | None = None) -> Explanation:
     return Explanation(choice, reasons, asked)
 
 
-def choose(problem: Problem, demand: str | None = None) -> Backend:
-    """The backend that runs ``problem``: ``demand`` or nothing, else the preference or a fallback with a warning."""
+def choose(problem: Problem, demand: str | None = None, preference: str | None = None) -> Backend:
+    """The backend that runs ``problem``: ``demand`` or nothing, else the preference or a fallback with a warning.
+
+    ``preference``: the one in force at an earlier call, which has been warned about; None: the one in force here.
+    """
+    name = demand or preference or get_backend()
+    # What nearly all calls come to, without every backend's reason.
+    for b in all_backends():
+        if (b.name == name or (name == AUTO and not b.emulated())) and _reason(b, problem) is None:
+            return b
+    if preference is not None and demand is None:
+        return choose(problem, AUTO)
     explanation = explain(problem, demand)
     if explanation.backend is None:
         raise UnsupportedError(f"{explanation}\nTry another backend, or none, which takes the first that can.")
-    if demand is None:
-        preferred, asked = _preferred()
-        if preferred not in (AUTO, explanation.backend):
-            why = f"{asked} cannot run this call: {explanation.reasons[preferred]}"
-            warn_once(why, f"{why}. It ran on {explanation.backend!r} instead.", FallbackWarning)
+    preferred, asked = _preferred()
+    why = f"{asked} cannot run this call: {explanation.reasons[preferred]}"
+    warn_once(why, f"{why}. It ran on {explanation.backend!r} instead.", FallbackWarning)
     return backend_named(explanation.backend)
 
 

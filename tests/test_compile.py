@@ -42,9 +42,9 @@ def test_opcheck(backend):
     ridge = ridge.expand(2, 3, 9).contiguous()
     torch.library.opcheck(forward_op, (q, k, v, ridge, None, None, None, *settings, backend))
     with torch.no_grad():
-        o, *residuals, _, _, _, _, choice = forward_op(q, k, v, ridge, None, None, None, *settings, backend)
+        o, *residuals, _, _, _, _ = forward_op(q, k, v, ridge, None, None, None, *settings, backend)
     o, q, k, v, *residuals = (t.detach() for t in (o, q, k, v, *residuals))
-    torch.library.opcheck(backward_op, (o, q, k, v, ridge.detach(), None, None, None, *residuals, choice, *settings))
+    torch.library.opcheck(backward_op, (o, q, k, v, ridge.detach(), None, None, None, *residuals, *settings, backend, "auto"))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -123,9 +123,9 @@ def test_layouts_are_those_of_the_fakes(backend):
     settings = (True, None, 0, 0, 0.3, 1e-12, "cg", [1e-12, 1e-12, 32.0], True)
     torch.library.opcheck(forward_op, (q, k, v, ridge, None, None, None, *settings, backend))
     with torch.no_grad():
-        o, *residuals, _, _, _, _, choice = forward_op(q, k, v, ridge, None, None, None, *settings, backend)
+        o, *residuals, _, _, _, _ = forward_op(q, k, v, ridge, None, None, None, *settings, backend)
     o, q, k, v, *residuals = (t.detach() for t in (o, q, k, v, *residuals))
-    torch.library.opcheck(backward_op, (o, q, k, v, ridge, None, None, None, *residuals, choice, *settings))
+    torch.library.opcheck(backward_op, (o, q, k, v, ridge, None, None, None, *residuals, *settings, backend, "auto"))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -368,17 +368,18 @@ def decode_merge_kernel(
 
 @triton.jit(do_not_specialize=["first_pair", "heads", "group", "new", "capacity", "window"])
 def decode_solve_kernel(
-    moments, sums_ptr, scalars_ptr, offset_ptr, lengths, ridge_ptr, y_ptr, o_out,
+    moments, rest, sums_ptr, scalars_ptr, offset_ptr, lengths, ridge_ptr, y_ptr, o_out,
     length_stride, ridge_stride_b, ridge_stride_h, ridge_stride_s, o_stride_b, o_stride_h, o_stride_s, o_stride_d,
     first_pair, heads, group, new, capacity, window, delta_eps,
-    VALUE_DIM: tl.constexpr, MERGED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr, WARPS: tl.constexpr, PRODUCTS: tl.constexpr,
+    VALUE_DIM: tl.constexpr, MERGED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
-    """o of one system from its moments (systems, D + V, D), which are overwritten. MERGED: the moments are the merge
-    kernel's; if not, there is one piece.
+    """o of one system from its moments (systems, R = D + V, D), which are overwritten, as ``rest`` of the same shape is.
+    MERGED: the moments are the merge kernel's; if not, there is one piece.
 
     Cholesky's factor of A = C + lambda I, with Cov(v, k) for further rows: A = L L^T, G = Cov(v, k) L^-T, y = L^-1 d,
-    and Cov(v, k) z = G y, so that nothing is solved backwards (cholesky.py). y_ptr: (systems, D).
+    and Cov(v, k) z = G y, so that nothing is solved backwards (cholesky.py). y_ptr: (systems, D). Each warp has M rows,
+    of BLOCK_R, which is R rounded up to a power of two.
     """
     system = tl.program_id(0).to(tl.int64)
     pair, member = first_pair + tl.program_id(0) // (group * new), tl.program_id(0) % (group * new)
@@ -387,58 +388,55 @@ def decode_solve_kernel(
     start, stop = run_of(lengths, length_stride, sequence, n, new, capacity, window)
     o_base = o_out + sequence.to(tl.int64) * o_stride_b + q_head * o_stride_h + n * o_stride_s
     W: tl.constexpr = WARPS
-    copies = tl.arange(0, W)[:, None]
-    k_row = copies * (BLOCK_D // W) + tl.arange(0, BLOCK_D // W)[None, :]  # (W, D / W)
-    v_row = copies * (BLOCK_V // W) + tl.arange(0, BLOCK_V // W)[None, :]  # (W, V / W)
+    R: tl.constexpr = BLOCK_D + BLOCK_V
+    row = tl.arange(0, W)[:, None] * (BLOCK_R // W) + tl.arange(0, BLOCK_R // W)[None, :]  # (W, M)
     panel = tl.arange(0, PANEL)
-    o_at, there = o_base + v_row * o_stride_d, v_row < VALUE_DIM
+    o_at, there = o_base + (row - BLOCK_D) * o_stride_d, (row >= BLOCK_D) & (row < BLOCK_D + VALUE_DIM)
     if stop <= start:
-        tl.store(o_at, tl.zeros([W, BLOCK_V // W], o_out.dtype.element_ty), mask=there)
+        tl.store(o_at, tl.zeros([W, BLOCK_R // W], o_out.dtype.element_ty), mask=there)
         return
-    moments += system * (BLOCK_D + BLOCK_V) * BLOCK_D
-    v_moments = moments + BLOCK_D * BLOCK_D
-    sums_ptr += system * (BLOCK_D + BLOCK_V)
+    moments += system * R * BLOCK_D
+    rest += system * R * BLOCK_D
+    sums_ptr += system * R
     scalars_ptr += system * SCALARS
     y_ptr += system * BLOCK_D
     omega, k_unit, v_unit = tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2), tl.load(scalars_ptr + 3)
     ridge = tl.load(ridge_ptr + sequence.to(tl.int64) * ridge_stride_b + q_head * ridge_stride_h + n * ridge_stride_s)
     scaled_ridge = ridge_in(ridge, k_unit)
     share = 1 / omega
-    # d if MERGED, else the mean of the keys from their origin
-    k_mean, v_mean = tl.load(sums_ptr + k_row), tl.load(sums_ptr + BLOCK_D + v_row)  # (W, D / W), (W, V / W)
+    # d if MERGED, else the mean of the keys from their origin; then the mean of the values
+    mean = tl.load(sums_ptr + row, mask=row < R, other=0.0)  # (W, M)
     if not MERGED:
         offset_ptr += system * BLOCK_D
-        k_mean *= share
-        v_mean *= share
+        mean *= share
 
     d_z = tl.zeros([W], tl.float32)
-    slope = tl.zeros([W, BLOCK_V // W], tl.float32)
-    keys, values, own = panel_of(moments, v_moments, k_row, v_row, 0, BLOCK_D)
+    slope = tl.zeros([W, BLOCK_R // W], tl.float32)
+    rows, own = panel_of(moments, row, 0, R, BLOCK_D)
     for p in tl.range(0, BLOCK_D, PANEL):
         own_row = tl.zeros([W, 1], tl.int32) + (p + panel)[None, :]  # (W, P)
         b = tl.load(sums_ptr + own_row)  # (W, P) of d
         if not MERGED:
             b *= share
-            keys = keys * share - k_mean[:, :, None] * b[:, None, :]
-            values = values * share - v_mean[:, :, None] * b[:, None, :]
+            rows = rows * share - mean[:, :, None] * b[:, None, :]
             own = own * share - b[:, :, None] * b[:, None, :]
             b += tl.load(offset_ptr + own_row) * inverse_power(k_unit)
-        keys += tl.where(k_row[:, :, None] == (p + panel)[None, None, :], scaled_ridge, 0.0)
+        # Of the square, which ``rows`` holds too, no more is asked than what ``own`` tells.
         own += tl.where(own_row[:, :, None] == (p + panel)[None, None, :], scaled_ridge, 0.0)
-        keys, values, b, inverse, later = factored_panel(
-            keys, values, own, b, p, moments, v_moments, y_ptr, k_row, v_row, scaled_ridge, BLOCK_D, BLOCK_K, PRODUCTS
+        rows, b, inverse, later = factored_panel(
+            rows, own, b, p, moments, rest, y_ptr, row, scaled_ridge, R, BLOCK_D
         )  # fmt: skip
-        y = tl.sum(inverse * b[:, None, :], 2)  # (W, P)
+        y = tl.sum(inverse * b[:, :, None], 1)  # (W, P)
         d_z += tl.sum(y * y, 1)
-        slope += tl.sum(values * y[:, None, :], 2)
+        slope += tl.sum(rows * y[:, None, :], 2)
         tl.store(y_ptr + own_row, y)
-        keys, values, own = later
+        rows, own = later
         tl.debug_barrier()
 
     # NaN where anything was not finite: of one value, of all.
-    flaw = 0.0 * (tl.sum(tl.sum(k_mean, 1), 0) + tl.sum(tl.sum(v_mean, 1), 0) + omega + ridge)
+    flaw = 0.0 * (tl.sum(tl.sum(mean, 1), 0) + omega + ridge)
     guard = 1 / (1 + delta_eps * (1 + d_z) / omega)  # (W,)
-    o = (v_mean - slope) * (guard * v_unit)[:, None] + flaw
+    o = (mean - slope) * (guard * v_unit)[:, None] + flaw
     tl.store(o_at, o.to(o_out.dtype.element_ty), mask=there)
 
 
@@ -450,8 +448,6 @@ class Tuning(NamedTuple):
     stages: int
     pieces: int | None = None
     solve_warps: int = 4
-    solve_columns: int = 16
-    products: str = "tf32x3"
 
 
 # Numbers of moments that the registers of one program hold; half of it where matrix instructions take both operands
@@ -538,20 +534,20 @@ def decode(
         tiles = min(cdiv(capacity, t.tile), cdiv(window, t.tile) + 1)
         # Two programs of four warps go where one of eight does.
         pieces = pieces_of(pairs * members * shares, tiles, processors(q.device) * max(1, 8 // t.warps))
-    each = members * pieces * (d + v) * d * 4
+    each = members * (pieces + 1) * (d + v) * d * 4
     at_once = max(1, min(pairs, SCRATCH // each))
     systems = at_once * members
     empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)
     moments, sums = empty(systems, pieces, d + v, d), empty(systems, pieces, d + v)
     scalars, offset = empty(systems, pieces, shares, SCALARS.value), empty(systems, pieces, d)
-    y = empty(systems, d)
+    rest, y = empty(systems, d + v, d), empty(systems, d)
     merging = pieces > 1 or shares > 1
     merged = (moments, sums, scalars)
     if merging:
         merged = empty(systems, d + v, d), empty(systems, d + v), empty(systems, SCALARS.value)
     table = seqlens_k if block_table is None else block_table
     table_strides = (0, 0) if block_table is None else block_table.stride()
-    solve_warps = min(t.solve_warps, d // PANEL.value, v // PANEL.value)  # each has at least a panel's height of rows
+    solve_warps = min(t.solve_warps, (d + v) // PANEL.value)  # each has at least a panel's height of rows
     vector = 8 if half else 4  # numbers of one load of a thread
     sizes = {"BLOCK_D": d, "BLOCK_V": v}
     slice_d, slice_v = shared_rows(d, v, shares)
@@ -579,9 +575,9 @@ def decode(
             )  # fmt: skip
         run(
             decode_solve_kernel, "decode", (count * members,), q.device,
-            *merged, offset, seqlens_k, ridge, y, out, seqlens_k.stride(0), *ridge.stride(), *out.stride(),
+            merged[0], rest, *merged[1:], offset, seqlens_k, ridge, y, out, seqlens_k.stride(0), *ridge.stride(), *out.stride(),
             *shape, delta_eps,
-            VALUE_DIM=value_dim, MERGED=merging, BLOCK_K=min(t.solve_columns, d), WARPS=solve_warps,
-            PRODUCTS=t.products, num_warps=solve_warps, num_stages=2, **sizes,
+            VALUE_DIM=value_dim, MERGED=merging, BLOCK_R=triton.next_power_of_2(d + v), WARPS=solve_warps,
+            num_warps=solve_warps, num_stages=2, **sizes,
         )  # fmt: skip
     return out

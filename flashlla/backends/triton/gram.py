@@ -81,10 +81,10 @@ def gram_kernel(
     cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, chunks, runs,
     ADJOINT: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, RUN: tl.constexpr,
-    BLOCK_K: tl.constexpr, WARPS: tl.constexpr, PRODUCTS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     """Of each run of RUN queries: use_out (heads, runs), whether its queries are to use inverse_out (heads, runs, D,
-    D), (G + lambda I)^-1 but for a power of two; where not, it is not written. scratch: (heads, runs, 2 D, D).
+    D), (G + lambda I)^-1 but for a power of two; where not, it is not written. scratch: (heads, runs, 4 D, D).
 
     lambda is the mean of the run's finite ones. The keys are those that all of the run's queries see, with a window
     those before it: the whole chunks of them.
@@ -156,21 +156,19 @@ def gram_kernel(
     if ~((found > expected * FIT_LEAST) & (found < expected * FIT_MOST)):
         return
     tl.store(use_out + slot, 1)
-    a = scratch + slot * (2 * BLOCK_D * BLOCK_D)
-    further = a + BLOCK_D * BLOCK_D
+    a = scratch + slot * (4 * BLOCK_D * BLOCK_D)  # G + lambda I over the unit matrix, and the rests of their factors
+    further, rest = a + BLOCK_D * BLOCK_D, a + 2 * BLOCK_D * BLOCK_D
     tl.store(a + at_matrix, gram)
     tl.store(further + at_matrix, tl.where(on_diagonal, 1.0, 0.0))
     tl.debug_barrier()
     W: tl.constexpr = WARPS
-    rows_of_warp: tl.constexpr = BLOCK_D // W
-    k_row = tl.arange(0, W)[:, None] * rows_of_warp + tl.arange(0, rows_of_warp)[None, :]  # (W, D / W)
+    R: tl.constexpr = 2 * BLOCK_D
+    at_row = tl.arange(0, W)[:, None] * (R // W) + tl.arange(0, R // W)[None, :]  # (W, R / W)
     b = tl.zeros([W, PANEL], tl.float32)
-    rows, more, own = panel_of(a, further, k_row, k_row, 0, BLOCK_D)
+    rows, own = panel_of(a, at_row, 0, R, BLOCK_D)
     for p in tl.range(0, BLOCK_D, PANEL):
-        _rows, _more, b, _square, later = factored_panel(
-            rows, more, own, b, p, a, further, None, k_row, k_row, ridge, BLOCK_D, BLOCK_K, PRODUCTS
-        )  # fmt: skip
-        rows, more, own = later
+        _rows, b, _inverse, later = factored_panel(rows, own, b, p, a, rest, None, at_row, ridge, R, BLOCK_D)
+        rows, own = later
         tl.debug_barrier()
     factor = tl.load(further + at_matrix) * inverse_power(power_of_two(tl.rsqrt(ridge)))  # (D, D) L^-T
     factor = rounded(factor, tl.zeros([1], inverse_out.dtype.element_ty), PRECISION)
@@ -189,12 +187,10 @@ def preconditioned(r, use, inverse_ptr, like, PRECISION: tl.constexpr, D: tl.con
 
 def settings(d: int) -> dict[str, Any]:
     """Tiles and warps of `gram_kernel` for padded widths ``d``."""
-    warps = min(4 if d <= 64 else 8, d // PANEL.value)
+    warps = min(4 if d <= 64 else 8, 2 * d // PANEL.value)
     return {
         "BLOCK_M": 64 if d <= 64 else 32,
-        "BLOCK_K": 16,
         "WARPS": warps,
-        "PRODUCTS": "tf32x3",
         "num_warps": warps,
         "num_stages": 2,
     }

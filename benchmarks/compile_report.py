@@ -54,7 +54,12 @@ def calls(head_dim: int, dtype: torch.dtype, architecture: int) -> Iterator[tupl
     plain = Problem(2, 6, 6, 512, 512, head_dim, head_dim, dtype, q.device, 0.3, 1e-12, CG())
     grouped = dataclasses.replace(plain, kv_heads=2)
     packed = dataclasses.replace(grouped, batch=1, sequences=8, longest_q=512, longest_k=512, mask=Mask(packed=True))
+    few = meta(1, 1, 32, head_dim, dtype=dtype)
     yield plain, Inputs(q, q, q, rows), "none"
+    yield (
+        dataclasses.replace(plain, batch=1, q_heads=1, kv_heads=1, q_len=32, k_len=32),
+        Inputs(few, few, few, meta(1, 1, 32, dtype=torch.float32)), "none",
+    )  # fmt: skip
     yield plain, Inputs(q, q, q, rows), "jacobi"
     if head_dim <= configs.gram_widest(dtype, divmod(architecture, 10)):
         yield plain, Inputs(q, q, q, rows), "gram"

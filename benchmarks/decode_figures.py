@@ -34,15 +34,8 @@ MOMENTS = [
     (64, 16, 3, None),
 ]  # fmt: skip
 PIECES = {1: (4, 8, 12, 16, 24, 32), 32: (1, 2, 4)}
-# Of the solve kernel: warps, columns, products.
-SOLVES = [
-    (4, 32, "tf32x3"),
-    (8, 32, "tf32x3"),
-    (2, 32, "tf32x3"),
-    (4, 16, "tf32x3"),
-    (4, 64, "tf32x3"),
-    (4, 32, "ieee"),
-]
+# Warps of the solve kernel.
+SOLVES = (2, 4, 8)
 L2_BYTES = 256 * 2**20
 MOST_CALLS = 48
 
@@ -192,8 +185,8 @@ def variants(rate: float) -> list[dict[str, Any]]:
             show(case, "moments", usual._replace(tile=tile, warps=warps, stages=stages, pieces=pieces))
         for pieces in PIECES[batch]:
             show(case, "all", usual._replace(pieces=pieces))
-        for warps, columns, products in SOLVES:
-            show(case, "solve", usual._replace(solve_warps=warps, solve_columns=columns, products=products))
+        for warps in SOLVES:
+            show(case, "solve", usual._replace(solve_warps=warps))
         del case
     return lines
 

@@ -44,7 +44,20 @@ def test_opcheck(backend):
     with torch.no_grad():
         o, *residuals, _, _, _, _ = forward_op(q, k, v, ridge, None, None, None, *settings, backend)
     o, q, k, v, *residuals = (t.detach() for t in (o, q, k, v, *residuals))
-    torch.library.opcheck(backward_op, (o, q, k, v, ridge.detach(), None, None, None, *residuals, *settings, backend, "auto"))
+    torch.library.opcheck(
+        backward_op, (o, q, k, v, ridge.detach(), None, None, None, *residuals, *settings, backend, "auto")
+    )
+
+
+def test_all_outputs_are_where_the_inputs_are():
+    """A CUDA graph holds no number on the CPU."""
+    q, k, v, ridge = (t.detach() for t in inputs(9))
+    ridge = ridge.expand(2, 3, 9).contiguous()
+    settings = (True, None, 0, 0, 0.3, 1e-12, "cg", [1e-12, 1e-12, 32.0], True)
+    q, k, v, ridge = (t.to("meta") for t in (q, k, v, ridge))
+    o, *residuals, _, _, _, _ = found = forward_op(q, k, v, ridge, None, None, None, *settings, None)
+    found += backward_op(o, q, k, v, ridge, None, None, None, *residuals, *settings, None, "auto")
+    assert {t.device.type for t in found} == {"meta"}
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

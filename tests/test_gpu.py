@@ -249,6 +249,30 @@ def test_compile(dynamic: bool) -> None:
             assert torch.equal(x, y)
 
 
+def test_a_compiled_step_is_cuda_graphs() -> None:
+    """torch.compile's reduce-overhead: both passes replayed, nothing launched from the host but what it copies."""
+    torch._dynamo.reset()
+    loss = lambda q, k, v: lla_attention(q, k, v, ridge_lambda=1.0).float().square().mean()
+    compiled = torch.compile(loss, mode="reduce-overhead")
+    tensors = make((1, 4, 300, 64))
+    leaves = [t.requires_grad_() for t in tensors[:3]]
+
+    def gradients() -> list[Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return [t.clone() for t in torch.autograd.grad(compiled(*leaves), leaves)]
+
+    for _ in range(3):  # compiled, recorded, replayed
+        found = gradients()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = gradients()
+    launches = {event.key: event.count for event in profile.key_averages() if "Launch" in event.key}
+    assert launches.pop("cudaGraphLaunch") == 2
+    assert sum(launches.values()) <= 8, launches
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    for x, y in zip(found, want):
+        assert (x - y).float().norm() <= 5e-3 * y.float().norm()
+
+
 def test_memory_is_linear_and_small() -> None:
     kept, peak = {}, {}
     for length in (2048, 4096):

@@ -507,8 +507,28 @@ def test_tiles_of_dk_lie_inside_those_of_dq(head_dim: int, operand: torch.dtype,
 
     dq = configs.config("dq", head_dim, operand, capability)
     assert all(c.m <= configs.ROWS_PAD for c in configs.candidates("dq", head_dim, operand, capability))
-    for dk in configs.candidates("dk", head_dim, operand, capability):
+    few = configs.config("dk", head_dim, operand, capability, few=True)
+    for dk in (few, *configs.candidates("dk", head_dim, operand, capability)):
         assert dq.m % dk.m == 0
+
+
+@interpreted
+def test_few_programs_have_a_config_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two heads of 64 keys and room for two programs a processor; and the gradients are right with either."""
+    from flashlla.backends.triton import configs, launch
+
+    tiles = []
+    run = launch.Launcher.run
+    spy = lambda self, kernel, name, *a, **s: (tiles.append((name, s.get("BLOCK_N"))), run(self, kernel, name, *a, **s))
+    monkeypatch.setattr(launch.Launcher, "run", spy)
+    tensors = make((1, 2, 64, 64), torch.float16)
+    want = step([t.double() for t in tensors], 1.0, backend="naive")
+    for processors, keys in ((1, 32), (0, 64)):
+        tiles.clear()
+        monkeypatch.setattr(configs, "processors", lambda device, n=processors: n)
+        check(step(tensors, 1.0, backend="triton"), want, 4e-3)
+        assert ("dk", keys) in tiles
+        assert ("dq", 64) in tiles
 
 
 def test_importing_the_package_does_not_import_triton() -> None:

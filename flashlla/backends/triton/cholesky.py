@@ -45,14 +45,16 @@ def turned_inverse(a, least, spot, inverse_spot, D: tl.constexpr):
     lane = tl.zeros([W, 1], tl.int32) + tl.arange(0, 2 * PANEL)[None, :]  # (W, 2 P), as each of the rows
     rows = ()
     for i in tl.static_range(PANEL):
-        rows += (tl.where(lane == PANEL + i, 1.0, tl.load(spot + i * D + lane, mask=lane < PANEL, other=0.0)),)
+        left = tl.load(spot + i * D + lane, mask=lane < PANEL, other=0.0)
+        rows += (tl.where(lane == PANEL + i, 1.0, left),)  # type: ignore[assignment]
     for j in tl.static_range(PANEL):
         pivot = tl.maximum(tl.gather(rows[j], lane * 0 + j, 1), least)
         share = rows[j] * (1 / pivot)
         tl.store(inverse_spot + j * D + (lane - PANEL), rows[j] * tl.rsqrt(pivot), mask=lane >= PANEL)
         later = ()
         for i in tl.static_range(PANEL):
-            later += (rows[i] - tl.gather(rows[i], lane * 0 + j, 1) * share if i > j else rows[i],)
+            own = rows[i] - tl.gather(rows[i], lane * 0 + j, 1) * share if i > j else rows[i]
+            later += (own,)  # type: ignore[assignment]
         rows = later
     tl.debug_barrier()
     return tl.load(inverse_spot + column * D + row)

@@ -30,7 +30,8 @@ class Config(NamedTuple):
         return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
-# solve_gram is the solve with that preconditioner.
+# solve_gram is the solve with that preconditioner; what ends in _few is for so few programs that it takes more of them
+# to fill the chip, and need not be in a table.
 PASSES = ("statistics", "solve", "solve_gram", "output", "moments", "dq", "dk")
 
 # Tables by padded head dim and pass. float16 operands on Hopper and Blackwell's data-centre chips (measured on an H200;
@@ -46,6 +47,7 @@ _HALF: dict[int, dict[str, Config]] = {
         "moments": Config(64, 64, 4, 3, 168),
         "dq": Config(64, 64, 4, 3),
         "dk": Config(32, 64, 4, 2, 168),
+        "dk_few": Config(64, 32, 4, 2),
     },
     128: {
         "statistics": Config(64, 64, 4, 3),
@@ -55,6 +57,7 @@ _HALF: dict[int, dict[str, Config]] = {
         "moments": Config(128, 64, 8, 3),
         "dq": Config(128, 64, 8, 2),
         "dk": Config(32, 64, 4, 2),
+        "dk_few": Config(64, 32, 4, 3),
     },
     256: {
         "statistics": Config(64, 32, 8, 2),
@@ -97,6 +100,12 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Of the device; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def large(capability: tuple[int, int]) -> bool:
     """Whether the chip is one that the large tables are for."""
     return capability[0] in (9, 10)
@@ -120,10 +129,12 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def config(name: str, head_dim: int, operand: torch.dtype, capability: tuple[int, int]) -> Config:
-    """The config of pass ``name``; ``operand`` is float16 or float32, ``capability`` the device's, (9, 0) say."""
-    table = (_SINGLE_SMALL, _SINGLE, _HALF_SMALL, _HALF)[2 * (operand == torch.float16) + large(capability)]
-    return table[padded(head_dim)][name]
+def config(name: str, head_dim: int, operand: torch.dtype, capability: tuple[int, int], few: bool = False) -> Config:
+    """The config of pass ``name``; ``operand`` is float16 or float32, ``capability`` the device's, (9, 0) say; ``few``:
+    that for few programs, if there is one."""
+    tables = (_SINGLE_SMALL, _SINGLE, _HALF_SMALL, _HALF)[2 * (operand == torch.float16) + large(capability)]
+    table = tables[padded(head_dim)]
+    return table.get(f"{name}_few", table[name]) if few else table[name]
 
 
 def candidates(name: str, head_dim: int, operand: torch.dtype, capability: tuple[int, int]) -> list[Config]:

@@ -374,7 +374,7 @@ def decode_solve_kernel(
     VALUE_DIM: tl.constexpr, MERGED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
     WARPS: tl.constexpr,
 ):  # fmt: skip
-    """o of one system from its moments (systems, R = D + V, D), which are overwritten, as ``rest`` of the same shape is.
+    """o of one system from its moments (systems, R = D + V, D), which are overwritten, as is ``rest``, of their shape.
     MERGED: the moments are the merge kernel's; if not, there is one piece.
 
     Cholesky's factor of A = C + lambda I, with Cov(v, k) for further rows: A = L L^T, G = Cov(v, k) L^-T, y = L^-1 d,
@@ -483,10 +483,6 @@ def tuning(d: int, v: int, half: bool, full: bool, large: bool = True) -> Tuning
     return Tuning(16 if wide or full else 32, 8 if wide else 4, 1 if full else 2)
 
 
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def pieces_of(programs: int, tiles: int, slots: int) -> int:
     """Into how many pieces to cut caches of ``tiles`` tiles, with ``programs`` a piece, on a device that runs ``slots``
     programs at a time: waves times (tiles a piece and what a program costs beside them), and the merge."""
@@ -533,7 +529,7 @@ def decode(
     if pieces is None:
         tiles = min(cdiv(capacity, t.tile), cdiv(window, t.tile) + 1)
         # Two programs of four warps go where one of eight does.
-        pieces = pieces_of(pairs * members * shares, tiles, processors(q.device) * max(1, 8 // t.warps))
+        pieces = pieces_of(pairs * members * shares, tiles, configs.processors(q.device) * max(1, 8 // t.warps))
     each = members * (pieces + 1) * (d + v) * d * 4
     at_once = max(1, min(pairs, SCRATCH // each))
     systems = at_once * members
@@ -575,8 +571,8 @@ def decode(
             )  # fmt: skip
         run(
             decode_solve_kernel, "decode", (count * members,), q.device,
-            merged[0], rest, *merged[1:], offset, seqlens_k, ridge, y, out, seqlens_k.stride(0), *ridge.stride(), *out.stride(),
-            *shape, delta_eps,
+            merged[0], rest, *merged[1:], offset, seqlens_k, ridge, y, out, seqlens_k.stride(0), *ridge.stride(),
+            *out.stride(), *shape, delta_eps,
             VALUE_DIM=value_dim, MERGED=merging, BLOCK_R=triton.next_power_of_2(d + v), WARPS=solve_warps,
             num_warps=solve_warps, num_stages=2, **sizes,
         )  # fmt: skip

@@ -31,6 +31,8 @@ from flashlla.problem import (
 
 # Rows that one program of the cast kernels takes.
 CAST_ROWS = 64
+# As many programs a processor run side by side; a pass with no more has a config for few.
+FEW = 2
 # How much coarser than the dtype's resolution the probe of bfloat16 inputs may be where queries see many keys.
 PROBE_SLACK = 2.0
 # Without fused multiply-adds, which Triton means to stop using by default, every sweep takes a third more instructions.
@@ -171,17 +173,22 @@ class Launcher:
         ``tune``: with the config that FLASHLLA_AUTOTUNE=1 finds."""
         heads = self.n_shared if over_keys else self.n_heads
         settings.update(self.dims, CAUSAL=self.problem.mask.causal, PRECISION=self.precision)
+        programs = lambda c: heads * cdiv(self.longest[over_keys], c.n if over_keys else c.m)
 
         def with_config(c: configs.Config) -> None:
-            tiles = cdiv(self.longest[over_keys], c.n if over_keys else c.m)
-            self.run(kernel, name, (heads * tiles,), *arguments, **c.options(), **settings)
+            self.run(kernel, name, (programs(c),), *arguments, **c.options(), **settings)
 
-        with_config(self.config(name, with_config if tune else None))
+        with_config(self.config(name, programs, with_config if tune else None))
 
-    def config(self, name: str, with_config: Callable[[configs.Config], None] | None) -> configs.Config:
+    def config(
+        self, name: str, programs: Callable[[configs.Config], int], with_config: Callable[[configs.Config], None] | None
+    ) -> configs.Config:
         key = (name, max(self.problem.head_dim, self.problem.v_dim), self.operand, configs.capability(self.device))
+        usual, few = configs.config(*key), configs.config(*key, few=True)
+        if few is not usual and programs(usual) <= FEW * configs.processors(self.device):
+            return few
         if with_config is None or os.environ.get("FLASHLLA_AUTOTUNE") != "1" or self.device.type != "cuda":
-            return configs.config(*key)
+            return usual
         if key not in _tuned:
             _tuned[key] = fastest(configs.candidates(*key), with_config)
         return _tuned[key]

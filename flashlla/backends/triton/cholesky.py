@@ -4,8 +4,8 @@ Panels of P = 16 columns, each made of all that come before it, P of them at a t
 of the R rows of A over F and makes the factor of a panel's square itself: nothing goes from one to another but through
 memory, once a panel. L and G stand over A and F; a caller puts a barrier behind each panel.
 
-Products are of TF32, three for each: a number is the sum of two, its upper 11 bits and the rest, and L and G are kept
-in memory so, the rest in a matrix of its own: they are taken apart once and multiplied often.
+Products are of TF32, three for each: a number is the sum of its upper 11 bits and of the rest. Triton's own way of
+doing so also looks for NaN, at two instructions more for each number.
 """
 
 import triton
@@ -22,20 +22,22 @@ def halves(x):
 
 
 @triton.jit
-def product(a, a_rest, b, b_rest, total):
-    """``total`` + a b of numbers in halves, but for the product of the rests."""
-    total = tl.dot(a_rest, b, total, input_precision="tf32")
-    total = tl.dot(a, b_rest, total, input_precision="tf32")
-    return tl.dot(a, b, total, input_precision="tf32")
+def product(a, b, total):
+    """``total`` + a b, in halves, but for the product of the rests."""
+    upper_a, rest_a = halves(a)
+    upper_b, rest_b = halves(b)
+    total = tl.dot(rest_a, upper_b, total, input_precision="tf32")
+    total = tl.dot(upper_a, rest_b, total, input_precision="tf32")
+    return tl.dot(upper_a, upper_b, total, input_precision="tf32")
 
 
 @triton.jit
-def turned_inverse(a, least, spot, inverse_spot, D: tl.constexpr):
+def turned_inverse(a, least, spot, D: tl.constexpr):
     """L^-T of a = L L^T, (W, P, P): W copies, one for each warp. In exact arithmetic no pivot is below ``least``.
 
-    Elimination in [a | 1], whose 2 P columns are the lanes of a warp, and each row a number of theirs: a row that is
-    taken from another, times what one lane tells the rest. ``spot`` and ``inverse_spot``, (P, P) in matrices with D
-    columns, are where the numbers change hands.
+    Elimination in [a | 1]. Its 2 P columns are the lanes of a warp, a row is one number of each: rows are taken from
+    rows, times what one lane tells the others. ``spot``, (P, P) in a matrix with D columns, is where numbers change
+    hands; every warp writes the same.
     """
     W: tl.constexpr = a.shape[0]
     copies = tl.zeros([W, 1, 1], tl.int32)
@@ -47,17 +49,18 @@ def turned_inverse(a, least, spot, inverse_spot, D: tl.constexpr):
     for i in tl.static_range(PANEL):
         left = tl.load(spot + i * D + lane, mask=lane < PANEL, other=0.0)
         rows += (tl.where(lane == PANEL + i, 1.0, left),)  # type: ignore[assignment]
+    tl.debug_barrier()
     for j in tl.static_range(PANEL):
         pivot = tl.maximum(tl.gather(rows[j], lane * 0 + j, 1), least)
         share = rows[j] * (1 / pivot)
-        tl.store(inverse_spot + j * D + (lane - PANEL), rows[j] * tl.rsqrt(pivot), mask=lane >= PANEL)
+        tl.store(spot + j * D + (lane - PANEL), rows[j] * tl.rsqrt(pivot), mask=lane >= PANEL)
         later = ()
         for i in tl.static_range(PANEL):
             own = rows[i] - tl.gather(rows[i], lane * 0 + j, 1) * share if i > j else rows[i]
             later += (own,)  # type: ignore[assignment]
         rows = later
     tl.debug_barrier()
-    return tl.load(inverse_spot + column * D + row)
+    return tl.load(spot + column * D + row)
 
 
 @triton.jit
@@ -79,10 +82,11 @@ def panel_of(a, row, p, R: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def factored_panel(rows, own, b, p, a, rest, y_ptr, row, least, R: tl.constexpr, D: tl.constexpr):
-    """The panel at columns ``p`` of L over G, (W, M, P), which is stored as well; b - L y of the columns before
-    (``y_ptr`` (D,) holds y, or is None); L^-T of the panel's square, (W, P, P); and the next panel as `panel_of` loads
-    it. ``rows`` and ``own`` are that of this one; ``row`` (W, M) counts the R rows; ``least`` is under every pivot.
+def factored_panel(rows, own, b, p, a, y_ptr, row, least, R: tl.constexpr, D: tl.constexpr):
+    """The panel at columns ``p`` of L over G, (W, M, P), which is stored as well, but for its square; b - L y of the
+    columns before (``y_ptr`` (D,) holds y, or is None); L^-T of the square, (W, P, P); and the next panel as `panel_of`
+    loads it. ``rows`` and ``own`` are that of this one; ``row`` (W, M) counts the R rows; ``least`` is under every
+    pivot. Nobody may be reading this panel's square any more.
     """
     W: tl.constexpr = row.shape[0]
     panel = p + tl.arange(0, PANEL)
@@ -91,24 +95,15 @@ def factored_panel(rows, own, b, p, a, rest, y_ptr, row, least, R: tl.constexpr,
     for k in tl.range(0, p, PANEL):
         column = k + tl.arange(0, PANEL)
         across = tile_of(a, own_row, column, own_row < D, D)  # (W, P, P)
-        across_rest = tile_of(rest, own_row, column, own_row < D, D)
         if y_ptr is not None:
-            b -= tl.sum((across + across_rest) * tl.load(y_ptr + column)[None, None, :], 2)
-        turned, turned_rest = tl.permute(-across, (0, 2, 1)), tl.permute(-across_rest, (0, 2, 1))
-        own = product(across, across_rest, turned, turned_rest, own)
-        before, before_rest = tile_of(a, row, column, below, D), tile_of(rest, row, column, below, D)  # (W, M, P)
-        rows = product(before, before_rest, turned, turned_rest, rows)
+            b -= tl.sum(across * tl.load(y_ptr + column)[None, None, :], 2)
+        turned = tl.permute(-across, (0, 2, 1))
+        own = product(across, turned, own)
+        rows = product(tile_of(a, row, column, below, D), turned, rows)
     # What is under way while the next line, which waits for one pivot after the other, is worked on.
     later = panel_of(a, row, p + PANEL, R, D)
-    square = p * D + p
-    inverse = turned_inverse(own, least, rest + square, a + square, D)  # (W, P, P)
-    upper, lower = halves(rows)
-    turned, turned_rest = halves(inverse)
-    rows = product(upper, lower, turned, turned_rest, tl.zeros_like(rows))
-    # Rows of the panel's own square are not needed again, and others may be reading them yet.
-    upper, lower = halves(rows)
-    at = row[:, :, None] * D + panel[None, None, :]
-    done = ((row >= p + PANEL) & (row < R))[:, :, None]
-    tl.store(a + at, upper, mask=done)
-    tl.store(rest + at, lower, mask=done)
+    inverse = turned_inverse(own, least, a + p * D + p, D)  # (W, P, P)
+    rows = product(rows, inverse, tl.zeros_like(rows))
+    done = (row >= p + PANEL) & (row < R)
+    tl.store(a + row[:, :, None] * D + panel[None, None, :], rows, mask=done[:, :, None])
     return rows, b, inverse, later

@@ -368,14 +368,14 @@ def decode_merge_kernel(
 
 @triton.jit(do_not_specialize=["first_pair", "heads", "group", "new", "capacity", "window"])
 def decode_solve_kernel(
-    moments, rest, sums_ptr, scalars_ptr, offset_ptr, lengths, ridge_ptr, y_ptr, o_out,
+    moments, sums_ptr, scalars_ptr, offset_ptr, lengths, ridge_ptr, y_ptr, o_out,
     length_stride, ridge_stride_b, ridge_stride_h, ridge_stride_s, o_stride_b, o_stride_h, o_stride_s, o_stride_d,
     first_pair, heads, group, new, capacity, window, delta_eps,
     VALUE_DIM: tl.constexpr, MERGED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
     WARPS: tl.constexpr,
 ):  # fmt: skip
-    """o of one system from its moments (systems, R = D + V, D), which are overwritten, as is ``rest``, of their shape.
-    MERGED: the moments are the merge kernel's; if not, there is one piece.
+    """o of one system from its moments (systems, R = D + V, D), which are overwritten. MERGED: the moments are the
+    merge kernel's; if not, there is one piece.
 
     Cholesky's factor of A = C + lambda I, with Cov(v, k) for further rows: A = L L^T, G = Cov(v, k) L^-T, y = L^-1 d,
     and Cov(v, k) z = G y, so that nothing is solved backwards (cholesky.py). y_ptr: (systems, D). Each warp has M rows,
@@ -396,7 +396,6 @@ def decode_solve_kernel(
         tl.store(o_at, tl.zeros([W, BLOCK_R // W], o_out.dtype.element_ty), mask=there)
         return
     moments += system * R * BLOCK_D
-    rest += system * R * BLOCK_D
     sums_ptr += system * R
     scalars_ptr += system * SCALARS
     y_ptr += system * BLOCK_D
@@ -413,6 +412,7 @@ def decode_solve_kernel(
     d_z = tl.zeros([W], tl.float32)
     slope = tl.zeros([W, BLOCK_R // W], tl.float32)
     rows, own = panel_of(moments, row, 0, R, BLOCK_D)
+    tl.debug_barrier()
     for p in tl.range(0, BLOCK_D, PANEL):
         own_row = tl.zeros([W, 1], tl.int32) + (p + panel)[None, :]  # (W, P)
         b = tl.load(sums_ptr + own_row)  # (W, P) of d
@@ -423,9 +423,7 @@ def decode_solve_kernel(
             b += tl.load(offset_ptr + own_row) * inverse_power(k_unit)
         # Of the square, which ``rows`` holds too, no more is asked than what ``own`` tells.
         own += tl.where(own_row[:, :, None] == (p + panel)[None, None, :], scaled_ridge, 0.0)
-        rows, b, inverse, later = factored_panel(
-            rows, own, b, p, moments, rest, y_ptr, row, scaled_ridge, R, BLOCK_D
-        )  # fmt: skip
+        rows, b, inverse, later = factored_panel(rows, own, b, p, moments, y_ptr, row, scaled_ridge, R, BLOCK_D)
         y = tl.sum(inverse * b[:, :, None], 1)  # (W, P)
         d_z += tl.sum(y * y, 1)
         slope += tl.sum(rows * y[:, None, :], 2)
@@ -530,13 +528,13 @@ def decode(
         tiles = min(cdiv(capacity, t.tile), cdiv(window, t.tile) + 1)
         # Two programs of four warps go where one of eight does.
         pieces = pieces_of(pairs * members * shares, tiles, configs.processors(q.device) * max(1, 8 // t.warps))
-    each = members * (pieces + 1) * (d + v) * d * 4
+    each = members * pieces * (d + v) * d * 4
     at_once = max(1, min(pairs, SCRATCH // each))
     systems = at_once * members
     empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)
     moments, sums = empty(systems, pieces, d + v, d), empty(systems, pieces, d + v)
     scalars, offset = empty(systems, pieces, shares, SCALARS.value), empty(systems, pieces, d)
-    rest, y = empty(systems, d + v, d), empty(systems, d)
+    y = empty(systems, d)
     merging = pieces > 1 or shares > 1
     merged = (moments, sums, scalars)
     if merging:
@@ -571,8 +569,8 @@ def decode(
             )  # fmt: skip
         run(
             decode_solve_kernel, "decode", (count * members,), q.device,
-            merged[0], rest, *merged[1:], offset, seqlens_k, ridge, y, out, seqlens_k.stride(0), *ridge.stride(),
-            *out.stride(), *shape, delta_eps,
+            *merged, offset, seqlens_k, ridge, y, out, seqlens_k.stride(0), *ridge.stride(), *out.stride(),
+            *shape, delta_eps,
             VALUE_DIM=value_dim, MERGED=merging, BLOCK_R=triton.next_power_of_2(d + v), WARPS=solve_warps,
             num_warps=solve_warps, num_stages=2, **sizes,
         )  # fmt: skip

@@ -84,7 +84,7 @@ def gram_kernel(
     WARPS: tl.constexpr,
 ):  # fmt: skip
     """Of each run of RUN queries: use_out (heads, runs), whether its queries are to use inverse_out (heads, runs, D,
-    D), (G + lambda I)^-1 but for a power of two; where not, it is not written. scratch: (heads, runs, 4 D, D).
+    D), (G + lambda I)^-1 but for a power of two; where not, it is not written. scratch: (heads, runs, 2 D, D).
 
     lambda is the mean of the run's finite ones. The keys are those that all of the run's queries see, with a window
     those before it: the whole chunks of them.
@@ -156,8 +156,8 @@ def gram_kernel(
     if ~((found > expected * FIT_LEAST) & (found < expected * FIT_MOST)):
         return
     tl.store(use_out + slot, 1)
-    a = scratch + slot * (4 * BLOCK_D * BLOCK_D)  # G + lambda I over the unit matrix, and the rests of their factors
-    further, rest = a + BLOCK_D * BLOCK_D, a + 2 * BLOCK_D * BLOCK_D
+    a = scratch + slot * (2 * BLOCK_D * BLOCK_D)  # G + lambda I over the unit matrix
+    further = a + BLOCK_D * BLOCK_D
     tl.store(a + at_matrix, gram)
     tl.store(further + at_matrix, tl.where(on_diagonal, 1.0, 0.0))
     tl.debug_barrier()
@@ -166,8 +166,9 @@ def gram_kernel(
     at_row = tl.arange(0, W)[:, None] * (R // W) + tl.arange(0, R // W)[None, :]  # (W, R / W)
     b = tl.zeros([W, PANEL], tl.float32)
     rows, own = panel_of(a, at_row, 0, R, BLOCK_D)
+    tl.debug_barrier()
     for p in tl.range(0, BLOCK_D, PANEL):
-        _rows, b, _inverse, later = factored_panel(rows, own, b, p, a, rest, None, at_row, ridge, R, BLOCK_D)
+        _rows, b, _inverse, later = factored_panel(rows, own, b, p, a, None, at_row, ridge, R, BLOCK_D)
         rows, own = later
         tl.debug_barrier()
     factor = tl.load(further + at_matrix) * inverse_power(power_of_two(tl.rsqrt(ridge)))  # (D, D) L^-T

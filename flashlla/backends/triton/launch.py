@@ -322,7 +322,7 @@ def gram(
     chunks = cdiv(at.problem.k_len, run_length)
     sums = torch.empty(at.n_shared, chunks, d + 1, d, device=at.device)
     inverse = torch.empty(at.n_heads, runs, d, d, dtype=at.operand, device=at.device)
-    scratch = torch.empty(at.n_heads, runs, 4 * d, d, device=at.device)
+    scratch = torch.empty(at.n_heads, runs, 2 * d, d, device=at.device)
     use = torch.empty(at.n_heads, runs, dtype=torch.int32, device=at.device)
     common = {"CAUSAL": at.problem.mask.causal, "PRECISION": at.precision, "RUN": run_length, **at.dims}
     at.run(

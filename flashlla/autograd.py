@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flashlla import dispatch, solvers
-from flashlla.backends.base import warn_if_stopped_early
+from flashlla.backends.base import Backend, warn_if_stopped_early
 from flashlla.problem import (
     Inputs,
     Mask,
@@ -92,6 +92,18 @@ def _no_autocast(problem: Problem) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
+def _choose(problem: Problem, demand: str | None, preference: str | None = None) -> Backend:
+    """`dispatch.choose`, where a CUDA graph is captured too."""
+    chosen = dispatch.choose(problem, demand, preference)
+    if chosen.waits and problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"flashlla: the backend {chosen.name!r} waits for the device, which a CUDA graph cannot hold. Try a call "
+            f"that the Triton backends take (flashlla.explain says why they do not), or no CUDA graph: torch.compile "
+            f"without mode='reduce-overhead' or 'max-autotune'."
+        )
+    return chosen
+
+
 def _allocate(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """Uninitialised outputs of the forward operator: o, residuals, report."""
     dtype, rows = accumulator(q.dtype), q.shape[:-1]
@@ -108,7 +120,7 @@ def _forward(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *sett
     inputs = Inputs(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k)
     problem = describe(inputs, *settings)
     check_values(problem, inputs)
-    chosen = dispatch.choose(problem, backend)
+    chosen = _choose(problem, backend)
     if problem.empty:
         *found, converged = _allocate(q, k, v)
         return (*(t.zero_() for t in found), converged.fill_(True))
@@ -128,7 +140,7 @@ def _backward(grad_o, q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens
     problem = describe(inputs, *settings)
     if problem.empty:
         return tuple(t.zero_() for t in _allocate_gradients(q, k, v, ridge_lambda))
-    chosen = dispatch.choose(problem, backend, preference)
+    chosen = _choose(problem, backend, preference)
     with _no_autocast(problem):
         dq, dk, dv, dridge = chosen.backward(problem, inputs, Residuals(lse, guard, probe, k_mean), grad_o)
     return dq, dk, dv, dridge.contiguous()
@@ -195,7 +207,7 @@ def _write_decode(q, k, v, ridge_lambda, seqlens_k, block_table, *settings_backe
     inputs = Inputs(q, k, v, ridge_lambda, seqlens_k, block_table=block_table)
     problem = describe(inputs, *settings, decoding=True)
     check_values(problem, inputs)
-    chosen = dispatch.choose(problem, backend)
+    chosen = _choose(problem, backend)
     if problem.empty:
         out.zero_()
         return

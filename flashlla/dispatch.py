@@ -160,7 +160,7 @@ class set_backend:
     before. It holds for the current thread and asyncio task, and not for threads started from there; the environment
     variable FLASHLLA_BACKEND holds for the process. A call that the preferred backend cannot run falls back to the
     next that can, with one warning a reason; ``backend=`` in a call demands instead, and raises. Backward passes run
-    on the backend their forward pass ran on.
+    on the backend their forward pass ran on; under torch.compile on what was preferred when they were compiled.
 
     Args:
         name: a backend's name, or "auto" (triton, then chunked, then naive: the first that can).

@@ -1,5 +1,6 @@
 """The operators under torch.library's checks, torch.compile, checkpointing and autocast."""
 
+import dataclasses
 import functools
 import shutil
 
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flashlla
 from flashlla.autograd import backward_op, forward_op
+from flashlla.problem import Inputs
 
 # torch.compile's default backend builds C++; without a compiler the graph is still traced, differentiated and run.
 compiled_whole = functools.partial(
@@ -58,6 +60,21 @@ def test_all_outputs_are_where_the_inputs_are():
     o, *residuals, _, _, _, _ = found = forward_op(q, k, v, ridge, None, None, None, *settings, None)
     found += backward_op(o, q, k, v, ridge, None, None, None, *residuals, *settings, None, "auto")
     assert {t.device.type for t in found} == {"meta"}
+
+
+def test_what_no_cuda_graph_can_hold_says_so(monkeypatch):
+    """As the operators ask for a backend while a graph is captured."""
+    problem = flashlla.autograd.describe(Inputs(*inputs(9)), True, None, 0, 0, 0.3, 1e-12, "cg", [0.0, 0.0, 9.0], True)
+    problem = dataclasses.replace(problem, device=torch.device("cuda"))
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda answer=capturing: answer)
+        if capturing:
+            with pytest.raises(RuntimeError, match=r"the backend 'chunked' waits for the device.*reduce-overhead"):
+                flashlla.autograd._choose(problem, "chunked")
+        else:
+            assert flashlla.autograd._choose(problem, "chunked").name == "chunked"
+    waiting = {backend.name for backend in flashlla.dispatch.all_backends() if backend.waits}
+    assert waiting == {"chunked", "naive"}
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -24,6 +24,8 @@ class Backend(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
+    # Whether it reads numbers that lie on the device, and so cannot be captured in a CUDA graph.
+    waits: ClassVar[bool] = True
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine at all; None where it can."""

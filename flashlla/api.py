@@ -19,8 +19,11 @@ class LLAInfo(NamedTuple):
 
     ``iterations``: int32, 0 for direct solves. ``residual``: \\|A z - d\\| / \\|d\\|, float32 (float64 for float64
     inputs); where the Triton kernels end with a step that no product with A checks, an estimate of it (docs/math.md,
-    (4.7)). ``converged``: bool, whether the solver's tolerance was reached. ``omega``: sum of the softmax weights
-    relative to the largest, ``sum_j exp(s q.k_j - max_j s q.k_j)``. ``backend``: the name of the backend that ran.
+    (4.7)). ``converged``: bool, whether the solver reached its tolerance by its own account; where rounding keeps the
+    true residual above it, as with small ridges in float32, the ``residual`` of the PyTorch backends shows it, and
+    above 1e-3 they call nothing converged. ``omega``: sum of the softmax weights relative to the largest,
+    ``sum_j exp(s q.k_j - max_j s q.k_j)``, without a gradient. ``backend``: the name of the backend that ran; the tuple
+    itself holds its number, ``choice``.
     """
 
     iterations: Tensor
@@ -147,6 +150,8 @@ def lla_attention(  # type: ignore[misc]  # the overloads say only what return_i
 
 
 def _attend(call: Call, backend: str | None, return_info: bool) -> Tensor | tuple[Tensor, LLAInfo]:
+    if not isinstance(return_info, bool):
+        raise TypeError(f"return_info: got {type(return_info).__name__}, wanted True or False; try bool(return_info)")
     o, *_, omega, iterations, residual, converged = forward(*call.arguments, backend)
     if not return_info:
         return call.restore(o)
@@ -202,7 +207,7 @@ def lla_attention_varlen(  # type: ignore[misc]  # as above
             one ends; for queries and keys alike.
         cu_seqlens_q, cu_seqlens_k: the same, where sequences have other numbers of keys than of queries.
         max_seqlen: at least the length of the longest sequence. Default None: found from ``cu_seqlens``, which waits
-            for the device, and is not possible inside torch.compile(fullgraph=True).
+            for the device, and inside torch.compile(fullgraph=True) not every release of torch allows.
         max_seqlen_q, max_seqlen_k: the same for queries and for keys. Default None: ``max_seqlen``.
         ridge_lambda: a number, or a tensor that broadcasts to (Hq, T), for (1, Hq, T, D) to (1, Hq, T). Default 10.0.
         causal, window: as for :func:`lla_attention`, aligned at the last key of each sequence. Defaults True, None.

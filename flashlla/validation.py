@@ -265,6 +265,8 @@ def _call(
         raise TypeError(f"backend: got {type(backend).__name__}, wanted a backend's name, 'auto' or None")
     scale = 1 / math.sqrt(inputs.q.shape[-1]) if qk_scale is None else _check_number(qk_scale, "qk_scale")
     delta_eps = _check_number(delta_eps, "delta_eps")
+    if delta_eps < 0:
+        raise ValueError(f"delta_eps: got {delta_eps}, wanted a number of at least 0")
     name, numbers = _check_solver(solver, cg_numbers)
     demanded = solver is not None or cg_numbers[-1]
     return Call(inputs, (causal, window, *longest, scale, delta_eps, name, numbers, demanded), layout)
@@ -503,7 +505,8 @@ def _check_ridge(ridge_lambda: float | Tensor, q: Tensor, layout: str) -> Tensor
 
 def _check_number(value: float, name: str, wanted: str = "a number") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
+        hint = f"; try float({name}): it has no gradient" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}{hint}")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: got {value}, wanted a finite number")
     return float(value)

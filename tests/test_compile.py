@@ -144,6 +144,24 @@ def test_compile_with_numbers_info_and_a_registered_solver():
         assert told.backend == expected.backend
 
 
+def test_a_solver_of_ones_own_is_compiled_by_name():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(flashlla.Solver):
+        def solve(self, systems, b):
+            return TIGHT.solve(systems, b)
+
+    q, k, v, _ = inputs(9)
+    flashlla.register_solver("mine", Mine())
+    for solver in ("mine", Mine()):
+        torch._dynamo.reset()
+        compiled = compiled_whole(lambda q, k, v, solver=solver: flashlla.lla_attention(q, k, v, solver=solver))
+        if solver == "mine":
+            assert torch.equal(compiled(q, k, v), flashlla.lla_attention(q, k, v, solver=Mine()))
+        else:
+            with pytest.raises(Exception, match="register_solver"):
+                compiled(q, k, v)
+
+
 @pytest.mark.parametrize("backend", ["naive", "chunked"])
 def test_layouts_are_those_of_the_fakes(backend):
     """A projection's layout, (B, S, H, D) seen as (B, H, S, D), where B = 1 makes more of it a view."""

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Callable, Sequence
 from threading import Lock
 
+import torch
+
 from flashlla.covariance import Systems
 from flashlla.solvers.base import Solution, Solver
 from flashlla.solvers.cg import CG, PCG, Gram, Jacobi, Preconditioner
@@ -71,6 +73,12 @@ def encode(solver: str | Solver) -> tuple[str, list[float]]:
         return name, [solver.atol, solver.rtol, float(solver.max_iters)]
     if type(solver) is Direct:
         return "direct", []
+    if torch.compiler.is_compiling():
+        kind = type(solver).__name__
+        raise TypeError(
+            f"solver: got a {kind} object inside torch.compile, wanted a name; try flashlla.register_solver('mine', "
+            f"{kind}(...)) outside, once, and solver='mine'"
+        )
     return _name_object(solver), []
 
 

@@ -56,7 +56,7 @@ class Solver(ABC):
         torch.Size([1, 20, 4])
     """
 
-    advice: ClassVar[str] = "another solver"  # what to try where it stops early
+    advice: ClassVar[str] = "another solver"  # what to try first where it stops early
 
     @abstractmethod
     def solve(self, systems: Systems, b: Tensor) -> Solution:
@@ -102,10 +102,11 @@ def warn_unconverged(solver: Solver, residuals: Tensor, total: int, where: str =
     nans = int(residuals.isnan().sum())
     worst = residuals.nan_to_num(0).max().item()
     found = f"relative residual up to {worst:.1e}" + (f", NaN on {nans}" if nans else "")
+    advice = f"{solver.advice}, a larger" if solver.advice else "a larger"
     magnitude = f"{worst:.0e}"[-3:]  # its power of ten, or "inf"
     warn_once(
         f"{solver} stopped early{where}: {magnitude}",
-        f"{name} stopped early{where} on {residuals.numel()} of {total} queries, {found}. Try {solver.advice}, "
-        "a larger ridge_lambda or float64 inputs; return_info=True shows each query. Said once for each power of ten.",
+        f"{name} stopped early{where} on {residuals.numel()} of {total} queries, {found}. Try {advice} "
+        "ridge_lambda or float64 inputs; return_info=True shows each query. Said once for each power of ten.",
         ConvergenceWarning,
     )

@@ -159,7 +159,7 @@ class PCG(CG):
 def check_tolerances(atol: float, rtol: float, max_iters: int, prefix: str = "") -> None:
     """Raise an error that names the argument (``prefix`` and all) which is out of range."""
     for name, value in (("atol", atol), ("rtol", rtol), ("max_iters", max_iters)):
-        if not isinstance(value, (int, float, Real)):
+        if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
             raise TypeError(f"{prefix}{name}: got {type(value).__name__}, wanted a number")
     for name, value in (("atol", atol), ("rtol", rtol)):
         if not 0 <= value < float("inf"):

@@ -30,7 +30,7 @@ class Direct(Solver):
         >>> o = flashlla.lla_attention(q, k, v, ridge_lambda=1e-4, solver=flashlla.Direct())
     """
 
-    advice: ClassVar[str] = "solver='cg'"
+    advice: ClassVar[str] = ""
 
     def workspace(self, head_dim: int) -> int:
         return 3 * head_dim**2  # A, its finite copy, its factor

@@ -230,7 +230,7 @@ def report(task: tuple[int, str, int, str, bool]) -> list[dict[str, Any]]:
             "kernel": kernel.__name__, "preconditioner": settings.get("PRECONDITIONER", ""),
             "adjoint": settings.get("ADJOINT", ""), "variant": variant(kernel, arguments, settings),
             "config": [
-                settings.get("BLOCK_M", settings.get("BLOCK_T")), settings.get("BLOCK_N", settings.get("BLOCK_K")),
+                settings.get("BLOCK_M", settings.get("BLOCK_T")), settings.get("BLOCK_N"),
                 settings.get("num_warps"), settings.get("num_stages"),
             ],
         }  # fmt: skip

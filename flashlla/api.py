@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from flashlla import dispatch
 from flashlla.autograd import WithoutGradient, decode, decode_out_op, describe, forward, which_op
 from flashlla.solvers import Solver
-from flashlla.validation import Call, check_out, prepare, prepare_decode, prepare_for, prepare_varlen
+from flashlla.validation import Call, check_out, prepare, prepare_decode, prepare_for, prepare_varlen, refuse_unknown
 
 
 class LLAInfo(NamedTuple):
@@ -45,7 +46,7 @@ def lla_attention(
 def lla_attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_info: Literal[True], **options: Any
 ) -> tuple[Tensor, LLAInfo]: ...
-def lla_attention(  # type: ignore[misc]  # the overloads say only what return_info changes
+def lla_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -64,6 +65,7 @@ def lla_attention(  # type: ignore[misc]  # the overloads say only what return_i
     window: int | None = None,
     seqlens_k: Tensor | None = None,
     layout: str = "bhsd",
+    **others: Any,
 ) -> Tensor | tuple[Tensor, LLAInfo]:
     """Local Linear Attention.
 
@@ -128,6 +130,8 @@ def lla_attention(  # type: ignore[misc]  # the overloads say only what return_i
         torch.Size([2, 4, 100, 32])
         >>> o.sum().backward()
     """
+    if others:
+        refuse_unknown("lla_attention", others, inspect.signature(prepare).parameters)
     call = prepare(
         q,
         k,
@@ -169,7 +173,7 @@ def lla_attention_varlen(
 def lla_attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, *, return_info: Literal[True], **options: Any
 ) -> tuple[Tensor, LLAInfo]: ...
-def lla_attention_varlen(  # type: ignore[misc]  # as above
+def lla_attention_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -192,6 +196,7 @@ def lla_attention_varlen(  # type: ignore[misc]  # as above
     return_info: bool = False,
     causal: bool = True,
     window: int | None = None,
+    **others: Any,
 ) -> Tensor | tuple[Tensor, LLAInfo]:
     """Local Linear Attention of sequences packed into one row, one behind the other.
 
@@ -244,6 +249,8 @@ def lla_attention_varlen(  # type: ignore[misc]  # as above
         >>> torch.allclose(o[:30], flashlla.lla_attention(*first, ridge_lambda=1.0, layout="bshd")[0], atol=1e-5)
         True
     """
+    if others:
+        refuse_unknown("lla_attention_varlen", others, inspect.signature(prepare_varlen).parameters)
     call = prepare_varlen(
         q,
         k,

@@ -2,13 +2,15 @@
 
 The operators are opaque to torch.compile; ``forward``, ``backward`` and ``decode`` are three of them as functions that
 torch.func transforms too. The choice of a backend is made inside the operator, at run time and in the caller's
-context. The backward operator, which may run on another thread, makes it again from what was asked for when forward
-ran, or was traced: all outputs are on the inputs' device, so that CUDA graphs hold whole steps.
+context. It is no output: all of these are on the inputs' device, so that CUDA graphs hold whole steps. To the backward
+operator, which may run on another thread, it goes as a name; of a forward pass that was traced and did not run, the
+demand goes instead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,9 +94,12 @@ def _no_autocast(problem: Problem) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
-def _choose(problem: Problem, demand: str | None, preference: str | None = None) -> Backend:
-    """`dispatch.choose`, where a CUDA graph is captured too."""
-    chosen = dispatch.choose(problem, demand, preference)
+# The name of the backend that the last forward pass of this thread ran on, for `_save`; None if it was traced.
+_ran = threading.local()
+
+
+def _no_capture(chosen: Backend, problem: Problem) -> Backend:
+    """``chosen``, unless a CUDA graph is being captured that cannot hold what it does."""
     if chosen.waits and problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"flashlla: the backend {chosen.name!r} waits for the device, which a CUDA graph cannot hold. Try a call "
@@ -120,29 +125,36 @@ def _forward(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *sett
     inputs = Inputs(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k)
     problem = describe(inputs, *settings)
     check_values(problem, inputs)
-    chosen = _choose(problem, backend)
+    chosen = dispatch.choose(problem, backend)
+    _ran.name = chosen.name
     if problem.empty:
         *found, converged = _allocate(q, k, v)
         return (*(t.zero_() for t in found), converged.fill_(True))
     with _no_autocast(problem):
-        o, residuals, report = chosen.forward(problem, inputs)
+        o, residuals, report = _no_capture(chosen, problem).forward(problem, inputs)
     warn_if_stopped_early(problem, inputs, report)
     return (o, *(t.contiguous() for t in (*residuals, *report)))  # laid out as the fake says
 
 
 def _forward_fake(q, k, v, *_):  # type: ignore[no-untyped-def]
+    _ran.name = None
     return tuple(_allocate(q, k, v))
 
 
 def _backward(grad_o, q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *rest):  # type: ignore[no-untyped-def]
-    lse, guard, probe, k_mean, *settings, backend, preference = rest
+    lse, guard, probe, k_mean, *settings, ran_or_demand = rest
     inputs = Inputs(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k)
     problem = describe(inputs, *settings)
     if problem.empty:
         return tuple(t.zero_() for t in _allocate_gradients(q, k, v, ridge_lambda))
-    chosen = _choose(problem, backend, preference)
+    if ran_or_demand in (None, dispatch.AUTO):
+        chosen = dispatch.choose(problem, ran_or_demand)
+    else:
+        chosen = dispatch.backend_named(ran_or_demand)
     with _no_autocast(problem):
-        dq, dk, dv, dridge = chosen.backward(problem, inputs, Residuals(lse, guard, probe, k_mean), grad_o)
+        dq, dk, dv, dridge = _no_capture(chosen, problem).backward(
+            problem, inputs, Residuals(lse, guard, probe, k_mean), grad_o
+        )
     return dq, dk, dv, dridge.contiguous()
 
 
@@ -163,7 +175,8 @@ def _backward_fake(grad_o, q, k, v, ridge_lambda, *_):  # type: ignore[no-untype
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, lse, guard, probe, k_mean, *_ = output
     ctx.save_for_backward(*inputs[:7], lse, guard, probe, k_mean)
-    ctx.settings = (*inputs[7:], dispatch.get_backend())
+    *settings, demand = inputs[7:]
+    ctx.settings = (*settings, demand if _ran.name is None else _ran.name)
     ctx.set_materialize_grads(False)
 
 
@@ -207,12 +220,12 @@ def _write_decode(q, k, v, ridge_lambda, seqlens_k, block_table, *settings_backe
     inputs = Inputs(q, k, v, ridge_lambda, seqlens_k, block_table=block_table)
     problem = describe(inputs, *settings, decoding=True)
     check_values(problem, inputs)
-    chosen = _choose(problem, backend)
+    chosen = dispatch.choose(problem, backend)
     if problem.empty:
         out.zero_()
         return
     with _no_autocast(problem):
-        chosen.decode(problem, inputs, out)
+        _no_capture(chosen, problem).decode(problem, inputs, out)
 
 
 def _decode_out(*arguments):  # type: ignore[no-untyped-def]
@@ -317,7 +330,7 @@ which_op = _define(
 backward_op = _define(
     "backward",
     f"Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, {_LENGTHS}, Tensor lse, Tensor guard, "
-    f"Tensor probe, Tensor k_mean, {_SETTINGS}, str? backend, str preference",
+    f"Tensor probe, Tensor k_mean, {_SETTINGS}, str? ran_or_demand",
     4,
     _backward,
     _backward_fake,

@@ -160,7 +160,8 @@ class set_backend:
     before. It holds for the current thread and asyncio task, and not for threads started from there; the environment
     variable FLASHLLA_BACKEND holds for the process. A call that the preferred backend cannot run falls back to the
     next that can, with one warning a reason; ``backend=`` in a call demands instead, and raises. Backward passes run
-    on the backend their forward pass ran on; under torch.compile on what was preferred when they were compiled.
+    on the backend their forward pass ran on. (Under torch.compile on what the call demands, else on what is preferred
+    on the thread that runs them: for CUDA tensors one of autograd's, which knows of FLASHLLA_BACKEND alone.)
 
     Args:
         name: a backend's name, or "auto" (triton, then chunked, then naive: the first that can).
@@ -214,18 +215,13 @@ def explain(problem: Problem, demand: str | None = None) -> Explanation:
     return Explanation(choice, reasons, asked)
 
 
-def choose(problem: Problem, demand: str | None = None, preference: str | None = None) -> Backend:
-    """The backend that runs ``problem``: ``demand`` or nothing, else the preference or a fallback with a warning.
-
-    ``preference``: the one in force at an earlier call, which has been warned about; None: the one in force here.
-    """
-    name = demand or preference or get_backend()
+def choose(problem: Problem, demand: str | None = None) -> Backend:
+    """The backend that runs ``problem``: ``demand`` or nothing, else the preference or a fallback with a warning."""
+    name = get_backend() if demand is None else demand
     # What nearly all calls come to, without every backend's reason.
     for b in all_backends():
         if (b.name == name or (name == AUTO and not b.emulated())) and _reason(b, problem) is None:
             return b
-    if preference is not None and demand is None:
-        return choose(problem, AUTO)
     explanation = explain(problem, demand)
     if explanation.backend is None:
         raise UnsupportedError(f"{explanation}\nTry another backend, or none, which takes the first that can.")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -200,6 +201,28 @@ _PREPARE: dict[str, Callable[..., Call]] = {
 }
 
 
+# What attention elsewhere calls its arguments, and what is to be done here.
+_ELSEWHERE = {
+    "is_causal": "causal=, True here by default",
+    "scale": "qk_scale=",
+    "softmax_scale": "qk_scale=",
+    "sm_scale": "qk_scale=",
+    "window_size": "window=left + 1",
+    "attn_mask": "causal=, window= or seqlens_k=; there are no other masks",
+    "dropout_p": "without it: there is no dropout",
+    "enable_gqa": "without it: k and v may have fewer heads",
+    "max_seqlens": "max_seqlen=",
+}
+
+
+def refuse_unknown(caller: str, names: Iterable[str], known: Iterable[str]) -> NoReturn:
+    """The error for arguments that there are not."""
+    name = min(names)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = _ELSEWHERE.get(name, f"{close[0]}=" if close else f"one of {', '.join(known)}")
+    raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}; try {hint}")
+
+
 def prepare_for(
     op: Callable[..., Any] | None, caller: str, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]
 ) -> Call:
@@ -210,7 +233,7 @@ def prepare_for(
         raise ValueError(f"op: got {op!r}, wanted one of {', '.join(f'flashlla.{name}' for name in _PREPARE)}")
     parameters = inspect.signature(function).parameters
     if unknown := set(arguments) - set(parameters):
-        raise TypeError(f"{caller}() got an unexpected keyword argument {sorted(unknown)[0]!r}")
+        refuse_unknown(caller, unknown, parameters)
     for wanted in list(parameters.values())[3:]:
         if wanted.default is inspect.Parameter.empty and wanted.name not in arguments:
             raise TypeError(f"{caller}() lacks the keyword argument {wanted.name!r} of {name}")

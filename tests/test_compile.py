@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import flashlla
-from flashlla.autograd import backward_op, forward_op
+from flashlla.autograd import backward_op, forward_op, which_op
 from flashlla.problem import Inputs
 
 # torch.compile's default backend builds C++; without a compiler the graph is still traced, differentiated and run.
@@ -43,12 +43,11 @@ def test_opcheck(backend):
     settings = (True, None, 0, 0, 0.3, 1e-12, "cg", [1e-12, 1e-12, 32.0], True)
     ridge = ridge.expand(2, 3, 9).contiguous()
     torch.library.opcheck(forward_op, (q, k, v, ridge, None, None, None, *settings, backend))
+    torch.library.opcheck(which_op, (q, k, v, ridge, None, None, None, *settings, backend))
     with torch.no_grad():
         o, *residuals, _, _, _, _ = forward_op(q, k, v, ridge, None, None, None, *settings, backend)
     o, q, k, v, *residuals = (t.detach() for t in (o, q, k, v, *residuals))
-    torch.library.opcheck(
-        backward_op, (o, q, k, v, ridge.detach(), None, None, None, *residuals, *settings, backend, "auto")
-    )
+    torch.library.opcheck(backward_op, (o, q, k, v, ridge.detach(), None, None, None, *residuals, *settings, backend))
 
 
 def test_all_outputs_are_where_the_inputs_are():
@@ -58,23 +57,22 @@ def test_all_outputs_are_where_the_inputs_are():
     settings = (True, None, 0, 0, 0.3, 1e-12, "cg", [1e-12, 1e-12, 32.0], True)
     q, k, v, ridge = (t.to("meta") for t in (q, k, v, ridge))
     o, *residuals, _, _, _, _ = found = forward_op(q, k, v, ridge, None, None, None, *settings, None)
-    found += backward_op(o, q, k, v, ridge, None, None, None, *residuals, *settings, None, "auto")
+    found += backward_op(o, q, k, v, ridge, None, None, None, *residuals, *settings, None)
     assert {t.device.type for t in found} == {"meta"}
 
 
 def test_what_no_cuda_graph_can_hold_says_so(monkeypatch):
-    """As the operators ask for a backend while a graph is captured."""
+    """As the operators look at a backend while a graph is captured."""
     problem = flashlla.autograd.describe(Inputs(*inputs(9)), True, None, 0, 0, 0.3, 1e-12, "cg", [0.0, 0.0, 9.0], True)
     problem = dataclasses.replace(problem, device=torch.device("cuda"))
     for capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda answer=capturing: answer)
         if capturing:
             with pytest.raises(RuntimeError, match=r"the backend 'chunked' waits for the device.*reduce-overhead"):
-                flashlla.autograd._choose(problem, "chunked")
-        else:
-            assert flashlla.autograd._choose(problem, "chunked").name == "chunked"
-    waiting = {backend.name for backend in flashlla.dispatch.all_backends() if backend.waits}
-    assert waiting == {"chunked", "naive"}
+                flashlla.autograd._no_capture(flashlla.dispatch.backend_named("chunked"), problem)
+        for name in ("triton", "triton_pcg") if capturing else ("triton", "triton_pcg", "chunked", "naive"):
+            backend = flashlla.dispatch.backend_named(name)
+            assert flashlla.autograd._no_capture(backend, problem) is backend
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -87,18 +85,19 @@ def test_compile_gives_what_eager_gives(dynamic):
 
 def test_compile_follows_the_backend_that_is_set(monkeypatch):
     torch._dynamo.reset()
-    ran = []
+    ran = {"forward": [], "backward": []}
     for backend in flashlla.dispatch.all_backends():
-        original = type(backend).forward
-        monkeypatch.setattr(
-            type(backend), "forward", lambda self, *a, _f=original: (ran.append(self.name), _f(self, *a))[1]
-        )
+        for name, names in ran.items():
+            original = getattr(type(backend), name)
+            spy = lambda self, *a, _f=original, _names=names: (_names.append(self.name), _f(self, *a))[1]
+            monkeypatch.setattr(type(backend), name, spy)
     arguments = inputs(9)
     compiled = compiled_whole(loss)
     for name in ("naive", "chunked", "naive"):
         with flashlla.set_backend(name):
             torch.autograd.grad(compiled(*arguments), arguments)
-    assert ran == ["naive", "chunked", "naive"]
+    # In the backward pass, too, that of CPU tensors being on this thread: nothing is kept from when it was traced.
+    assert ran["forward"] == ran["backward"] == ["naive", "chunked", "naive"]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +172,7 @@ def test_layouts_are_those_of_the_fakes(backend):
     with torch.no_grad():
         o, *residuals, _, _, _, _ = forward_op(q, k, v, ridge, None, None, None, *settings, backend)
     o, q, k, v, *residuals = (t.detach() for t in (o, q, k, v, *residuals))
-    torch.library.opcheck(backward_op, (o, q, k, v, ridge, None, None, None, *residuals, *settings, backend, "auto"))
+    torch.library.opcheck(backward_op, (o, q, k, v, ridge, None, None, None, *residuals, *settings, backend))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -102,6 +102,39 @@ def test_threads_and_tasks_do_not_see_each_others_choice():
     assert asyncio.run(both()) == ["naive", "chunked"]
 
 
+@pytest.mark.usefixtures("picky")
+@pytest.mark.parametrize("demand", [None, "picky"])
+def test_backward_runs_where_forward_ran_whatever_came_between(monkeypatch, demand):
+    """Whatever is preferred by then, known by then, and on whichever thread; and with cotangents in a batch, too."""
+    ran = []
+    original = Picky.backward
+    monkeypatch.setattr(Picky, "backward", lambda self, *a: (ran.append(self.name), original(self, *a))[1])
+    monkeypatch.setattr(Picky, "unsupported", lambda self, p: "a batch is over 2" if p.batch > 2 else None)
+    q, k, v = (t.requires_grad_() for t in inputs(5))
+    with flashlla.set_backend("auto" if demand else "picky"):
+        o = flashlla.lla_attention(q, k, v, backend=demand)
+        apart = torch.func.jacrev(lambda q: flashlla.lla_attention(q, k, v, backend=demand))(q)
+    assert ran == ["picky"]
+    assert apart.shape == (1, 5, 4, 1, 5, 4)
+
+    class Latest(Chunked):
+        name = "latest"
+
+    flashlla.register_backend(Latest(), before="triton")
+    monkeypatch.setenv("FLASHLLA_BACKEND", "naive")
+    thread = threading.Thread(target=lambda: torch.autograd.grad(o.sum(), q))
+    thread.start()
+    thread.join()
+    assert ran == ["picky", "picky"]
+
+
+def test_a_demand_is_not_disturbed_by_a_wrong_preference(monkeypatch):
+    monkeypatch.setenv("FLASHLLA_BACKEND", "nave")
+    assert ran_on(backend="naive") == "naive"
+    with pytest.raises(ValueError, match="backend: got ''"):
+        ran_on(backend="")
+
+
 def test_unknown_names_are_refused_at_once(monkeypatch):
     with pytest.raises(ValueError, match=r"name: got 'chunk'.*did you mean 'chunked'"):
         flashlla.set_backend("chunk")

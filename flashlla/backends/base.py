@@ -19,13 +19,13 @@ class Backend(ABC):
     ``flashlla.register_backend`` makes an instance known under its ``name``. A backend that says it supports a
     problem supports both directions, and leaves and takes the same :class:`~flashlla.problem.Residuals` as any other,
     so that one backend can run the backward pass of another's forward pass; of a decoding problem, one whose
-    ``mask.at_lengths`` is set, it supports :meth:`decode`. Nothing here is called with empty tensors.
+    ``mask.at_lengths`` is set, it supports :meth:`decode`. Nothing here is called with empty tensors. ``waits`` says
+    that it reads numbers that lie on the device: while a CUDA graph is captured, which cannot hold that, it is refused.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
-    # Whether it reads numbers that lie on the device, and so cannot be captured in a CUDA graph.
-    waits: ClassVar[bool] = True
+    waits: ClassVar[bool] = False
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine at all; None where it can."""

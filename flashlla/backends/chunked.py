@@ -111,6 +111,7 @@ def gather(w: Tensor, k: Tensor, k_mean: Tensor) -> Tensor:
 class Chunked(Backend):
     name = "chunked"
     summary = "PyTorch in blocks of queries, any solver; memory linear in length"
+    waits = True
 
     def unsupported(self, problem: Problem) -> str | None:
         return None

@@ -79,6 +79,7 @@ def solve(systems: Systems, b: Tensor) -> Tensor:
 class Naive(Backend):
     name = "naive"
     summary = "dense PyTorch, torch.linalg.solve: the oracle; memory quadratic in length"
+    waits = True
 
     def unsupported(self, problem: Problem) -> str | None:
         if not isinstance(problem.solver, (CG, Direct)):

@@ -40,7 +40,6 @@ def _has_gpu() -> bool:
 class Triton(Backend):
     name = "triton"
     summary = "fused Triton kernels, conjugate gradients; memory linear in length"
-    waits = False
 
     def unavailable(self) -> str | None:
         if not _has_gpu() and not interpreted():

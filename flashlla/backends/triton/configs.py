@@ -1,7 +1,8 @@
-"""Every tile size, and why. A table, not tuning: a new length never stalls a run.
+"""Every tile size, and why. A table, not tuning: a new length never stalls a run, but for one more kernel to compile
+where a pass has a config for few programs.
 
 FLASHLLA_AUTOTUNE=1 times the table's entry against a few others at the first launch of each key instead; keys do not
-contain the length.
+contain the length, and configs for few programs are not tuned.
 """
 
 from __future__ import annotations

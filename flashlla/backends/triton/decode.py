@@ -541,7 +541,8 @@ def decode(
         merged = empty(systems, d + v, d), empty(systems, d + v), empty(systems, SCALARS.value)
     table = seqlens_k if block_table is None else block_table
     table_strides = (0, 0) if block_table is None else block_table.stride()
-    solve_warps = min(t.solve_warps, (d + v) // PANEL.value)  # each has at least a panel's height of rows
+    rows_all = triton.next_power_of_2(d + v)
+    solve_warps = min(t.solve_warps, rows_all // PANEL.value)  # each has at least a panel's height of rows
     vector = 8 if half else 4  # numbers of one load of a thread
     sizes = {"BLOCK_D": d, "BLOCK_V": v}
     slice_d, slice_v = shared_rows(d, v, shares)
@@ -571,7 +572,7 @@ def decode(
             decode_solve_kernel, "decode", (count * members,), q.device,
             *merged, offset, seqlens_k, ridge, y, out, seqlens_k.stride(0), *ridge.stride(), *out.stride(),
             *shape, delta_eps,
-            VALUE_DIM=value_dim, MERGED=merging, BLOCK_R=triton.next_power_of_2(d + v), WARPS=solve_warps,
+            VALUE_DIM=value_dim, MERGED=merging, BLOCK_R=rows_all, WARPS=solve_warps,
             num_warps=solve_warps, num_stages=2, **sizes,
         )  # fmt: skip
     return out

@@ -155,9 +155,9 @@ def output_body(
     v = load_tile(v_base, v_stride, j, k_len, V_DIM, N, acc.shape[1], CUT)  # (N, V)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
     if v.dtype == tl.float32:
-        w = rounded(w, v, PRECISION)
-        plain = times(w, v, plain, PRECISION)  # (M, V)
-        whole += tl.sum(w, 1)  # (M,)
+        alone = rounded(w, v, PRECISION)
+        plain = times(alone, v, plain, PRECISION)  # (M, V)
+        whole += tl.sum(alone, 1)  # (M,)
     # 1 - a of (2.2) in one multiply-add
     w = w * (times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * minus_size[:, None] + rest[:, None])
     w = rounded(w, v, PRECISION)

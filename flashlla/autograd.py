@@ -94,8 +94,13 @@ def _no_autocast(problem: Problem) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
-# The name of the backend that the last forward pass of this thread ran on, for `_save`; None if it was traced.
-_ran = threading.local()
+class _Ran(threading.local):
+    """The name of the backend that the last forward pass of this thread ran on, for `_save`; None if it was traced."""
+
+    name: str | None = None
+
+
+_ran = _Ran()
 
 
 def _no_capture(chosen: Backend, problem: Problem) -> Backend:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
@@ -131,7 +130,7 @@ def lla_attention(
         >>> o.sum().backward()
     """
     if others:
-        refuse_unknown("lla_attention", others, inspect.signature(prepare).parameters)
+        refuse_unknown("lla_attention", others, lla_attention)
     call = prepare(
         q,
         k,
@@ -250,7 +249,7 @@ def lla_attention_varlen(
         True
     """
     if others:
-        refuse_unknown("lla_attention_varlen", others, inspect.signature(prepare_varlen).parameters)
+        refuse_unknown("lla_attention_varlen", others, lla_attention_varlen)
     call = prepare_varlen(
         q,
         k,

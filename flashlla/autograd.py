@@ -4,7 +4,7 @@ The operators are opaque to torch.compile; ``forward``, ``backward`` and ``decod
 torch.func transforms too. The choice of a backend is made inside the operator, at run time and in the caller's
 context. It is no output: all of these are on the inputs' device, so that CUDA graphs hold whole steps. To the backward
 operator, which may run on another thread, it goes as a name; of a forward pass that was traced and did not run, the
-demand goes instead.
+demand goes instead. Who asks ``which`` it was is told by a number on the CPU.
 """
 
 from __future__ import annotations
@@ -146,6 +146,12 @@ def _forward_fake(q, k, v, *_):  # type: ignore[no-untyped-def]
     return tuple(_allocate(q, k, v))
 
 
+def _which(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *settings_and_backend):  # type: ignore[no-untyped-def]
+    *settings, backend = settings_and_backend
+    problem = describe(Inputs(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k), *settings)
+    return torch.tensor(dispatch.serial(dispatch.choose(problem, backend)))
+
+
 def _backward(grad_o, q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *rest):  # type: ignore[no-untyped-def]
     lse, guard, probe, k_mean, *settings, ran_or_demand = rest
     inputs = Inputs(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k)
@@ -165,12 +171,6 @@ def _backward(grad_o, q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens
 
 def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor, ridge_lambda: Tensor) -> list[Tensor]:
     return [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), ridge_lambda.new_empty(ridge_lambda.shape)]
-
-
-def _which(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *settings_and_backend):  # type: ignore[no-untyped-def]
-    *settings, backend = settings_and_backend
-    problem = describe(Inputs(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k), *settings)
-    return torch.tensor(dispatch.serial(dispatch.choose(problem, backend)))
 
 
 def _backward_fake(grad_o, q, k, v, ridge_lambda, *_):  # type: ignore[no-untyped-def]
@@ -276,16 +276,16 @@ def _forward_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
     return tuple(_unfold(t, info.batch_size) for t in found), (0,) * len(found)
 
 
+def _which_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
+    folded = [_fold(t, dim, info.batch_size) for t, dim in zip(arguments[:7], in_dims)]
+    return which_op(*folded, *arguments[7:]), None
+
+
 def _backward_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
     _refuse_vmap_of_packed(arguments[6])
     folded = [_fold(t, dim, info.batch_size) for t, dim in zip(arguments[:11], in_dims)]
     found = backward(*folded, *arguments[11:])
     return tuple(_unfold(t, info.batch_size) for t in found), (0,) * len(found)
-
-
-def _which_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
-    folded = [_fold(t, dim, info.batch_size) for t, dim in zip(arguments[:7], in_dims)]
-    return which_op(*folded, *arguments[7:]), None
 
 
 def _refuse_vmap_of_packed(cu_seqlens: Tensor | None) -> None:
@@ -315,9 +315,10 @@ def _define(name: str, arguments: str, outputs: int, kernel: Any, fake: Any, vma
     return getattr(torch.ops.flashlla, name).default
 
 
+_CALL = f"Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, {_LENGTHS}, {_SETTINGS}, str? backend"
 forward_op = _define(
     "forward",
-    f"Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, {_LENGTHS}, {_SETTINGS}, str? backend",
+    _CALL,
     9,
     _forward,
     _forward_fake,
@@ -326,7 +327,7 @@ forward_op = _define(
 # Which backend forward runs on: its number, on the CPU. A tensor torch.compile can return, a name it cannot.
 which_op = _define(
     "which",
-    f"Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, {_LENGTHS}, {_SETTINGS}, str? backend",
+    _CALL,
     1,
     _which,
     lambda *_: torch.empty((), dtype=torch.int64, device="cpu"),

@@ -211,13 +211,16 @@ _ELSEWHERE = {
     "attn_mask": "causal=, window= or seqlens_k=; there are no other masks",
     "dropout_p": "without it: there is no dropout",
     "enable_gqa": "without it: k and v may have fewer heads",
-    "max_seqlens": "max_seqlen=",
+    "cu_seqlens": "flashlla.lla_attention_varlen",
+    "block_table": "flashlla.lla_decode",
 }
 
 
-def refuse_unknown(caller: str, names: Iterable[str], known: Iterable[str]) -> NoReturn:
-    """The error for arguments that there are not."""
+def refuse_unknown(caller: str, names: Iterable[str], function: Callable[..., Any]) -> NoReturn:
+    """The error for arguments that ``function``, which ``caller`` calls or is, does not have."""
     name = min(names)
+    parameters = inspect.signature(function).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
     close = difflib.get_close_matches(name, known, n=1)
     hint = _ELSEWHERE.get(name, f"{close[0]}=" if close else f"one of {', '.join(known)}")
     raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}; try {hint}")
@@ -233,7 +236,7 @@ def prepare_for(
         raise ValueError(f"op: got {op!r}, wanted one of {', '.join(f'flashlla.{name}' for name in _PREPARE)}")
     parameters = inspect.signature(function).parameters
     if unknown := set(arguments) - set(parameters):
-        refuse_unknown(caller, unknown, parameters)
+        refuse_unknown(caller, unknown, function)
     for wanted in list(parameters.values())[3:]:
         if wanted.default is inspect.Parameter.empty and wanted.name not in arguments:
             raise TypeError(f"{caller}() lacks the keyword argument {wanted.name!r} of {name}")

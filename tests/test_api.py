@@ -11,6 +11,7 @@ import torch
 
 import flashlla
 from flashlla import Solution, lla_attention
+from flashlla.solvers.base import warn_unconverged
 from flashlla.values import check_values
 from tests.helpers import problem_of
 
@@ -208,6 +209,8 @@ def test_empty_inputs_give_empty_outputs_and_zero_gradients(shape, backend):
         ({"return_info": "no"}, TypeError, ["return_info", "str", "True or False"]),
         ({"is_causal": True}, TypeError, ["lla_attention()", "'is_causal'", "try causal="]),
         ({"ridge_lamda": 1.0}, TypeError, ["'ridge_lamda'", "try ridge_lambda="]),
+        ({"return_inf": True}, TypeError, ["'return_inf'", "try return_info="]),
+        ({"cu_seqlens": None}, TypeError, ["'cu_seqlens'", "try flashlla.lla_attention_varlen"]),
         ({"temperature": 1.0}, TypeError, ["'temperature'", "try one of q, k, v, ridge_lambda, qk_scale"]),
         ({"cg_rtol": -1.0}, ValueError, ["cg_rtol", "-1.0"]),
         ({"cg_max_iters": 0}, ValueError, ["cg_max_iters", "0"]),
@@ -393,6 +396,19 @@ def test_backward_says_that_it_stopped_early():
         o = lla_attention(q, k, v, solver=Tired(), backend="chunked")
     with pytest.warns(flashlla.ConvergenceWarning, match="Tired stopped early in the backward pass on 5"):
         o.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("solver", "words"),
+    [
+        (flashlla.Direct(), r"1 of 2 queries.*\. Try a larger ridge_lambda or float64"),
+        (flashlla.CG(), r"Try more iterations .*, solver='direct', a larger ridge_lambda or float64"),
+    ],
+)
+def test_what_to_try_where_a_solver_stopped_early(solver, words):
+    """Where Direct stops, CG would, too."""
+    with pytest.warns(flashlla.ConvergenceWarning, match=words):
+        warn_unconverged(solver, torch.tensor([0.5]), 2)
 
 
 def test_a_huge_later_value_does_not_reach_an_earlier_row():

@@ -17,6 +17,8 @@ compiled_whole = functools.partial(
     torch.compile, fullgraph=True, backend="inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
 )
 TIGHT = flashlla.CG(rtol=1e-26, max_iters=200)
+# Of the operators, all but tensors and backend.
+SETTINGS = (True, None, 0, 0, 0.3, 1e-12, "cg", [1e-12, 1e-12, 32.0], True)
 
 
 def inputs(length=33, dtype=torch.float64):
@@ -40,30 +42,28 @@ def assert_same_gradients(compiled, eager, arguments):
 @pytest.mark.parametrize("backend", ["naive", "chunked"])
 def test_opcheck(backend):
     q, k, v, ridge = inputs(9)
-    settings = (True, None, 0, 0, 0.3, 1e-12, "cg", [1e-12, 1e-12, 32.0], True)
     ridge = ridge.expand(2, 3, 9).contiguous()
-    torch.library.opcheck(forward_op, (q, k, v, ridge, None, None, None, *settings, backend))
-    torch.library.opcheck(which_op, (q, k, v, ridge, None, None, None, *settings, backend))
+    torch.library.opcheck(forward_op, (q, k, v, ridge, None, None, None, *SETTINGS, backend))
+    torch.library.opcheck(which_op, (q, k, v, ridge, None, None, None, *SETTINGS, backend))
     with torch.no_grad():
-        o, *residuals, _, _, _, _ = forward_op(q, k, v, ridge, None, None, None, *settings, backend)
+        o, *residuals, _, _, _, _ = forward_op(q, k, v, ridge, None, None, None, *SETTINGS, backend)
     o, q, k, v, *residuals = (t.detach() for t in (o, q, k, v, *residuals))
-    torch.library.opcheck(backward_op, (o, q, k, v, ridge.detach(), None, None, None, *residuals, *settings, backend))
+    torch.library.opcheck(backward_op, (o, q, k, v, ridge.detach(), None, None, None, *residuals, *SETTINGS, backend))
 
 
 def test_all_outputs_are_where_the_inputs_are():
     """A CUDA graph holds no number on the CPU."""
     q, k, v, ridge = (t.detach() for t in inputs(9))
     ridge = ridge.expand(2, 3, 9).contiguous()
-    settings = (True, None, 0, 0, 0.3, 1e-12, "cg", [1e-12, 1e-12, 32.0], True)
     q, k, v, ridge = (t.to("meta") for t in (q, k, v, ridge))
-    o, *residuals, _, _, _, _ = found = forward_op(q, k, v, ridge, None, None, None, *settings, None)
-    found += backward_op(o, q, k, v, ridge, None, None, None, *residuals, *settings, None)
+    o, *residuals, _, _, _, _ = found = forward_op(q, k, v, ridge, None, None, None, *SETTINGS, None)
+    found += backward_op(o, q, k, v, ridge, None, None, None, *residuals, *SETTINGS, None)
     assert {t.device.type for t in found} == {"meta"}
 
 
 def test_what_no_cuda_graph_can_hold_says_so(monkeypatch):
     """As the operators look at a backend while a graph is captured."""
-    problem = flashlla.autograd.describe(Inputs(*inputs(9)), True, None, 0, 0, 0.3, 1e-12, "cg", [0.0, 0.0, 9.0], True)
+    problem = flashlla.autograd.describe(Inputs(*inputs(9)), *SETTINGS)
     problem = dataclasses.replace(problem, device=torch.device("cuda"))
     for capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda answer=capturing: answer)
@@ -167,12 +167,11 @@ def test_layouts_are_those_of_the_fakes(backend):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 9, 3, 4, generator=generator).transpose(1, 2).requires_grad_() for _ in range(3))
     ridge = torch.ones(1, 3, 9)
-    settings = (True, None, 0, 0, 0.3, 1e-12, "cg", [1e-12, 1e-12, 32.0], True)
-    torch.library.opcheck(forward_op, (q, k, v, ridge, None, None, None, *settings, backend))
+    torch.library.opcheck(forward_op, (q, k, v, ridge, None, None, None, *SETTINGS, backend))
     with torch.no_grad():
-        o, *residuals, _, _, _, _ = forward_op(q, k, v, ridge, None, None, None, *settings, backend)
+        o, *residuals, _, _, _, _ = forward_op(q, k, v, ridge, None, None, None, *SETTINGS, backend)
     o, q, k, v, *residuals = (t.detach() for t in (o, q, k, v, *residuals))
-    torch.library.opcheck(backward_op, (o, q, k, v, ridge, None, None, None, *residuals, *settings, backend))
+    torch.library.opcheck(backward_op, (o, q, k, v, ridge, None, None, None, *residuals, *SETTINGS, backend))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -56,7 +56,7 @@ class Solver(ABC):
         torch.Size([1, 20, 4])
     """
 
-    advice: ClassVar[str] = "another solver"  # what to try first where it stops early
+    advice: ClassVar[str] = "another solver"  # what to try first where it stops early, if anything
 
     @abstractmethod
     def solve(self, systems: Systems, b: Tensor) -> Solution:

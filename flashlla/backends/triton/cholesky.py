@@ -11,13 +11,15 @@ doing so also looks for NaN, at two instructions more for each number.
 import triton
 import triton.language as tl
 
+from flashlla.backends.triton.primitives import to_tf32
+
 PANEL: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
 def halves(x):
     """``x`` as a sum of two: its upper bits, as TF32 holds them, and the rest. One of them is NaN if ``x`` is."""
-    upper = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    upper = to_tf32(x)
     return upper, x - upper
 
 

@@ -130,6 +130,7 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+@functools.cache
 def config(name: str, head_dim: int, operand: torch.dtype, capability: tuple[int, int], few: bool = False) -> Config:
     """The config of pass ``name``; ``operand`` is float16 or float32, ``capability`` the device's, (9, 0) say; ``few``:
     that for few programs, if there is one."""

@@ -31,7 +31,7 @@ from flashlla.problem import (
 
 # Rows that one program of the cast kernels takes.
 CAST_ROWS = 64
-# As many programs a processor run side by side; a pass with no more has a config for few.
+# Programs that run side by side on a processor: a pass with no more of them takes its config for few, if it has one.
 FEW = 2
 # How much coarser than the dtype's resolution the probe of bfloat16 inputs may be where queries see many keys.
 PROBE_SLACK = 2.0

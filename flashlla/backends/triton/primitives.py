@@ -205,14 +205,19 @@ def zeros(a, b):
 
 
 @triton.jit
+def to_tf32(x):
+    """``x`` (float32) with the 11 bits of TF32; a NaN of all ones wraps round to -0."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def rounded(x, like, PRECISION: tl.constexpr):
     """``x`` (float32) as the operand of a product with ``like``.
 
     What a product would round is rounded here, so that sums made beside the product can use the same numbers.
     """
     if like.dtype == tl.float32 and PRECISION == "tf32":
-        near = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        return tl.where(x == x, near, x)  # a NaN of all ones would wrap round to -0
+        return tl.where(x == x, to_tf32(x), x)
     else:
         return x.to(like.dtype)
 

@@ -53,7 +53,9 @@ def calls(head_dim: int, dtype: torch.dtype, architecture: int) -> Iterator[tupl
     rows, cu_seqlens = meta(2, 6, 512, dtype=torch.float32), meta(9)
     plain = Problem(2, 6, 6, 512, 512, head_dim, head_dim, dtype, q.device, 0.3, 1e-12, CG())
     grouped = dataclasses.replace(plain, kv_heads=2)
-    packed = dataclasses.replace(grouped, batch=1, sequences=8, longest_q=512, longest_k=512, mask=Mask(packed=True))
+    packed = dataclasses.replace(
+        grouped, batch=1, sequences=8, max_seqlen_q=512, max_seqlen_k=512, mask=Mask(packed=True)
+    )
     few = meta(1, 1, 32, head_dim, dtype=dtype)
     yield plain, Inputs(q, q, q, rows), "none"
     yield (

@@ -31,7 +31,7 @@ from flashlla.values import check_values
 
 # Everything about a call that is not a tensor, in the order all operators take it.
 _SETTINGS = (
-    "bool causal, SymInt? window, SymInt longest_q, SymInt longest_k, float scale, float delta_eps, str solver, "
+    "bool causal, SymInt? window, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float delta_eps, str solver, "
     "float[] solver_settings, bool solver_demanded"
 )
 # The tensors that say which keys a query sees.
@@ -42,8 +42,8 @@ def describe(
     inputs: Inputs,
     causal: bool,
     window: int | None,
-    longest_q: int,
-    longest_k: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     scale: float,
     delta_eps: float,
     solver: str,
@@ -80,8 +80,8 @@ def describe(
             packed=cu_seqlens is not None,
         ),
         sequences=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        longest_q=min(longest_q, q.shape[2]),
-        longest_k=min(longest_k, k_len),
+        max_seqlen_q=min(max_seqlen_q, q.shape[2]),
+        max_seqlen_k=min(max_seqlen_k, k_len),
         page_size=None if pages is None else k.shape[2],
     )
 

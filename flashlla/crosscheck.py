@@ -103,8 +103,8 @@ def verify(
             problem, inputs = plain_cache(problem, inputs)
         else:
             o, _, _, z, *_ = forward_op(*call.arguments, backend)
-    runs = problem.runs(inputs)
-    start, stop = (t.cpu().expand(problem.batch, 1, problem.q_len)[:, 0] for t in runs)  # (B, Sq)
+    spans = problem.key_spans(inputs)
+    start, stop = (t.cpu().expand(problem.batch, 1, problem.q_len)[:, 0] for t in spans)  # (B, Sq)
     picked = _pick(tuple(inputs.q.shape[:3]), rows, seed)
     q, k, v, ridge = inputs[:4]
     found = [

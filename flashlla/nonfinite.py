@@ -55,14 +55,15 @@ def isolate(
     if all(bool(f.all()) for f in (finite_q, finite_k, finite_v, finite_ridge, finite_g)):
         return inputs, grad_o, None
     bad_key = ~(finite_k.all(-1) & finite_v.all(-1))  # (B, Hkv, Sk)
-    start, stop = (t.clamp(max=problem.k_len) for t in problem.runs(inputs))  # packed: tokens may be of no sequence
+    # packed: tokens may be of no sequence
+    start, stop = (t.clamp(max=problem.k_len) for t in problem.key_spans(inputs))
     shape = (*bad_key.shape[:-1], problem.q_len)
     start, stop = start.expand(shape), torch.maximum(start, stop).expand(shape)  # (B, Hkv, Sq)
-    # Bad keys in a query's run: a running count, read off at its ends.
+    # Bad keys in a query's span: a running count, read off at its ends.
     count = torch.nn.functional.pad(bad_key.cumsum(-1), (1, 0))  # (B, Hkv, Sk + 1)
     seen = count.gather(-1, stop) > count.gather(-1, start)
     queries = ~(finite_q.all(-1) & finite_ridge & finite_g.all(-1)) | seen.repeat_interleave(problem.group, 1)
-    # A key's gradient is due NaN where a poisoned query sees it: runs that have begun and not ended there.
+    # A key's gradient is due NaN where a poisoned query sees it: spans that have begun and not ended there.
     poisoned = queries.unflatten(1, (-1, problem.group)).any(2).long()  # (B, Hkv, Sq)
     begun = torch.zeros_like(count).scatter_add_(-1, start, poisoned).scatter_add_(-1, stop, -poisoned).cumsum(-1)
     clean = lambda t, finite: torch.where(finite, t, 0)

@@ -42,7 +42,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Runs(NamedTuple):
+class KeySpans(NamedTuple):
     """Which keys each query sees: those from ``start`` to before ``stop``; empty where stop <= start."""
 
     start: Tensor  # (Sq,), or (B, 1, Sq) where sequences have lengths of their own
@@ -112,8 +112,8 @@ class Problem:
     solver_demanded: bool = True
     mask: Mask = Mask()
     sequences: int = 0  # packed: how many, and what none of them is longer than
-    longest_q: int = 0
-    longest_k: int = 0
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
     page_size: int | None = None  # decoding: k and v are pages of so many keys
 
     @property
@@ -127,20 +127,20 @@ class Problem:
         sizes = (self.batch, self.q_heads, self.q_len, self.k_len)
         return 0 in sizes or (self.mask.packed and self.sequences == 0)
 
-    def runs(self, inputs: Inputs) -> Runs:
+    def key_spans(self, inputs: Inputs) -> KeySpans:
         """The keys that every query sees, by their places in k."""
         mask, device = self.mask, inputs.q.device
         i = torch.arange(self.q_len, device=device)
         first: Tensor | int
         last: Tensor | int
         if mask.packed:
-            q_first, q_last = bounds(inputs.cu_seqlens_q, self.q_len, self.longest_q)
-            k_first, k_last = bounds(inputs.cu_seqlens_k, self.k_len, self.longest_k)
+            q_first, q_last = sequence_bounds(inputs.cu_seqlens_q, self.q_len, self.max_seqlen_q)
+            k_first, k_last = sequence_bounds(inputs.cu_seqlens_k, self.k_len, self.max_seqlen_k)
             inside = (i >= q_first[:, None]) & (i < q_last[:, None])  # (sequences, Sq)
-            at = inside.int().argmax(0)
-            first = k_first[at]
-            last = torch.where(inside.any(0), k_last[at], first)  # a row of no sequence sees nothing
-            own = i + 1 - q_last[at] + k_last[at]  # one past the query's own key
+            sequence = inside.int().argmax(0)
+            first = k_first[sequence]
+            last = torch.where(inside.any(0), k_last[sequence], first)  # a row of no sequence sees nothing
+            own = i + 1 - q_last[sequence] + k_last[sequence]  # one past the query's own key
         else:
             first, last = 0, self.k_len
             if inputs.seqlens_k is not None:
@@ -148,16 +148,16 @@ class Problem:
             own = i + 1 - self.q_len + (last if mask.at_lengths else self.k_len)
         start = torch.zeros_like(i) + first if mask.window is None else (own - mask.window).clamp(min=first)
         stop = own.clamp(min=first) if mask.causal else torch.full_like(own, self.k_len)
-        return Runs(start, torch.minimum(stop, torch.as_tensor(last, device=device)))
+        return KeySpans(start, torch.minimum(stop, torch.as_tensor(last, device=device)))
 
 
-def bounds(cu_seqlens: Tensor | None, total: int, longest: int) -> tuple[Tensor, Tensor]:
+def sequence_bounds(cu_seqlens: Tensor | None, total: int, max_seqlen: int) -> tuple[Tensor, Tensor]:
     """Where each sequence of a packed row begins and ends, (sequences,), whatever the numbers: never outside the row,
-    never more than ``longest`` long."""
+    never more than ``max_seqlen`` long."""
     assert cu_seqlens is not None
     edges = cu_seqlens.long().clamp(0, total)
     first = edges[:-1]
-    return first, torch.minimum(torch.maximum(edges[1:], first), first + longest)
+    return first, torch.minimum(torch.maximum(edges[1:], first), first + max_seqlen)
 
 
 class Inputs(NamedTuple):

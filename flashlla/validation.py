@@ -40,7 +40,7 @@ class Call(NamedTuple):
     """A validated call: four-dimensional inputs, and the settings that all operators take, in their order."""
 
     inputs: Inputs
-    # causal, window, longest_q, longest_k, scale, delta_eps, solver's name and numbers, demanded
+    # causal, window, max_seqlen_q, max_seqlen_k, scale, delta_eps, solver's name and numbers, demanded
     settings: tuple[bool, int | None, int, int, float, float, str, list[float], bool]
     layout: str  # of the caller's tensors: "bsd", "bhsd", "bshd" or "thd"
     decoding: bool = False
@@ -142,12 +142,12 @@ def prepare_varlen(
                 f"cu_seqlens_k: got shape {tuple(cu_k.shape)}, wanted {tuple(cu_q.shape)}, that of cu_seqlens_q: the "
                 f"two tell of the same sequences"
             )
-    longest_q = _check_longest(max_seqlen_q, max_seqlen, "max_seqlen_q", cu_q)
-    longest_k = _check_longest(max_seqlen_k, max_seqlen, "max_seqlen_k", cu_k)
+    max_seqlen_q = _check_max_seqlen(max_seqlen_q, max_seqlen, "max_seqlen_q", cu_q)
+    max_seqlen_k = _check_max_seqlen(max_seqlen_k, max_seqlen, "max_seqlen_k", cu_k)
     cg_numbers = (cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
     inputs = Inputs(q, k, v, _check_ridge(ridge_lambda, q, layout), None, cu_q, cu_k)
     return _call(
-        inputs, causal, window, qk_scale, delta_eps, cg_numbers, solver, backend, layout, (longest_q, longest_k)
+        inputs, causal, window, qk_scale, delta_eps, cg_numbers, solver, backend, layout, (max_seqlen_q, max_seqlen_k)
     )
 
 
@@ -283,7 +283,7 @@ def _call(
     solver: str | Solver | None,
     backend: str | None,
     layout: str,
-    longest: tuple[int, int] = (0, 0),
+    max_seqlens: tuple[int, int] = (0, 0),
 ) -> Call:
     """What is the same for every kind of call."""
     causal, window = _check_mask(causal, window)
@@ -295,7 +295,7 @@ def _call(
         raise ValueError(f"delta_eps: got {delta_eps}, wanted a number of at least 0")
     name, numbers = _check_solver(solver, cg_numbers)
     demanded = solver is not None or cg_numbers[-1]
-    return Call(inputs, (causal, window, *longest, scale, delta_eps, name, numbers, demanded), layout)
+    return Call(inputs, (causal, window, *max_seqlens, scale, delta_eps, name, numbers, demanded), layout)
 
 
 def _check_layout(layout: str) -> None:
@@ -372,7 +372,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor | None, t: Tensor, name: str) -> Tensor
     return cu_seqlens.contiguous()
 
 
-def _check_longest(own: int | None, both: int | None, name: str, cu_seqlens: Tensor) -> int:
+def _check_max_seqlen(own: int | None, both: int | None, name: str, cu_seqlens: Tensor) -> int:
     """The most tokens of a sequence; found by waiting for the device where the caller does not say."""
     given = both if own is None else own
     if own is None and both is not None:

@@ -26,12 +26,12 @@ def check_values(problem: Problem, inputs: Inputs) -> None:
     if inputs.block_table is not None:
         _check_pages(inputs.block_table, inputs.k.shape[0])
     both = inputs.cu_seqlens_q is inputs.cu_seqlens_k  # given as cu_seqlens
-    for name, edges, packed, longest in (
-        ("q", inputs.cu_seqlens_q, inputs.q, problem.longest_q),
-        ("k", inputs.cu_seqlens_k, inputs.k, problem.longest_k),
+    for name, edges, packed, max_seqlen in (
+        ("q", inputs.cu_seqlens_q, inputs.q, problem.max_seqlen_q),
+        ("k", inputs.cu_seqlens_k, inputs.k, problem.max_seqlen_k),
     ):
         if edges is not None:
-            _check_edges("cu_seqlens" if both else f"cu_seqlens_{name}", edges.tolist(), name, packed, longest)
+            _check_edges("cu_seqlens" if both else f"cu_seqlens_{name}", edges.tolist(), name, packed, max_seqlen)
 
 
 def _check_ridge(ridge_lambda: Tensor) -> None:
@@ -57,7 +57,7 @@ def _check_pages(block_table: Tensor, pages: int) -> None:
         )
 
 
-def _check_edges(name: str, edges: list[int], of: str, packed: Tensor, longest: int) -> None:
+def _check_edges(name: str, edges: list[int], of: str, packed: Tensor, max_seqlen: int) -> None:
     """``packed``: (1, H, T, D), which the caller calls ``of``."""
     if edges[0] != 0:
         raise ValueError(
@@ -76,9 +76,9 @@ def _check_edges(name: str, edges: list[int], of: str, packed: Tensor, longest: 
             f"(1, H, T, D){swapped}"
         )
     for i, (first, last) in enumerate(sequences):
-        if last - first > longest:
+        if last - first > max_seqlen:
             raise ValueError(
-                f"max_seqlen: got {longest}, wanted at least {last - first}, the length of sequence {i} in {name}"
+                f"max_seqlen: got {max_seqlen}, wanted at least {last - first}, the length of sequence {i} in {name}"
             )
 
 

@@ -186,7 +186,7 @@ def test_numbers_that_only_the_device_sees(backend: Backend, edges: tuple[int, .
         gradients = backend.backward(asked, inputs, residuals, torch.ones_like(o))
     assert all(t.isfinite().all() for t in (o, *gradients))
     assert report.converged.all()
-    first, last = problem.bounds(cu(edges), TOTAL, 5)
+    first, last = problem.sequence_bounds(cu(edges), TOTAL, 5)
     inside = torch.zeros(TOTAL, dtype=torch.bool)
     for i, j in zip(first.tolist(), last.tolist()):
         assert 0 <= i <= j <= min(TOTAL, i + 5)

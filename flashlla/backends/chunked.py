@@ -48,7 +48,7 @@ def blocks(problem: Problem, inputs: Inputs) -> Iterator[Block]:
     """All blocks; those of the same heads follow one another."""
     n_heads, group, mask = problem.batch * problem.kv_heads, problem.group, problem.mask
     q_len, k_len, device = problem.q_len, problem.k_len, inputs.q.device
-    runs = problem.runs(inputs)
+    spans = problem.key_spans(inputs)
     length = max(1, BLOCK_M // group)
     budget = _BLOCK_WEIGHTS.get(device.type, _BLOCK_WEIGHTS["cuda"])
     step = max(1, budget // (group * length * (k_len + problem.solver.workspace(problem.head_dim))))
@@ -62,7 +62,7 @@ def blocks(problem: Problem, inputs: Inputs) -> Iterator[Block]:
             if mask.hides_within(queries, keys, q_len, k_len):
                 sequence = torch.arange(heads.start, heads.stop, device=device) // problem.kv_heads
                 # (M,), or (G, M), each head's of its sequence
-                start, stop = (t[..., rows][sequence, 0] if t.dim() > 1 else t[rows] for t in runs)
+                start, stop = (t[..., rows][sequence, 0] if t.dim() > 1 else t[rows] for t in spans)
                 j = torch.arange(keys.start, keys.stop, device=device)
                 hidden = (j < start[..., None]) | (j >= stop[..., None])
                 hidden = hidden.repeat(*(1,) * (hidden.dim() - 2), group, 1)
@@ -81,7 +81,7 @@ def shifted(k: Tensor, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor
     change when the query moves along. So the digits go to what differs between keys, wherever the caller's keys are.
     """
     by_sequence = k.unflatten(0, (problem.batch, problem.kv_heads))
-    origin = problem.runs(inputs).first_of(by_sequence).flatten(0, 1)  # (B Hkv, 1, D)
+    origin = problem.key_spans(inputs).first_of(by_sequence).flatten(0, 1)  # (B Hkv, 1, D)
     return k - origin, origin
 
 

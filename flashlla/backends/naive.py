@@ -46,13 +46,13 @@ def about_first_key(q: Tensor, k: Tensor, problem: Problem, inputs: Inputs) -> t
     Moving all keys adds the same to all logits of a query, which its weights do not see; the regression does not
     change when the query moves along. So float32 keeps its digits wherever the caller's keys are.
     """
-    origin = problem.runs(inputs).first_of(k)  # (B, H, 1, D)
+    origin = problem.key_spans(inputs).first_of(k)  # (B, H, 1, D)
     return q - origin, k - origin, origin
 
 
 def statistics(q: Tensor, k: Tensor, ridge_lambda: Tensor, problem: Problem, inputs: Inputs) -> Statistics:
     logits = problem.scale * (q @ k.mT)  # (B, Hkv, M, Sk)
-    start, stop = problem.runs(inputs)
+    start, stop = problem.key_spans(inputs)
     j = torch.arange(problem.k_len, device=q.device)
     visible = (j >= start[..., None]) & (j < stop[..., None])  # (Sq, Sk) or (B, 1, Sq, Sk)
     visible = visible.repeat(*(1,) * (visible.dim() - 2), problem.group, 1)

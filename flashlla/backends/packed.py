@@ -24,8 +24,8 @@ from flashlla.problem import (
     Report,
     Residuals,
     accumulator,
-    bounds,
     empty_output,
+    sequence_bounds,
 )
 
 B = TypeVar("B", bound=Backend)
@@ -51,8 +51,8 @@ def _sequences(problem: Problem, inputs: Inputs) -> Iterator[_Sequence]:
     """Those with something to compute, each as a call of its own."""
     q, k, v, ridge = inputs[:4]
     own_mask = dataclasses.replace(problem.mask, packed=False)
-    q_edges = bounds(inputs.cu_seqlens_q, problem.q_len, problem.longest_q)
-    k_edges = bounds(inputs.cu_seqlens_k, problem.k_len, problem.longest_k)
+    q_edges = sequence_bounds(inputs.cu_seqlens_q, problem.q_len, problem.max_seqlen_q)
+    k_edges = sequence_bounds(inputs.cu_seqlens_k, problem.k_len, problem.max_seqlen_k)
     for number, edges in enumerate(torch.stack([*q_edges, *k_edges], 1).tolist()):
         q_first, q_last, k_first, k_last = edges
         rows, keys = slice(q_first, q_last), slice(k_first, k_last)
@@ -62,8 +62,8 @@ def _sequences(problem: Problem, inputs: Inputs) -> Iterator[_Sequence]:
             k_len=k_last - k_first,
             mask=own_mask,
             sequences=0,
-            longest_q=0,
-            longest_k=0,
+            max_seqlen_q=0,
+            max_seqlen_k=0,
         )
         if not alone.empty:
             views = Inputs(q[:, :, rows], k[:, :, keys], v[:, :, keys], ridge[:, :, rows])

@@ -23,10 +23,10 @@ from flashlla.problem import (
     Problem,
     Report,
     Residuals,
-    bounds,
     empty_output,
     largest_key,
     resolution,
+    sequence_bounds,
 )
 
 # Rows that one program of the cast kernels takes.
@@ -66,7 +66,7 @@ class Launcher:
         }
         self.precision = "ieee" if half or full else "tf32"
         # The longest sequence's queries and keys.
-        self.longest = (problem.longest_q, problem.longest_k) if mask.packed else (problem.q_len, problem.k_len)
+        self.longest = (problem.max_seqlen_q, problem.max_seqlen_k) if mask.packed else (problem.q_len, problem.k_len)
         self.lengths = (
             self.n_heads, problem.q_heads, problem.group, problem.q_len, problem.k_len, *self.longest,
         )  # fmt: skip
@@ -104,7 +104,7 @@ class Launcher:
 
     def first_keys(self, k: Tensor) -> Tensor:
         if self.problem.mask.packed:
-            first, _ = bounds(self.inputs.cu_seqlens_k, self.problem.k_len, self.problem.longest_k)
+            first, _ = sequence_bounds(self.inputs.cu_seqlens_k, self.problem.k_len, self.problem.max_seqlen_k)
             found = k[0].index_select(1, first.clamp(max=self.problem.k_len - 1)).transpose(0, 1)  # (sequences, Hkv, D)
         else:
             found = k[:, :, 0]

@@ -13,6 +13,7 @@ from torch import Tensor
 import flashlla
 from flashlla.autograd import describe
 from flashlla.backends.base import Backend
+from flashlla.covariance import Systems
 from flashlla.dispatch import all_backends
 from flashlla.problem import Inputs, Problem
 from flashlla.validation import prepare_for
@@ -69,3 +70,15 @@ def differentiable(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def make_indefinite(monkeypatch: pytest.MonkeyPatch, ridge: float) -> None:
+    """The matrices of the queries whose ridge is ``ridge`` get an eigenvalue of at most -1, whatever is rounded."""
+    dense = Systems.dense
+
+    def spoilt(systems: Systems) -> Tensor:
+        matrices = dense(systems)
+        matrices[..., 0, 0].masked_fill_(systems.ridge == ridge, -1.0)
+        return matrices
+
+    monkeypatch.setattr(Systems, "dense", spoilt)

@@ -19,7 +19,7 @@ from flashlla.covariance import Systems
 from flashlla.problem import resolution
 from flashlla.solvers import Gram
 from tests.cases import DATA
-from tests.helpers import normal
+from tests.helpers import make_indefinite, normal
 
 D, M, N = 12, 9, 40
 
@@ -74,7 +74,8 @@ def test_against_scipy_cho_solve(solver: Solver) -> None:
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-8])
 def test_iterates_as_scipy_cg(preconditioned: bool, tolerance: float) -> None:
     """The same recurrence with the same rule takes the same steps: row by row, count and solution."""
-    systems, b = systems_of()
+    # So strong a ridge that CG is done before rounding has made directions lose their conjugacy.
+    systems, b = systems_of(ridge=1.0)
     solver = (PCG if preconditioned else CG)(atol=0, rtol=tolerance**2, max_iters=200)
     a, solution = matrices(systems), solver.solve(systems, b)
     for row in each_row():
@@ -93,13 +94,25 @@ def test_iterates_as_scipy_cg(preconditioned: bool, tolerance: float) -> None:
         assert float(solution.residual[row]) == pytest.approx(residual, rel=1e-3)
 
 
-def test_iteration_counts() -> None:
-    """At most the number of different eigenvalues: D in general, one where the ridge is all there is."""
-    systems, b = systems_of()
-    assert CG(atol=0, rtol=1e-20, max_iters=200).solve(systems, b).iterations.max() <= D + 3
-    strong, b = systems_of(ridge=1e9)
-    assert (CG().solve(strong, b).iterations == 1).all()
+@pytest.mark.parametrize("different", [1, 2, 3, D])
+def test_iteration_counts(different: int) -> None:
+    """As many as A has different eigenvalues. By construction: keys and their negatives along D axes of any direction,
+    of few lengths, have a covariance with these axes and the squared lengths; one iteration less leaves 3e-10 at
+    least, as many leave the rounding of float64, and the tolerance lies far from both."""
+    lengths = torch.linspace(1, 2, different, dtype=torch.float64).repeat_interleave(D // different)
+    axes, _ = torch.linalg.qr(normal(D, D))
+    k = lengths[:, None] * axes
+    k = torch.cat([k, -k]).expand(2, 2 * D, D)
+    p = torch.full((2, M, 2 * D), 1 / (2 * D), dtype=torch.float64)
+    systems = Systems(k, p, p @ k, torch.full((2, M), 0.1, dtype=torch.float64), resolution(torch.float64))
+    b = normal(2, M, D, seed=3)
+    assert (CG(atol=0, rtol=1e-24, max_iters=200).solve(systems, b).iterations == different).all()
     assert (Direct().solve(systems, b).iterations == 0).all()
+
+
+def test_a_ridge_beside_which_keys_vanish_takes_one_iteration() -> None:
+    systems, b = systems_of(ridge=1e9)
+    assert (CG().solve(systems, b).iterations == 1).all()
 
 
 def test_atol_is_a_floor_under_the_right_hand_side() -> None:
@@ -155,14 +168,11 @@ def test_early_stop_says_so(solver: Solver) -> None:
     assert (info.iterations <= 2).all()
 
 
-def test_direct_names_the_row_that_is_not_positive_definite() -> None:
-    # Query 1 sees the keys 2 (1, 1) and -2 (1, 1) with equal weights: C = 4 [[1, 1], [1, 1]], which has no rank to
-    # spare, and the ridge vanishes beside it.
-    k = torch.tensor([[2.0, 2.0], [-2.0, -2.0], [0.5, 0.1]])[None, None]
-    q, k, v = torch.zeros(2, 1, 3, 2), k.repeat(2, 1, 1, 1), torch.ones(2, 1, 3, 2)
-    k[0] = normal(1, 3, 2, dtype=torch.float32)
-    k[0, 0, 1] = k[0, 0, 0] + torch.tensor([1.0, 0.0])
-    ridge = torch.tensor([1.0, 1e-30])[:, None, None]
+def test_direct_names_the_row_that_is_not_positive_definite(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_indefinite(monkeypatch, ridge=0.5)
+    q, k, v = (normal(2, 1, 3, 2, seed=i, dtype=torch.float32) for i in range(3))
+    ridge = torch.ones(2, 1, 3)
+    ridge[1, 0, 1] = 0.5
     with pytest.raises(torch.linalg.LinAlgError, match=r"query 1\b.*\(1,") as error:
         flashlla.lla_attention(q, k, v, ridge_lambda=ridge, solver="direct", backend="chunked")
     for word in ("float32", "ridge_lambda", "float64"):

@@ -15,7 +15,7 @@ import flashlla
 from flashlla import lla_attention, lla_attention_varlen, problem
 from flashlla.backends.base import Backend
 from flashlla.values import check_values
-from tests.helpers import BACKENDS, interpreted, normal, problem_of, skip_if_refused
+from tests.helpers import BACKENDS, interpreted, make_indefinite, normal, problem_of, skip_if_refused
 
 DTYPE = torch.float32
 EDGES = (0, 9, 9, 10, 27)  # sequences of 9, 0, 1 and 17 tokens
@@ -281,11 +281,13 @@ def test_checks_that_wait_for_the_device_are_asked_for(monkeypatch: pytest.Monke
         check_values(*call)
 
 
-def test_the_system_that_cannot_be_solved_is_named() -> None:
-    q, k, v = (torch.zeros(5, 1, 2) for _ in range(3))
-    k[4] = 1e10
-    with pytest.raises(torch.linalg.LinAlgError, match=r"packed sequence 2: .* query 0 "):
-        lla_attention_varlen(q, k, v, cu_seqlens=cu((0, 3, 3, 5)), ridge_lambda=1e-30, solver="direct", causal=False)
+def test_the_system_that_cannot_be_solved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_indefinite(monkeypatch, ridge=0.5)
+    q, k, v = (normal(6, 1, 2, seed=i, dtype=DTYPE) for i in range(3))
+    ridge = torch.ones(1, 6)
+    ridge[0, 4] = 0.5  # the second token of the third sequence
+    with pytest.raises(torch.linalg.LinAlgError, match=r"packed sequence 2: .* query 1 "):
+        lla_attention_varlen(q, k, v, cu_seqlens=cu((0, 3, 3, 6)), ridge_lambda=ridge, solver="direct")
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -57,7 +57,7 @@ def measure(length: int, ridge_lambda: float) -> dict[str, float]:
 def measure_definition() -> dict[str, float]:
     """Forward of (1, 1024, 64) in float32 from the definition, dense over pairs and dimensions: the naive way."""
     base = peak_mb()
-    from tests.oracle import attention
+    from tests.support.oracle import attention
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 1, 1024, 64) for _ in range(3))

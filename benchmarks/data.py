@@ -1,4 +1,4 @@
-"""Random q, k, v and grad_o of the kinds that tests/cases.py describes, made on the device, whole tensors at a time."""
+"""Random q, k, v and grad_o of the kinds of tests/support/cases.py, made on the device, whole tensors at a time."""
 
 from __future__ import annotations
 

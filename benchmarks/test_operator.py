@@ -1,7 +1,7 @@
 """Forward and backward time of each backend and solver: `make bench`.
 
-The cases are of the kind the tests use (tests/cases.py), longer. A backend that cannot take one is skipped with its
-reason; one that runs in an emulator here is not timed.
+The cases are of the kind the tests use (tests/support/cases.py), longer. A backend that cannot take one is skipped with
+its reason; one that runs in an emulator here is not timed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 import flashlla
 from flashlla import dispatch
-from tests.cases import Case
+from tests.support.cases import Case
 
 SIZES = (
     Case("short", batch=1, heads=4, length=256, dim=64, ridge_lambda=10.0),

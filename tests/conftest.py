@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from flashlla import dispatch, notices, solvers
-from tests.poison import poisoned
+from tests.support.poison import poisoned
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,7 @@ import flashlla
 from flashlla import Solution, lla_attention
 from flashlla.solvers.base import warn_unconverged
 from flashlla.values import check_values
-from tests.helpers import problem_of
+from tests.support.helpers import problem_of
 
 
 @dataclass

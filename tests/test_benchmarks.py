@@ -16,8 +16,8 @@ from torch import Tensor
 
 import flashlla
 from benchmarks import data, exact, report, run, timing
-from tests import cases
-from tests.helpers import normal
+from tests.support import cases
+from tests.support.helpers import normal
 
 SMALL = ["--shapes", "1x2x40x8", "1x2x72x8", "--ridges", "1"]
 

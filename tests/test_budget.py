@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import cases
-from tests.budget import EXACT, budget, disturbed, reference_of, row_norm
-from tests.cases import BY_NAME, CASES, Case
-from tests.poison import poisoned
+from tests.support import cases
+from tests.support.budget import EXACT, budget, disturbed, reference_of, row_norm
+from tests.support.cases import BY_NAME, CASES, Case
+from tests.support.poison import poisoned
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
@@ -46,7 +46,7 @@ def test_poison_covers_allocators() -> None:
             assert t.isnan().all()
         assert (torch.empty(3, dtype=torch.int32) > 10**6).all()
         assert torch.empty(3, dtype=torch.bool).all()
-    assert torch.empty.__module__ != "tests.poison"
+    assert torch.empty.__module__ != "tests.support.poison"
 
 
 def test_table() -> None:

@@ -16,9 +16,9 @@ import flashlla
 from flashlla import CG, PCG, Direct
 from flashlla.backends.base import Backend
 from flashlla.problem import accumulator, resolution
-from tests.budget import ALLOWANCE, OPERAND, budget
-from tests.cases import CASES, LAYOUTS, Case
-from tests.helpers import (
+from tests.support.budget import ALLOWANCE, OPERAND, budget
+from tests.support.cases import CASES, LAYOUTS, Case
+from tests.support.helpers import (
     BACKENDS,
     DEVICES,
     DTYPE_ORDER,

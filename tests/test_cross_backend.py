@@ -11,9 +11,9 @@ from torch import Tensor
 from flashlla.backends.base import Backend
 from flashlla.problem import Inputs, Problem, Residuals, accumulator
 from flashlla.solvers import CG
-from tests.budget import ALLOWANCE, OPERAND, Excess, budget
-from tests.cases import BY_NAME, LAYOUTS
-from tests.helpers import BACKENDS, DTYPES, interpreted, problem_of
+from tests.support.budget import ALLOWANCE, OPERAND, Excess, budget
+from tests.support.cases import BY_NAME, LAYOUTS
+from tests.support.helpers import BACKENDS, DTYPES, interpreted, problem_of
 
 # Several heads, odd lengths, a strong guard, keys far from the origin; all with q, k and v apart, as (B, H, S, D).
 NAMES = ("length_7", "guard_large", "offset", "one_token_weak")

@@ -18,8 +18,8 @@ from flashlla.autograd import decode_op, decode_out_op
 from flashlla.backends.base import Backend
 from flashlla.validation import prepare_decode
 from flashlla.values import check_values
-from tests.budget import Excess, allowance, evaluate, spreads_of
-from tests.helpers import BACKENDS, DEVICES, DTYPES, interpreted, normal, problem_of, skip_if_refused, turn
+from tests.support.budget import Excess, allowance, evaluate, spreads_of
+from tests.support.helpers import BACKENDS, DEVICES, DTYPES, interpreted, normal, problem_of, skip_if_refused, turn
 
 NAN = float("nan")
 
@@ -152,7 +152,7 @@ def call(
 
 @functools.cache
 def spread(case: Decoding) -> dict[str, Tensor]:
-    """What the error budget knows of the output's rows: tests/budget.py."""
+    """What the error budget knows of the output's rows: tests/support/budget.py."""
     q, k, v, keywords = case.make(torch.float64)
     k, v = (t.nan_to_num().repeat_interleave(case.heads // case.key_heads, 1) for t in (k, v))
     rows = q.shape[:-1]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.interpreter import hasten
+from tests.support.interpreter import hasten
 
 pytest.importorskip("triton")
 hasten()

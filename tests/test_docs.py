@@ -16,7 +16,7 @@ import torch
 
 import flashlla
 from flashlla import dispatch, solvers
-from tests.helpers import interpreted
+from tests.support.helpers import interpreted
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

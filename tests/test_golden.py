@@ -14,8 +14,8 @@ from torch import Tensor
 import flashlla
 from flashlla import CG, PCG, Direct
 from flashlla.backends.base import Backend
-from tests.budget import ALLOWANCE, OPERAND, Rounding, evaluate
-from tests.helpers import BACKENDS, interpreted, skip_if_refused
+from tests.support.budget import ALLOWANCE, OPERAND, Rounding, evaluate
+from tests.support.helpers import BACKENDS, interpreted, skip_if_refused
 
 _FILE = Path(__file__).parent / "data" / "lla_f64.npz"
 GOLDEN: dict[str, dict[str, Tensor]] = {}

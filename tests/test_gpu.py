@@ -17,7 +17,7 @@ from torch import Tensor
 
 import flashlla
 from flashlla import CG, PCG, lla_attention
-from tests.poison import poisoned
+from tests.support.poison import poisoned
 
 pytestmark = pytest.mark.gpu
 

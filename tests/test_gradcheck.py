@@ -12,7 +12,7 @@ from torch import Tensor
 import flashlla
 from flashlla import CG, PCG, Direct
 from flashlla.backends.base import Backend
-from tests.helpers import BACKENDS, normal, skip_if_refused
+from tests.support.helpers import BACKENDS, normal, skip_if_refused
 
 # A finite difference needs the function itself to 1e-12 or so.
 SOLVERS = {

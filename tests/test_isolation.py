@@ -11,7 +11,7 @@ from torch import Tensor
 
 import flashlla
 from flashlla.backends.base import Backend
-from tests.helpers import BACKENDS, interpreted, normal, skip_if_refused
+from tests.support.helpers import BACKENDS, interpreted, normal, skip_if_refused
 
 B, H, S, D = 2, 2, 21, 8
 BAD = (1, 0)  # the sequence and head that something is wrong in

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import flashlla
 from flashlla.backends.base import Backend
-from tests.helpers import BACKENDS, normal, skip_if_refused
+from tests.support.helpers import BACKENDS, normal, skip_if_refused
 
 SEEDS = st.integers(0, 2**31 - 1)
 LENGTHS = st.integers(1, 40)

@@ -18,8 +18,8 @@ from flashlla import CG, PCG, Direct, Preconditioner, Solution, Solver
 from flashlla.covariance import Systems
 from flashlla.problem import resolution
 from flashlla.solvers import Gram
-from tests.cases import DATA
-from tests.helpers import make_indefinite, normal
+from tests.support.cases import DATA
+from tests.support.helpers import make_indefinite, normal
 
 D, M, N = 12, 9, 40
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 import flashlla
 from flashlla import CG, PCG, Direct, lla_attention, lla_attention_varlen, lla_decode
-from tests.budget import budget
-from tests.cases import BY_NAME, DATA
-from tests.helpers import differentiable
-from tests.interpreter import hasten
+from tests.support.budget import budget
+from tests.support.cases import BY_NAME, DATA
+from tests.support.helpers import differentiable
+from tests.support.interpreter import hasten
 
 pytest.importorskip("triton")
 hasten()

@@ -15,7 +15,7 @@ import flashlla
 from flashlla import lla_attention, lla_attention_varlen, problem
 from flashlla.backends.base import Backend
 from flashlla.values import check_values
-from tests.helpers import BACKENDS, interpreted, make_indefinite, normal, problem_of, skip_if_refused
+from tests.support.helpers import BACKENDS, interpreted, make_indefinite, normal, problem_of, skip_if_refused
 
 DTYPE = torch.float32
 EDGES = (0, 9, 9, 10, 27)  # sequences of 9, 0, 1 and 17 tokens

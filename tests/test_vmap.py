@@ -11,7 +11,7 @@ from torch import Tensor
 import flashlla
 from flashlla import lla_attention
 from flashlla.backends.base import Backend
-from tests.helpers import BACKENDS, interpreted, normal, skip_if_refused
+from tests.support.helpers import BACKENDS, interpreted, normal, skip_if_refused
 
 N, B, H, S, D = 3, 2, 2, 11, 4
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from flashlla.problem import resolution
-from tests.cases import BY_NAME, LAYOUTS, Case
-from tests.oracle import Reference, reference
+from tests.support.cases import BY_NAME, LAYOUTS, Case
+from tests.support.oracle import Reference, reference
 
 # An error is a random number, and the budget knows its standard deviation, not its size: none of some thousand rows
 # should exceed this number of standard deviations.

@@ -17,7 +17,7 @@ from flashlla.covariance import Systems
 from flashlla.dispatch import all_backends
 from flashlla.problem import Inputs, Problem
 from flashlla.validation import prepare_for
-from tests.interpreter import hasten
+from tests.support.interpreter import hasten
 
 BACKENDS = [pytest.param(backend, id=backend.name) for backend in all_backends()]
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]

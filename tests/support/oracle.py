@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.cases import LAYOUTS, Case
+from tests.support.cases import LAYOUTS, Case
 
 
 def attention(

@@ -1,0 +1,1 @@
+"""What tests share: cases, the oracle, the error budget, and ways to call backends."""

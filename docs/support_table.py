@@ -47,7 +47,7 @@ CALL = Problem(
     solver_demanded=False,
 )
 DECODE = replace(CALL, q_len=1, solver=Direct(), mask=Mask(padded=True, at_lengths=True))
-PACKED = replace(CALL, batch=1, sequences=2, longest_q=64, longest_k=64, mask=Mask(packed=True))
+PACKED = replace(CALL, batch=1, sequences=2, max_seqlen_q=64, max_seqlen_k=64, mask=Mask(packed=True))
 
 # Whether a backend takes the call.
 CALLS = {

@@ -156,7 +156,8 @@ def test_resolution_is_the_inputs_dtypes(dtype: torch.dtype, reached: float) -> 
 
 @pytest.mark.parametrize("solver", [CG(max_iters=2), PCG(max_iters=2)])
 def test_early_stop_says_so(solver: Solver) -> None:
-    q, k, v = (normal(1, 60, 16, seed=i, dtype=torch.float32) for i in range(3))
+    # In float64: a residual computed afresh is then that of the recurrence, far below the tolerance or above it.
+    q, k, v = (normal(1, 60, 16, seed=i) for i in range(3))
     with pytest.warns(flashlla.ConvergenceWarning, match="direct") as given:
         o, info = flashlla.lla_attention(q, k, v, ridge_lambda=0.01, solver=solver, backend="chunked", return_info=True)
     assert len(given) == 1

@@ -14,6 +14,12 @@ from torch import Tensor
 _DENSE_BUDGET = 1 << 22
 
 
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row by row a.b: (..., M, 1)."""
+    rows: Tensor = torch.linalg.vecdot(a, b)
+    return rows.unsqueeze(-1)
+
+
 @dataclass(frozen=True)
 class Systems:
     """``M`` systems of size ``D`` for each leading index, which share their ``N`` keys.
@@ -38,7 +44,7 @@ class Systems:
         # c_ij = (k_j - k_mean_i).x_i: the scalar is subtracted before weighting, and the weighted row sum of c, zero
         # but for rounding, is taken out again, so that an error in k_mean counts to second order only.
         c = torch.matmul(x, self.k.mT)  # (..., M, N)
-        c.sub_(torch.linalg.vecdot(x, self.k_mean).unsqueeze(-1)).mul_(self.p)
+        c.sub_(dot(x, self.k_mean)).mul_(self.p)
         y = torch.matmul(c, self.k)  # (..., M, D)
         y.addcmul_(self.k_mean, c.sum(-1, keepdim=True), value=-1)
         return y.addcmul_(x, self.ridge.unsqueeze(-1))

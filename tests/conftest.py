@@ -34,7 +34,7 @@ def clean_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test starts with no preferred backend and no warning given; what it registers is forgotten."""
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(dispatch, "_backends", list(dispatch._backends))
-    monkeypatch.setattr(solvers, "_makers", dict(solvers._makers))
+    monkeypatch.setattr(solvers, "_named", dict(solvers._named))
     monkeypatch.setattr(solvers, "_unnamed", dict(solvers._unnamed))
     preference = dispatch._preference.set(None)
     notices.forget()

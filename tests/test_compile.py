@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import flashlla
 from flashlla.autograd import backward_op, forward_op, which_op
 from flashlla.problem import Inputs
+from flashlla.solvers import Gram
 
 # torch.compile's default backend builds C++; without a compiler the graph is still traced, differentiated and run.
 compiled_whole = functools.partial(
@@ -159,6 +160,13 @@ def test_a_solver_of_ones_own_is_compiled_by_name():
         else:
             with pytest.raises(Exception, match="register_solver"):
                 compiled(q, k, v)
+
+
+@pytest.mark.parametrize("solver", [flashlla.PCG(max_iters=40, preconditioner=Gram()), flashlla.Direct()])
+def test_a_solver_of_the_package_is_compiled_as_an_object(solver):
+    q, k, v, _ = inputs(9)
+    call = lambda q, k, v: flashlla.lla_attention(q, k, v, solver=solver)
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v), call(q, k, v))
 
 
 @pytest.mark.parametrize("backend", ["naive", "chunked"])

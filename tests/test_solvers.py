@@ -15,11 +15,12 @@ from torch import Tensor
 
 import flashlla
 from flashlla import CG, PCG, Direct, Preconditioner, Solution, Solver
+from flashlla.backends.triton import Triton, TritonPCG
 from flashlla.covariance import Systems
 from flashlla.problem import resolution
-from flashlla.solvers import Gram
+from flashlla.solvers import Gram, decode, encode, spelling
 from tests.support.cases import DATA
-from tests.support.helpers import make_indefinite, normal
+from tests.support.helpers import make_indefinite, normal, problem_of
 
 D, M, N = 12, 9, 40
 
@@ -332,3 +333,49 @@ def test_names_are_the_objects_at_their_defaults() -> None:
         assert torch.equal(named, given)
     asked = flashlla.lla_attention(q, k, v, cg_use_preconditioner=True, cg_rtol=1e-4, backend="chunked")
     assert torch.equal(asked, flashlla.lla_attention(q, k, v, solver=PCG(rtol=1e-4), backend="chunked"))
+
+
+OWN = {
+    "cg": CG(1e-3, 0.0, 7),
+    "pcg": PCG(1e-3, 0.0, 7),
+    "pcg_gram": PCG(1e-3, 0.0, 7, "gram"),
+    "direct": Direct(),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_solver_of_the_package_is_carried_as_a_name_and_numbers(name: str) -> None:
+    own = encode(OWN[name])
+    assert own.name == name
+    assert all(type(number) is float for number in own.numbers)
+    assert decode(*own) == OWN[name]
+    assert repr(decode(*own)) == repr(OWN[name])
+    assert encode(decode(name, [])) == encode(type(OWN[name])() if name != "pcg_gram" else PCG(preconditioner="gram"))
+
+
+def test_a_preconditioner_object_goes_by_its_name() -> None:
+    assert encode(PCG(preconditioner=Gram())) == encode(PCG(preconditioner="gram"))
+
+
+@dataclass(frozen=True)
+class HalvedCG(CG):
+    """A solver of the user's made of the package's: it has another solution."""
+
+    def solve(self, systems: Systems, b: Tensor) -> Solution:
+        solution = super().solve(systems, b)
+        return solution._replace(x=solution.x / 2)
+
+
+@dataclass(frozen=True)
+class HalvedGram(Gram):
+    pass
+
+
+@pytest.mark.parametrize("solver", [HalvedCG(max_iters=9), PCG(preconditioner=HalvedGram())])
+def test_a_subclass_is_another_solver_and_carried_as_an_object(solver: Solver) -> None:
+    assert spelling(solver) is None
+    assert decode(*encode(solver)) is solver
+    problem, _ = problem_of(*(normal(1, 9, 4, seed=i, dtype=torch.float32) for i in range(3)), solver=solver)
+    assert problem.solver is solver
+    for kernels in (Triton(), TritonPCG()):
+        assert kernels.preconditioner(problem) is None  # they fuse what they know

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from threading import Lock
 
 import torch
 
 from flashlla.covariance import Systems
-from flashlla.solvers.base import Solution, Solver
-from flashlla.solvers.cg import CG, PCG, Gram, Jacobi, Preconditioner
+from flashlla.solvers.base import Solution, Solver, Spelling
+from flashlla.solvers.cg import CG
 from flashlla.solvers.direct import Direct
+from flashlla.solvers.pcg import PCG
+from flashlla.solvers.preconditioners import Gram, Jacobi, Preconditioner
 
 __all__ = [
     "CG",
@@ -26,14 +28,16 @@ __all__ = [
     "register_solver",
 ]
 
-# Operators of torch.library take numbers and strings, no Python objects: a solver crosses that border as a name and a
-# list of numbers, and `decode` makes it again on the other side.
-_makers: dict[str, Callable[..., Solver]] = {
-    "cg": lambda atol=1e-12, rtol=1e-12, max_iters=32: CG(atol, rtol, int(max_iters)),
-    "pcg": lambda atol=1e-12, rtol=1e-12, max_iters=32: PCG(atol, rtol, int(max_iters)),
-    "pcg_gram": lambda atol=1e-12, rtol=1e-12, max_iters=32: PCG(atol, rtol, int(max_iters), "gram"),
-    "direct": Direct,
-}
+# The solvers of this package, at their defaults: a line for each name.
+_OWN: tuple[Solver, ...] = (
+    CG(),
+    PCG(),
+    PCG(preconditioner="gram"),
+    Direct(),
+)
+_OWN_CLASSES = tuple(type(solver) for solver in _OWN)
+# All that go by a name; and the names of objects that came without one.
+_named: dict[str, Solver] = {own.name: solver for solver in _OWN if (own := solver.spelled())}
 _unnamed: dict[Solver, str] = {}
 _lock = Lock()
 
@@ -57,29 +61,29 @@ def register_solver(name: str, solver: Solver) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, wanted a string")
     with _lock:
-        if not name or name in _makers:
-            raise ValueError(f"name: got {name!r}, wanted a new name (taken: {', '.join(_makers)})")
-        _makers[name] = lambda: solver
+        if not name or name in _named:
+            raise ValueError(f"name: got {name!r}, wanted a new name (taken: {', '.join(_named)})")
+        _named[name] = solver
 
 
-def encode(solver: str | Solver) -> tuple[str, list[float]]:
+def spelling(solver: Solver) -> Spelling | None:
+    """The name and numbers of a solver of this package; None for any other, a subclass of one of these too."""
+    return solver.spelled() if type(solver) in _OWN_CLASSES else None
+
+
+def encode(solver: str | Solver) -> Spelling:
     """``solver`` as a name and numbers; the inverse of :func:`decode`. Names are looked up there, not here."""
     if isinstance(solver, str):
-        return solver, []
-    if type(solver) is CG:
-        return "cg", [solver.atol, solver.rtol, float(solver.max_iters)]
-    if type(solver) is PCG and type(solver.preconditioner_object) in (Jacobi, Gram):
-        name = "pcg" if type(solver.preconditioner_object) is Jacobi else "pcg_gram"
-        return name, [solver.atol, solver.rtol, float(solver.max_iters)]
-    if type(solver) is Direct:
-        return "direct", []
+        return Spelling(solver, [])
+    if (own := spelling(solver)) is not None:
+        return own
     if torch.compiler.is_compiling():
         kind = type(solver).__name__
         raise TypeError(
             f"solver: got a {kind} object inside torch.compile, wanted a name; try flashlla.register_solver('mine', "
             f"{kind}(...)) outside, once, and solver='mine'"
         )
-    return _name_object(solver), []
+    return Spelling(_name_object(solver), [])
 
 
 def _name_object(solver: Solver) -> str:
@@ -94,17 +98,17 @@ def _name_object(solver: Solver) -> str:
         if solver not in _unnamed:
             name = f"{type(solver).__name__} object {len(_unnamed)}"
             _unnamed[solver] = name
-            _makers[name] = lambda: solver
+            _named[name] = solver
         return _unnamed[solver]
 
 
-def decode(name: str, settings: Sequence[float]) -> Solver:
-    """The solver that goes by ``name``."""
+def decode(name: str, numbers: Sequence[float]) -> Solver:
+    """The solver that goes by ``name``, with ``numbers`` instead of its own if there are any."""
     try:
-        maker = _makers[name]
+        solver = _named[name]
     except KeyError:
-        known = [n for n in _makers if n not in _unnamed.values()]
+        known = [n for n in _named if n not in _unnamed.values()]
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(f"solver: got {name!r}{hint}, wanted one of {', '.join(known)} or a Solver object") from None
-    return maker(*settings)
+    return solver.with_numbers(*numbers) if numbers else solver

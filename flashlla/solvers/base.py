@@ -32,6 +32,13 @@ class Solution(NamedTuple):
         return cls(x, steps, residual, residual <= tolerance)
 
 
+class Spelling(NamedTuple):
+    """A solver as operators of torch.library carry it, which take strings and numbers, no Python objects."""
+
+    name: str
+    numbers: list[float]
+
+
 class Solver(ABC):
     """A small frozen object that holds a solver's configuration.
 
@@ -61,6 +68,21 @@ class Solver(ABC):
     @abstractmethod
     def solve(self, systems: Systems, b: Tensor) -> Solution:
         """Solve ``A_i x_i = b_i``; b: (..., M, D), the dtype of ``systems.k``."""
+
+    def spelled(self) -> Spelling | None:
+        """The name and numbers of a solver of this package; None where nothing but the object will do.
+
+        That of a class is not that of its subclasses: ask :func:`flashlla.solvers.spelling`.
+        """
+        return None
+
+    def with_numbers(self, *numbers: float) -> Solver:
+        """This solver with other numbers, in the order in which :meth:`spelled` tells them."""
+        raise TypeError(f"solver: {type(self).__name__} takes no numbers")
+
+    def described(self) -> str:
+        """What a backend that cannot run it calls it."""
+        return type(self).__name__
 
     def workspace(self, head_dim: int) -> int:
         """Numbers that :meth:`solve` holds a query, beyond a few vectors; blocks of queries are sized by it."""

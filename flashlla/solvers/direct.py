@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashlla.covariance import Systems
-from flashlla.solvers.base import SOUND, Solution, Solver
+from flashlla.solvers.base import SOUND, Solution, Solver, Spelling
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Direct(Solver):
     """
 
     advice: ClassVar[str] = ""
+
+    def spelled(self) -> Spelling | None:
+        return Spelling("direct", [])
 
     def workspace(self, head_dim: int) -> int:
         return 3 * head_dim**2  # A, its finite copy, its factor

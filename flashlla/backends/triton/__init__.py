@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from flashlla.backends.base import Backend
 from flashlla.backends.triton import configs
 from flashlla.problem import Forward, Gradients, Inputs, Problem, Residuals, empty_output
-from flashlla.solvers import CG, PCG, Direct, Gram, Jacobi, Solver
+from flashlla.solvers import spelling
 
 # More keys than this, and the default solver has it: fewer are over before it pays.
 GRAM_LEAST_KEYS = 1024
@@ -40,6 +41,10 @@ def _has_gpu() -> bool:
 class Triton(Backend):
     name = "triton"
     summary = "fused Triton kernels, conjugate gradients; memory linear in length"
+
+    _fuses = "the solvers CG and PCG(preconditioner='jacobi' or 'gram')"
+    # Of the solvers by these names.
+    _preconditioners: ClassVar[dict[str, str]] = {"cg": "none", "pcg": "jacobi", "pcg_gram": "gram"}
 
     def unavailable(self) -> str | None:
         if not _has_gpu() and not interpreted():
@@ -78,24 +83,24 @@ class Triton(Backend):
 
     def _solver(self, problem: Problem) -> str | None:
         if problem.mask.at_lengths:
-            if problem.solver_demanded and type(problem.solver) is not Direct:
-                return f"it decodes with a direct solve, not with {_described(problem.solver)}"
+            if problem.solver_demanded and _name(problem) != "direct":
+                return f"it decodes with a direct solve, not with {problem.solver.described()}"
             return None
         preconditioner = self.preconditioner(problem)
         if preconditioner is None:
-            return f"it fuses {self._fuses}, not {_described(problem.solver)}"
+            return f"it fuses {self._fuses}, not {problem.solver.described()}"
         if preconditioner == "gram":
             return _without_gram(problem)
         return None
 
-    _fuses = "the solvers CG and PCG(preconditioner='jacobi' or 'gram')"
-
     def preconditioner(self, problem: Problem) -> str | None:
         """What the solve kernel calls the preconditioner of this problem; None where it has no such solver."""
-        if not problem.solver_demanded and isinstance(problem.solver, CG):
-            long = problem.dtype != torch.float32 and problem.k_len > GRAM_LEAST_KEYS
-            return "gram" if long and _without_gram(problem) is None else "none"
-        return "none" if type(problem.solver) is CG else _fused(problem.solver)
+        return self._best(problem) if not problem.solver_demanded else self._preconditioners.get(_name(problem))
+
+    def _best(self, problem: Problem) -> str:
+        """The preconditioner where the caller leaves the choice."""
+        long = problem.dtype != torch.float32 and problem.k_len > GRAM_LEAST_KEYS
+        return "gram" if long and _without_gram(problem) is None else "none"
 
     def forward(self, problem: Problem, inputs: Inputs) -> Forward:
         from flashlla.backends.triton import launch
@@ -125,11 +130,10 @@ class TritonPCG(Triton):
     summary = "the same kernels, preconditioned conjugate gradients (Jacobi, or gram)"
 
     _fuses = "the solver PCG(preconditioner='jacobi' or 'gram')"
+    _preconditioners: ClassVar[dict[str, str]] = {"pcg": "jacobi", "pcg_gram": "gram"}
 
-    def preconditioner(self, problem: Problem) -> str | None:
-        if not problem.solver_demanded and isinstance(problem.solver, CG):
-            return "jacobi"
-        return _fused(problem.solver)
+    def _best(self, problem: Problem) -> str:
+        return "jacobi"
 
 
 def _without_gram(problem: Problem) -> str | None:
@@ -143,11 +147,7 @@ def _without_gram(problem: Problem) -> str | None:
     return None
 
 
-def _fused(solver: Solver) -> str | None:
-    """The preconditioner of ``solver``, as the kernels call it; None where they have none such."""
-    names = {Jacobi: "jacobi", Gram: "gram"}
-    return names.get(type(solver.preconditioner_object)) if type(solver) is PCG else None
-
-
-def _described(solver: Solver) -> str:
-    return repr(solver) if isinstance(solver, PCG) else type(solver).__name__
+def _name(problem: Problem) -> str:
+    """Of the problem's solver; "" where it is none of this package."""
+    own = spelling(problem.solver)
+    return own.name if own else ""

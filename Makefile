@@ -1,14 +1,17 @@
 # Each target sets up all it needs: a virtual environment in .venv with the package (editable) and tested versions.
 #   make demo    the quickstart and a forecast of a real time series
 #   make test    the tests that need no GPU
-#   make check   lint, format, types
+#   make check   lint, format, types, documentation
+#   make docs    the documentation as a site, in site/
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A warning is an error: a dead link, a name that a docstring cites and no page has.
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check docs bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/minimal_usage.py
@@ -22,6 +25,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(SITE)
+
+docs: $(READY)
+	$(SITE)
 
 bench: $(READY)
 	$(BIN)/python -m pytest -q benchmarks

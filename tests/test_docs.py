@@ -19,8 +19,13 @@ from flashlla import dispatch, solvers
 from tests.support.helpers import interpreted
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PUBLIC = (flashlla, flashlla.ops.naive, solvers)
 FIGURES = {"softmax attention": "0.549", "ridge regression": "0.206", "Local Linear Attention": "0.168"}
+
+
+def within(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 @pytest.fixture
@@ -44,7 +49,7 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, m.start()) + 1, m[1]) for m in found]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=within)
 def test_python_blocks_run(page: Path, users_machine: None):
     namespace: dict[str, object] = {"__name__": "__main__"}
     for line, block in python_blocks(page):
@@ -56,7 +61,7 @@ def public_examples() -> list[doctest.DocTest]:
     """The examples in the docstrings of all that a user can import from the public modules."""
     finder = doctest.DocTestFinder(exclude_empty=True)
     examples = {}
-    for module in (flashlla, flashlla.ops.naive, solvers):
+    for module in PUBLIC:
         for name in module.__all__:
             thing = getattr(module, name)
             if callable(thing):
@@ -124,14 +129,29 @@ def test_the_forecast_from_windows_of_one_norm(tmp_path: Path):
     assert f"at the best scale for each {softmax}, and LLA {lla}" in readme
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_reference_holds_every_public_name():
+    reference = "".join(p.read_text(encoding="utf-8") for p in PAGES if p.parent.name == "api")
+    told = set(re.findall(r"^::: ([\w.]+)$", reference, re.MULTILINE))
+    paths = {getattr(m, n): f"{m.__name__}.{n}" for m in reversed(PUBLIC) for n in m.__all__}
+    public = {path for thing, path in paths.items() if callable(thing)}
+    assert public <= told
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=within)
 def test_links_lead_somewhere(page: Path):
-    text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        file, _, heading = target.partition("#")
-        assert not file or (page.parent / file).exists(), f"{page.name} links to {target}"
-        if heading and not file:
-            assert re.search(rf"^#+ {heading}$", text, re.MULTILINE | re.IGNORECASE), f"{page.name} links to {target}"
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        file, _, heading = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), f"{within(page)} links to {link}"
+        assert not heading or heading in headings(target), f"{within(page)} links to {link}"
 
 
 def test_equations_that_code_cites_exist():

@@ -103,8 +103,8 @@ def launches(
         found.append((kernel, name, arguments, settings))
 
     with (
-        mock.patch.object(launch, "run", record),
-        mock.patch.object(decode, "run", record),
+        mock.patch.object(launch, "launch", record),
+        mock.patch.object(decode, "launch", record),
         mock.patch.object(configs, "capability", return_value=divmod(architecture, 10)),
         mock.patch.object(torch, "get_float32_matmul_precision", return_value=precision),
     ):
@@ -124,8 +124,9 @@ def launches(
 def variant(kernel: Any, arguments: tuple, settings: dict) -> str:
     """What the call asks for beyond the plain one, as far as the kernel knows of it."""
     given = {param.name: value for param, value in zip(kernel.params, arguments)}
-    found = [name for name in ("cu_q", "seqlens_k") if given.get(name) is not None]
-    found += ["window"] if "cu_q" in given and given.get("window") is not None else []  # to decode it is a number
+    training = "cu_seqlens_q" in given  # to decode lengths always are there, and the window is a number
+    found = ["packed"] if given.get("cu_seqlens_q") is not None else []
+    found += [name for name in ("seqlens_k", "window") if training and given.get(name) is not None]
     found += [f"page {settings['PAGE']}"] if settings.get("PAGE") else []
     found += ["merged"] if settings.get("MERGED") else []
     found += [] if settings.get("CAUSAL", True) else ["full"]

@@ -78,14 +78,14 @@ class Case:
     def launches(self, tuned: kernels.Tuning | None = None) -> dict[str, list[Callable[[], None]]]:
         """The launches of each kernel, one for each cache."""
         found: dict[str, list[Callable[[], None]]] = {}
-        run = kernels.run
+        launch = kernels.launch
 
         def record(kernel: Any, *arguments: Any, **settings: Any) -> None:
             name = kernel.__name__.removeprefix("decode_").removesuffix("_kernel")
-            found.setdefault(name, []).append(lambda: run(kernel, *arguments, **settings))
-            run(kernel, *arguments, **settings)
+            found.setdefault(name, []).append(lambda: launch(kernel, *arguments, **settings))
+            launch(kernel, *arguments, **settings)
 
-        with mock.patch.object(kernels, "run", record):
+        with mock.patch.object(kernels, "launch", record):
             for cache in self.caches:
                 self.ours(cache, tuned)
         return found

@@ -56,13 +56,13 @@ def passes(tensors: list[Tensor], ridge: float) -> dict[str, float]:
     from flashlla.backends.triton import launch
 
     calls: list[tuple[str, Any]] = []
-    run = launch.Launcher.run
+    run = launch.Call.launch
 
     def record(self: Any, kernel: Any, name: str, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
         calls.append((name, lambda: run(self, kernel, name, grid, *arguments, **settings)))
         run(self, kernel, name, grid, *arguments, **settings)
 
-    with mock.patch.object(launch.Launcher, "run", record):
+    with mock.patch.object(launch.Call, "launch", record):
         step(tensors, ridge, backend="triton")
     total: dict[str, float] = {}
     for name, call in calls:

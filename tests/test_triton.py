@@ -235,7 +235,7 @@ def test_gram(monkeypatch: pytest.MonkeyPatch, causal: bool, dtype: torch.dtype)
     """Fewer iterations for correlated keys, forward and backward the same."""
     from flashlla.backends.triton import gram
 
-    monkeypatch.setattr(gram, "RUN", 64)
+    monkeypatch.setattr(gram, "SEGMENT", 64)
     q, k = (torch.from_numpy(t).to(dtype) for t in DATA["correlated"](np.random.default_rng(0), (1, 1, 150, 12)))
     tensors = [q, k, *make((1, 1, 150, 12), dtype)[2:]]
     options = {"causal": causal, "qk_scale": 12**-0.5 if causal else 0.05}
@@ -274,7 +274,7 @@ def test_a_kernel_is_launched_at_once_only_where_triton_would_compile_nothing_el
     cpu = torch.device("cpu")
 
     def how(x: torch.Tensor | None = x, n: int = 7, scale: float = 0.5, block: int = 64, warps: int = 4) -> str:
-        launch.run(kernel, "solve", (3,), cpu, x, n, scale, BLOCK=block, num_warps=warps)
+        launch.launch(kernel, "solve", (3,), cpu, x, n, scale, BLOCK=block, num_warps=warps)
         return kernel.launches[-1][0]
 
     assert how() == "compile"
@@ -294,7 +294,7 @@ def test_gram_is_the_default_of_long_sequences_in_16_bits(monkeypatch: pytest.Mo
     from flashlla.backends import triton
     from flashlla.backends.triton import gram
 
-    monkeypatch.setattr(gram, "RUN", 64)
+    monkeypatch.setattr(gram, "SEGMENT", 64)
     monkeypatch.setattr(triton, "GRAM_LEAST_KEYS", 149)
     q, k = (torch.from_numpy(t).bfloat16() for t in DATA["correlated"](np.random.default_rng(0), (1, 1, 150, 12)))
     v = make((1, 1, 150, 12), torch.bfloat16)[2]
@@ -376,7 +376,7 @@ def test_a_last_step_is_not_taken_on_the_word_of_few(monkeypatch: pytest.MonkeyP
 def test_gram_is_left_off_where_it_would_not_help(monkeypatch: pytest.MonkeyPatch, data: str) -> None:
     from flashlla.backends.triton import gram
 
-    monkeypatch.setattr(gram, "RUN", 128)
+    monkeypatch.setattr(gram, "SEGMENT", 128)
     q, k = (torch.from_numpy(t).bfloat16() for t in DATA[data](np.random.default_rng(0), (1, 1, 256, 12)))
     v = make((1, 1, 256, 12), torch.bfloat16)[2]
     plain, o = (
@@ -391,7 +391,7 @@ def test_gram_is_left_off_where_it_would_not_help(monkeypatch: pytest.MonkeyPatc
 def test_one_bad_number_leaves_gram_to_the_others(monkeypatch: pytest.MonkeyPatch, spoilt: str) -> None:
     from flashlla.backends.triton import gram
 
-    monkeypatch.setattr(gram, "RUN", 64)
+    monkeypatch.setattr(gram, "SEGMENT", 64)
     q, k = (torch.from_numpy(t).float() for t in DATA["correlated"](np.random.default_rng(0), (1, 1, 150, 12)))
     v, grad = make((1, 1, 150, 12), torch.float32)[2:]
     ridge = torch.full((150,), 0.02)
@@ -412,7 +412,7 @@ def test_one_bad_number_leaves_gram_to_the_others(monkeypatch: pytest.MonkeyPatc
 def test_gram_is_left_off_where_queries_see_no_more_keys_than_dims(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashlla.backends.triton import gram
 
-    monkeypatch.setattr(gram, "RUN", 64)
+    monkeypatch.setattr(gram, "SEGMENT", 64)
     q, k = (torch.from_numpy(t).float() for t in DATA["correlated"](np.random.default_rng(0), (1, 1, 150, 12)))
     v = make((1, 1, 150, 12), torch.float32)[2]
     plain, o = (
@@ -441,7 +441,7 @@ def test_gram_of_keys_of_few_dims_and_a_ridge_of_almost_nothing(monkeypatch: pyt
     """Its matrix is singular but for the ridge, which has no digits in it."""
     from flashlla.backends.triton import gram
 
-    monkeypatch.setattr(gram, "RUN", 64)
+    monkeypatch.setattr(gram, "SEGMENT", 64)
     q, k, v = (t.float() for t in make((1, 1, 150, 32), torch.float32)[:3])
     k = 3 * k[..., :3] @ torch.linspace(-1, 1, 96).view(3, 32)
     o, info = lla_attention(
@@ -518,9 +518,9 @@ def test_few_programs_have_a_config_of_their_own(monkeypatch: pytest.MonkeyPatch
     from flashlla.backends.triton import configs, launch
 
     tiles = []
-    run = launch.Launcher.run
+    run = launch.Call.launch
     spy = lambda self, kernel, name, *a, **s: (tiles.append((name, s.get("BLOCK_N"))), run(self, kernel, name, *a, **s))
-    monkeypatch.setattr(launch.Launcher, "run", spy)
+    monkeypatch.setattr(launch.Call, "launch", spy)
     tensors = make((1, 2, 64, 64), torch.float16)
     want = step([t.double() for t in tensors], 1.0, backend="naive")
     for processors, keys in ((1, 32), (0, 64)):
@@ -569,7 +569,7 @@ def test_every_kernel_compiles_for_three_architectures(tmp_path: Path) -> None:
 
 def test_every_mask_compiles(tmp_path: Path) -> None:
     lines = compiled(tmp_path / "kernels.json", "--architectures", "90", "--dims", "64")
-    assert {x["variant"] for x in lines} >= {"", "full", "group", "window", "seqlens_k", "cu_q", "cu_q group"}
+    assert {x["variant"] for x in lines} >= {"", "full", "group", "window", "seqlens_k", "packed", "packed group"}
 
 
 @interpreted

@@ -13,6 +13,7 @@ from flashlla.backends.triton.primitives import (
     TOP,
     WEIGHT,
     WEIGHT_BITS,
+    dot,
     finite_or_zero,
     handed_on,
     inverse_or_zero,
@@ -33,7 +34,6 @@ from flashlla.backends.triton.primitives import (
     store_tile,
     sweep_keys,
     sweep_queries,
-    times,
     units_of,
     weights,
     zeros,
@@ -54,30 +54,34 @@ def moments_body(
     v = load_tile(v_base, v_stride, j, k_len, V_DIM, N, do.shape[1], CUT)  # (N, V)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
     whole += tl.sum(w, 1)
-    g = times(do, tl.trans(v), zeros(do, tl.trans(v)), PRECISION)
+    g = dot(do, tl.trans(v), zeros(do, tl.trans(v)), PRECISION)
     if NEAR:
         g -= g_near[:, None]
     w = w * g
     total += tl.sum(w, 1)
     w = rounded(w, k, PRECISION)
-    return times(w, k, acc, PRECISION), weighed + tl.sum(w.to(tl.float32), 1), total, whole
+    return dot(w, k, acc, PRECISION), weighed + tl.sum(w.to(tl.float32), 1), total, whole
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def moments_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, units, lse_ptr, k_mean_ptr, g_near_ptr, shift_out, t_out, t_size_out, g_mean_out,
+    q_ptr, k_ptr, v_ptr, do_ptr, units, lse_ptr, k_mean_ptr, g_near_ptr, lse2_out, t_out, t_size_out, g_mean_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale,
+    cu_seqlens_q, cu_seqlens_k, seqlens_k, window,
+    n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """g_mean, t of (3.1) as a direction of unit length and its length, and shift: lse in bits, without the rounding it
-    came with.
+    """g_mean, t of (3.1) as a direction of unit length and its length, and lse2: lse in base 2, without the rounding
+    it came with.
 
     g_near (B H, S): where g_mean is about, so that t is no small difference of large sums; None for 0.
     """
-    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, BLOCK_M, CAUSAL, False)
-    if outside(at, at.q_len, cu_q):
+    at = place(
+        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
+        cu_seqlens_q, cu_seqlens_k, seqlens_k, BLOCK_M, CAUSAL, False,
+    )  # fmt: skip
+    if outside(at, at.q_len, cu_seqlens_q):
         return
     q_unit, k_unit, _ = units_of(units, at, n_heads, group)
     i = at.start
@@ -112,8 +116,8 @@ def moments_kernel(
     store_tile(rows_of(t_out, at, HEAD_DIM), HEAD_DIM, i, at.q_len, t, HEAD_DIM)
     store_rows(rows_of(t_size_out, at, 1), i, at.q_len, t_size)
     store_rows(rows_of(g_mean_out, at, 1), i, at.q_len, total * own + g_near)
-    shift = load_rows(rows_of(lse_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) * LOG2E
-    store_rows(rows_of(shift_out, at, 1), i, at.q_len, shift + (tl.log2(whole) - WEIGHT_BITS))
+    lse2 = load_rows(rows_of(lse_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) * LOG2E
+    store_rows(rows_of(lse2_out, at, 1), i, at.q_len, lse2 + (tl.log2(whole) - WEIGHT_BITS))
 
 
 @triton.jit
@@ -129,30 +133,34 @@ def dq_body(
     v = load_tile(v_base, v_stride, j, k_len, V_DIM, N, do.shape[1], CUT)  # (N, V)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
     # 1 - a of (2.2)
-    not_a = times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * minus_size[:, None] + rest[:, None]
+    not_a = dot(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * minus_size[:, None] + rest[:, None]
     if k.dtype == tl.float32:
         answers += tl.sum(w * not_a, 1)
         whole += tl.sum(w, 1)
-    e = times(do, tl.trans(v), zeros(do, tl.trans(v)), PRECISION)
-    e = times(y_neg, tl.trans(k), e, PRECISION) - e_mean[:, None]  # (3.2)
+    e = dot(do, tl.trans(v), zeros(do, tl.trans(v)), PRECISION)
+    e = dot(y_neg, tl.trans(k), e, PRECISION) - e_mean[:, None]  # (3.2)
     dl = rounded(w * (not_a * e + push[:, None]), k, PRECISION)
-    return times(dl, k, acc, PRECISION), total + tl.sum(dl.to(tl.float32), 1), answers, whole
+    return dot(dl, k, acc, PRECISION), total + tl.sum(dl.to(tl.float32), 1), answers, whole
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, "rows_len"])
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, z_ptr, units, origin_ptr, do_unit_ptr, z_size_ptr, z_y_ptr, shift_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, z_ptr, units, origin_ptr, do_unit_ptr, z_size_ptr, z_y_ptr, lse2_ptr,
     k_mean_ptr, ridge_ptr, g_mean_ptr, dq_out, dridge_out, rows_out, top_out, rows_len, rows_stride,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     ridge_stride_b, ridge_stride_h, ridge_stride_s, dq_stride_b, dq_stride_h, dq_stride_s,
-    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale,
+    cu_seqlens_q, cu_seqlens_k, seqlens_k, window,
+    n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """dq by (3.3) and dlambda by (3.6); and what dk and dv need of each query, rows_out (5, B Hq, rows_len): whole
     tiles, queries beyond the last with a weight of 0; and top_out (B Hkv,), zeros before, what bounds their weights."""
-    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, BLOCK_M, CAUSAL, False)
-    if outside(at, at.q_len, cu_q):
+    at = place(
+        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
+        cu_seqlens_q, cu_seqlens_k, seqlens_k, BLOCK_M, CAUSAL, False,
+    )  # fmt: skip
+    if outside(at, at.q_len, cu_seqlens_q):
         return
     q_unit, k_unit, v_unit = units_of(units, at, n_heads, group)
     i = at.start
@@ -168,7 +176,7 @@ def dq_kernel(
     row = i + tl.arange(0, BLOCK_M)
     ridge_base = queries_of(ridge_ptr, ridge_stride_b, ridge_stride_h, ridge_stride_s, at)
     ridge = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=row < at.q_len, other=1.0)  # (M,)
-    shift = load_rows(rows_of(shift_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
+    lse2 = load_rows(rows_of(lse2_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
     g_mean = load_rows(rows_of(g_mean_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
     do_unit = load_rows(rows_of(do_unit_ptr, at, 1), i, at.q_len, BLOCK_M, 1.0)
     z_size = load_rows(rows_of(z_size_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) * k_unit
@@ -192,7 +200,7 @@ def dq_kernel(
     acc, total, answers, whole = sweep_keys(
         dq_body,
         (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), nothing, nothing, nothing),
-        (q, z, do, y_neg, -z_size, 1 + a_mean, e_mean, push, shift - tl.log2(gain), factor),
+        (q, z, do, y_neg, -z_size, 1 + a_mean, e_mean, push, lse2 - tl.log2(gain), factor),
         (k_base, k_stride_s, v_base, v_stride_s), at, window, HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     # The sum of dl is zero but for rounding, which k_mean takes out of keys far from the origin.
@@ -215,10 +223,10 @@ def dq_kernel(
     top = do_unit * tl.maximum(tl.maximum(dl_top * kappa, e_top * z_size), spread)
     top = tl.where(top < float("inf"), top, 0.0)  # a row of NaN must not decide for the others
     # Any NaN of this query must reach the weights of dk_kernel's products, where keys see it; and no others.
-    shift = shift - tl.log2(do_unit) + 0.0 * (a_mean + e_mean + push + z_size)
+    shift = lse2 - tl.log2(do_unit) + 0.0 * (a_mean + e_mean + push + z_size)
     some = sees_some(row, at, window, CAUSAL)
     shift = tl.where(some, shift, float("inf"))
-    base = handed_on(rows_out, at, at.q_head, heads, rows_len, cu_q)
+    base = handed_on(rows_out, at, at.q_head, heads, rows_len, cu_seqlens_q)
     store_rows(base, i, rows_len, shift)
     store_rows(base + rows_stride, i, rows_len, finite_or_zero(z_size))
     store_rows(base + 2 * rows_stride, i, rows_len, finite_or_zero(1 + a_mean))
@@ -241,34 +249,34 @@ def dk_body(
     z = load_tile(z_base, HEAD_DIM, i, q_len, HEAD_DIM, M, k.shape[1], True)
     do = load_tile(do_base, V_DIM, i, q_len, V_DIM, M, v.shape[1], True)  # (M, V)
     y_neg = load_tile(y_neg_base, HEAD_DIM, i, q_len, HEAD_DIM, M, k.shape[1], True)
-    at = rows_base + i + tl.arange(0, M)
-    shift = tl.load(at) - gain_bits  # (M,), as the next four
-    z_size = tl.load(at + rows_stride)
-    rest = tl.load(at + 2 * rows_stride)
-    e_mean = tl.load(at + 3 * rows_stride)
-    push = tl.load(at + 4 * rows_stride)
-    w = tl.exp2(times(k, tl.trans(q), zeros(k, tl.trans(q)), PRECISION) * factor - shift[None, :])  # (N, M)
+    row_ptrs = rows_base + i + tl.arange(0, M)
+    shift = tl.load(row_ptrs) - gain_bits  # (M,), as the next four
+    z_size = tl.load(row_ptrs + rows_stride)
+    rest = tl.load(row_ptrs + 2 * rows_stride)
+    e_mean = tl.load(row_ptrs + 3 * rows_stride)
+    push = tl.load(row_ptrs + 4 * rows_stride)
+    w = tl.exp2(dot(k, tl.trans(q), zeros(k, tl.trans(q)), PRECISION) * factor - shift[None, :])  # (N, M)
     if CUT:
         w = tl.where(seen, w, 0.0)
     # 1 - a of (2.2)
-    not_a = rest[None, :] - times(k, tl.trans(z), zeros(k, tl.trans(z)), PRECISION) * z_size[None, :]
-    e = times(v, tl.trans(do), zeros(v, tl.trans(do)), PRECISION)
-    e = times(k, tl.trans(y_neg), e, PRECISION) - e_mean[None, :]  # (3.2)
+    not_a = rest[None, :] - dot(k, tl.trans(z), zeros(k, tl.trans(z)), PRECISION) * z_size[None, :]
+    e = dot(v, tl.trans(do), zeros(v, tl.trans(do)), PRECISION)
+    e = dot(k, tl.trans(y_neg), e, PRECISION) - e_mean[None, :]  # (3.2)
     w_value = w * not_a
     w_logit = w * (not_a * (e * kappa) + push[None, :])
     w_probe = w * e * -z_size[None, :]
     w_value = rounded(w_value, k, PRECISION)
-    dv = times(w_value, do, dv, PRECISION)  # (N, V), (3.5)
-    dk = times(w_value, y_neg, dk, PRECISION)  # (N, D), (3.4), and the next two
-    dk = times(rounded(w_logit, k, PRECISION), q, dk, PRECISION)
-    dk = times(rounded(w_probe, k, PRECISION), z, dk, PRECISION)
+    dv = dot(w_value, do, dv, PRECISION)  # (N, V), (3.5)
+    dk = dot(w_value, y_neg, dk, PRECISION)  # (N, D), (3.4), and the next two
+    dk = dot(rounded(w_logit, k, PRECISION), q, dk, PRECISION)
+    dk = dot(rounded(w_probe, k, PRECISION), z, dk, PRECISION)
     return dk, dv
 
 
 @triton.jit
 def one_head(
     state, k, v, at, window, member, gain, units, k_unit, q_ptr, z_ptr, do_ptr, y_neg_ptr, rows_ptr, rows_len,
-    rows_stride, q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_q, scale,
+    rows_stride, q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_seqlens_q, scale,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -279,7 +287,7 @@ def one_head(
     row = at.q_row + member * q_len.to(tl.int64)
     rows = (
         q_base, q_stride_s, z_ptr + row * HEAD_DIM, do_ptr + row * V_DIM, y_neg_ptr + row * HEAD_DIM,
-        handed_on(rows_ptr, at, at.q_head + member, heads, rows_len, cu_q), rows_stride,
+        handed_on(rows_ptr, at, at.q_head + member, heads, rows_len, cu_seqlens_q), rows_stride,
     )  # fmt: skip
     return sweep_queries(
         dk_body, state, (k, v, kappa * LOG2E, kappa, tl.log2(gain)), rows, at, window,
@@ -293,16 +301,20 @@ def dk_kernel(
     rows_stride,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
-    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale,
+    cu_seqlens_q, cu_seqlens_k, seqlens_k, window,
+    n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dk by (3.4) and dv by (3.5), one program a tile of keys: every sum has one order, run after run.
+    """dk by (3.4) and dv by (3.5), one program a tile of keys: every sum has one order, call after call.
 
     GROUP query heads share the keys; their sums follow one another.
     """
-    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, BLOCK_N, CAUSAL, True)
-    if outside(at, at.k_len, cu_k):
+    at = place(
+        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
+        cu_seqlens_q, cu_seqlens_k, seqlens_k, BLOCK_N, CAUSAL, True,
+    )  # fmt: skip
+    if outside(at, at.k_len, cu_seqlens_k):
         return
     _, k_unit, v_unit = units_of(units, at, n_heads, group)
     j = at.start
@@ -316,7 +328,7 @@ def dk_kernel(
     if GROUP == 1:
         dk, dv = one_head(
             state, k, v, at, window, 0, gain, units, k_unit, q_ptr, z_ptr, do_ptr, y_neg_ptr, rows_ptr, rows_len,
-            rows_stride, q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_q, scale,
+            rows_stride, q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_seqlens_q, scale,
             HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
@@ -324,7 +336,7 @@ def dk_kernel(
         for member in tl.range(0, GROUP):
             dk, dv = one_head(
                 (dk, dv), k, v, at, window, member, gain, units, k_unit, q_ptr, z_ptr, do_ptr, y_neg_ptr, rows_ptr,
-                rows_len, rows_stride, q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_q, scale,
+                rows_len, rows_stride, q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_seqlens_q, scale,
                 HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     unit = inverse_power(gain)

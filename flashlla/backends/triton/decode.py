@@ -33,7 +33,7 @@ from torch import Tensor
 
 from flashlla.backends.triton import configs
 from flashlla.backends.triton.cholesky import PANEL, factored_panel, panel_of
-from flashlla.backends.triton.launch import cdiv, run
+from flashlla.backends.triton.launch import cdiv, launch
 from flashlla.backends.triton.primitives import (
     LOG2E,
     finite,
@@ -49,16 +49,16 @@ SCALARS: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
-def run_of(lengths, length_stride, sequence, n, new, capacity, window):
-    """Start and end of the run of keys that new query ``n`` of ``sequence`` sees."""
-    length = tl.load(lengths + sequence.to(tl.int64) * length_stride).to(tl.int32)
-    stop = tl.maximum(tl.minimum(tl.maximum(length, 0), capacity) - new + n + 1, 0)
+def key_span(seqlens_k, seqlens_k_stride, sequence, n, q_len, k_len, window):
+    """First and one past the last of the keys that new query ``n`` of ``sequence`` sees."""
+    length = tl.load(seqlens_k + sequence.to(tl.int64) * seqlens_k_stride).to(tl.int32)
+    stop = tl.maximum(tl.minimum(tl.maximum(length, 0), k_len) - q_len + n + 1, 0)
     return tl.maximum(stop - window, 0), stop
 
 
 @triton.jit
 def piece_of(start, stop, pieces, T: tl.constexpr):
-    """First tile of a run of keys, tiles a piece, and how many pieces have any."""
+    """First tile of a span of keys, tiles a piece, and how many pieces have any."""
     first = start // T
     tiles = tl.cdiv(stop, T) - first
     each = tl.maximum(tl.cdiv(tiles, pieces), 1)
@@ -66,17 +66,17 @@ def piece_of(start, stop, pieces, T: tl.constexpr):
 
 
 @triton.jit
-def rows_at(table, table_stride, pages, j, seen, stride_page, stride_s, PAGE: tl.constexpr, T: tl.constexpr):
+def row_offsets(block_table, table_stride, pages, j, seen, stride_page, stride_s, PAGE: tl.constexpr, T: tl.constexpr):
     """Offsets (T,) of keys j to j + T in their head of the cache; PAGE is 0 where the cache has no pages."""
     row = tl.arange(0, T)
     if PAGE == 0:
         return (j + row).to(tl.int64) * stride_s
     elif PAGE % T == 0:  # the tile lies in one page
-        page = tl.load(table + tl.cast(j // PAGE, tl.int64) * table_stride)
+        page = tl.load(block_table + tl.cast(j // PAGE, tl.int64) * table_stride)
         page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
         return page * stride_page + (j % PAGE + row).to(tl.int64) * stride_s
     else:
-        page = tl.load(table + ((j + row) // PAGE).to(tl.int64) * table_stride, mask=seen, other=0)
+        page = tl.load(block_table + ((j + row) // PAGE).to(tl.int64) * table_stride, mask=seen, other=0)
         page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
         return page * stride_page + ((j + row) % PAGE).to(tl.int64) * stride_s
 
@@ -111,13 +111,13 @@ def not_finite(x):
     return tl.max(tl.where(finite(x), 0, 1), 0) > 0
 
 
-@triton.jit(do_not_specialize=["first_pair", "heads", "group", "new", "capacity", "window", "pieces", "pages"])
+@triton.jit(do_not_specialize=["first_pair", "kv_heads", "group", "q_len", "k_len", "window", "pieces", "pages"])
 def decode_moments_kernel(
-    q_ptr, k_ptr, v_ptr, lengths, table, ridge_ptr, moments_out, sums_out, scalars_out, offset_out,
+    q_ptr, k_ptr, v_ptr, seqlens_k, block_table, ridge_ptr, moments_out, sums_out, scalars_out, offset_out,
     q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h,
-    v_stride_s, length_stride, table_stride_b, table_stride_s, ridge_stride_b, ridge_stride_h, ridge_stride_s,
-    first_pair, heads, group, new, capacity, window, pieces, pages, scale,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE: tl.constexpr, SLICES: tl.constexpr,
+    v_stride_s, seqlens_k_stride, table_stride_b, table_stride_s, ridge_stride_b, ridge_stride_h, ridge_stride_s,
+    first_pair, kv_heads, group, q_len, k_len, window, pieces, pages, scale,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PAGE: tl.constexpr, SLICES: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr, FAR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, SLICE_D: tl.constexpr, SLICE_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -131,17 +131,17 @@ def decode_moments_kernel(
     the same keys run side by side.
     """
     program = tl.program_id(0)
-    share = program % SLICES
-    member = program // SLICES % (group * new)
-    piece = program // (SLICES * group * new) % pieces
-    pair = program // (SLICES * group * new * pieces)  # of this launch; in the cache it is first_pair + pair
-    sequence, kv_head = (first_pair + pair) // heads, (first_pair + pair) % heads
-    q_head, n = kv_head * group + member // new, member % new
-    start, stop = run_of(lengths, length_stride, sequence, n, new, capacity, window)
+    slice_id = program % SLICES
+    member = program // SLICES % (group * q_len)
+    piece = program // (SLICES * group * q_len) % pieces
+    pair = program // (SLICES * group * q_len * pieces)  # of this launch; in the cache it is first_pair + pair
+    sequence, kv_head = (first_pair + pair) // kv_heads, (first_pair + pair) % kv_heads
+    q_head, n = kv_head * group + member // q_len, member % q_len
+    start, stop = key_span(seqlens_k, seqlens_k_stride, sequence, n, q_len, k_len, window)
     first, each, active = piece_of(start, stop, pieces, BLOCK_T)
     if piece >= active:
         return
-    system = pair.to(tl.int64) * (group * new) + member
+    system = pair.to(tl.int64) * (group * q_len) + member
     slot = system * pieces + piece
     begin, end = (first + piece * each) * BLOCK_T, tl.minimum((first + (piece + 1) * each) * BLOCK_T, stop)
 
@@ -151,21 +151,21 @@ def decode_moments_kernel(
         k_base += sequence.to(tl.int64) * k_stride_b
         v_base += sequence.to(tl.int64) * v_stride_b
     else:
-        table += sequence.to(tl.int64) * table_stride_b
+        block_table += sequence.to(tl.int64) * table_stride_b
     dim = tl.arange(0, BLOCK_D)
-    slice_dim, slice_v = share * SLICE_D + tl.arange(0, SLICE_D), share * SLICE_V + tl.arange(0, SLICE_V)
+    slice_dim, slice_v = slice_id * SLICE_D + tl.arange(0, SLICE_D), slice_id * SLICE_V + tl.arange(0, SLICE_V)
     q_base = q_ptr + sequence.to(tl.int64) * q_stride_b + q_head.to(tl.int64) * q_stride_h + n * q_stride_s
     q = tl.load(q_base + dim * q_stride_d, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)  # (D,)
     last = stop - 1
     if PAGE == 0:
         k_last, v_last = k_base + last.to(tl.int64) * k_stride_s, v_base + last.to(tl.int64) * v_stride_s
     else:
-        page = tl.load(table + (last // PAGE).to(tl.int64) * table_stride_s)
+        page = tl.load(block_table + (last // PAGE).to(tl.int64) * table_stride_s)
         page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
         k_last = k_base + page * k_stride_b + (last % PAGE).to(tl.int64) * k_stride_s
         v_last = v_base + page * v_stride_b + (last % PAGE).to(tl.int64) * v_stride_s
     origin = finite_or_zero(tl.load(k_last + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32))  # (D,)
-    v_first = tl.load(v_last + slice_v, mask=slice_v < VALUE_DIM, other=0.0).to(tl.float32)  # (SLICE_V,)
+    v_first = tl.load(v_last + slice_v, mask=slice_v < V_DIM, other=0.0).to(tl.float32)  # (SLICE_V,)
     if SLICES > 1:
         slice_origin = tl.load(k_last + slice_dim, mask=slice_dim < HEAD_DIM, other=0.0).to(tl.float32)
         slice_origin = finite_or_zero(slice_origin)
@@ -202,10 +202,10 @@ def decode_moments_kernel(
         for j in tl.range(begin, end, BLOCK_T):
             key = j + tl.arange(0, BLOCK_T)
             seen = (key >= start) & (key < end)  # (T,)
-            k_rows = rows_at(table, table_stride_s, pages, j, seen, k_stride_b, k_stride_s, PAGE, BLOCK_T)
-            v_rows = rows_at(table, table_stride_s, pages, j, seen, v_stride_b, v_stride_s, PAGE, BLOCK_T)
+            k_rows = row_offsets(block_table, table_stride_s, pages, j, seen, k_stride_b, k_stride_s, PAGE, BLOCK_T)
+            v_rows = row_offsets(block_table, table_stride_s, pages, j, seen, v_stride_b, v_stride_s, PAGE, BLOCK_T)
             k = load_cached(k_base, k_rows, seen, 0, HEAD_DIM, BLOCK_D)  # (T, D)
-            v = load_cached(v_base, v_rows, seen, share * SLICE_V, VALUE_DIM, SLICE_V)  # (T, SLICE_V)
+            v = load_cached(v_base, v_rows, seen, slice_id * SLICE_V, V_DIM, SLICE_V)  # (T, SLICE_V)
             x = k.to(tl.float32) - origin[None, :]  # (T, D)
             s = tl.where(seen, tl.sum(x * q[None, :], 1) + s_origin, float("-inf"))  # (T,)
             m_next = tl.maximum(m, tl.max(s, 0))
@@ -218,7 +218,7 @@ def decode_moments_kernel(
             if SLICES == 1:
                 k_acc = tl.dot(tl.trans(x), x, k_acc * fade, input_precision=PRECISION)  # (D, D)
             else:
-                part = load_cached(k_base, k_rows, seen, share * SLICE_D, HEAD_DIM, SLICE_D).to(tl.float32)
+                part = load_cached(k_base, k_rows, seen, slice_id * SLICE_D, HEAD_DIM, SLICE_D).to(tl.float32)
                 part = (part - slice_origin[None, :]) * (root * k_scale)[:, None]
                 part = rounded(part, tl.zeros([1], OPERAND), PRECISION)  # (T, SLICE_D) columns of x
                 slice_sum = slice_sum * fade + folded(part.to(tl.float32) * root[:, None], ROWS)
@@ -255,10 +255,10 @@ def decode_moments_kernel(
             for j in tl.range(begin, end, BLOCK_T):
                 key = j + tl.arange(0, BLOCK_T)
                 seen = (key >= start) & (key < end)
-                k_rows = rows_at(table, table_stride_s, pages, j, seen, k_stride_b, k_stride_s, PAGE, BLOCK_T)
-                v_rows = rows_at(table, table_stride_s, pages, j, seen, v_stride_b, v_stride_s, PAGE, BLOCK_T)
+                k_rows = row_offsets(block_table, table_stride_s, pages, j, seen, k_stride_b, k_stride_s, PAGE, BLOCK_T)
+                v_rows = row_offsets(block_table, table_stride_s, pages, j, seen, v_stride_b, v_stride_s, PAGE, BLOCK_T)
                 x = load_cached(k_base, k_rows, seen, 0, HEAD_DIM, BLOCK_D).to(tl.float32) - origin[None, :]
-                y = load_cached(v_base, v_rows, seen, share * SLICE_V, VALUE_DIM, SLICE_V).to(tl.float32)
+                y = load_cached(v_base, v_rows, seen, slice_id * SLICE_V, V_DIM, SLICE_V).to(tl.float32)
                 x = tl.where((dim < HEAD_DIM)[None, :], x, 0.0)
                 k_top = tl.maximum(k_top, tl.where(seen, tl.max(tl.abs(finite_or_zero(x)), 1), 0.0))
                 v_top = tl.maximum(v_top, tl.max(tl.abs(finite_or_zero(y)), 1))
@@ -271,26 +271,26 @@ def decode_moments_kernel(
 
     moments_out += slot * (BLOCK_D + BLOCK_V) * BLOCK_D
     sums_out += slot * (BLOCK_D + BLOCK_V)
-    scalars_out += (slot * SLICES + share) * SCALARS
+    scalars_out += (slot * SLICES + slice_id) * SCALARS
     tl.store(scalars_out, m)
     tl.store(scalars_out + 1, tl.sum(omega, 0))
     tl.store(scalars_out + 2, k_unit)
     tl.store(scalars_out + 3, v_unit)
-    if share == 0:
+    if slice_id == 0:
         tl.store(offset_out + slot * BLOCK_D + dim, offset)
     tl.store(moments_out + slice_dim[:, None] * BLOCK_D + dim[None, :], k_acc, mask=(slice_dim < BLOCK_D)[:, None])
     tl.store(
         moments_out + (BLOCK_D + slice_v)[:, None] * BLOCK_D + dim[None, :], v_acc, mask=(slice_v < BLOCK_V)[:, None]
     )
-    if share == 0:
+    if slice_id == 0:
         tl.store(sums_out + dim, tl.sum(k_sum, 0))
     tl.store(sums_out + BLOCK_D + slice_v, tl.sum(v_sum, 0), mask=slice_v < BLOCK_V)
 
 
-@triton.jit(do_not_specialize=["first_pair", "heads", "group", "new", "capacity", "window", "pieces"])
+@triton.jit(do_not_specialize=["first_pair", "kv_heads", "group", "q_len", "k_len", "window", "pieces"])
 def decode_merge_kernel(
-    moments_ptr, sums_ptr, scalars_ptr, offset_ptr, lengths, moments_out, sums_out, scalars_out, length_stride,
-    first_pair, heads, group, new, capacity, window, pieces,
+    moments_ptr, sums_ptr, scalars_ptr, offset_ptr, seqlens_k, moments_out, sums_out, scalars_out, seqlens_k_stride,
+    first_pair, kv_heads, group, q_len, k_len, window, pieces,
     SLICES: tl.constexpr, PIECES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -302,8 +302,8 @@ def decode_merge_kernel(
     """
     blocks: tl.constexpr = (BLOCK_D + BLOCK_V) // BLOCK_M
     system, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    pair, n = first_pair + tl.program_id(0) // blocks // (group * new), tl.program_id(0) // blocks % new
-    start, stop = run_of(lengths, length_stride, pair // heads, n, new, capacity, window)
+    pair, n = first_pair + tl.program_id(0) // blocks // (group * q_len), tl.program_id(0) // blocks % q_len
+    start, stop = key_span(seqlens_k, seqlens_k_stride, pair // kv_heads, n, q_len, k_len, window)
     _, _, active = piece_of(start, stop, pieces, BLOCK_T)
     if stop <= start:
         return
@@ -314,10 +314,10 @@ def decode_merge_kernel(
     scalars_ptr += system * pieces * SLICES * SCALARS
     index = tl.arange(0, PIECES)  # I = PIECES, of which those from ``active`` on are no pieces
     there = index < active
-    at = scalars_ptr + index * SLICES * SCALARS
-    m_all = tl.load(at, mask=there, other=float("-inf"))  # (I,)
-    omega_all = tl.load(at + 1, mask=there, other=1.0)  # (I,)
-    k_units = tl.load(at + 2, mask=there, other=0.0)
+    piece_ptrs = scalars_ptr + index * SLICES * SCALARS
+    m_all = tl.load(piece_ptrs, mask=there, other=float("-inf"))  # (I,)
+    omega_all = tl.load(piece_ptrs + 1, mask=there, other=1.0)  # (I,)
+    k_units = tl.load(piece_ptrs + 2, mask=there, other=0.0)
     every = tl.arange(0, PIECES * SLICES)
     v_unit = tl.max(tl.load(scalars_ptr + every * SCALARS + 3, mask=every < active * SLICES, other=0.0), 0)
     m, k_unit = tl.max(m_all, 0), tl.max(k_units, 0)
@@ -334,9 +334,9 @@ def decode_merge_kernel(
     d = tl.sum(centres * (weight / omega)[:, None], 0)  # (D,)
 
     # The same of this program's rows; those of the values have a unit of their own, and no offset.
-    unit_at, row_scale = tl.where(is_key, 2, 3), tl.where(is_key, k_scale, v_scale)
+    unit_slot, row_scale = tl.where(is_key, 2, 3), tl.where(is_key, k_scale, v_scale)
     scalars_ptr += owner * SCALARS
-    row_units = tl.load(scalars_ptr + index * SLICES * SCALARS + unit_at, mask=there, other=0.0) * row_scale  # (I,)
+    row_units = tl.load(scalars_ptr + index * SLICES * SCALARS + unit_slot, mask=there, other=0.0) * row_scale  # (I,)
     own = tl.load(sums_ptr + index[:, None] * rows + row[None, :], mask=there[:, None], other=0.0)  # (I, M)
     away = tl.load(offset_ptr + index[:, None] * BLOCK_D + row[None, :], mask=there[:, None] & is_key, other=0.0)
     own = own * (row_units / omega_all)[:, None] + away * k_scale
@@ -347,7 +347,7 @@ def decode_merge_kernel(
         tile = tl.load(moments_ptr + ((system * pieces + i) * rows + row)[:, None] * BLOCK_D + dim[None, :])  # (M, D)
         piece = scalars_ptr + i * SLICES * SCALARS
         piece_m, inverse = tl.load(piece), 1 / tl.load(piece + 1)
-        column_unit, row_unit = tl.load(piece + 2) * k_scale, tl.load(piece + unit_at) * row_scale
+        column_unit, row_unit = tl.load(piece + 2) * k_scale, tl.load(piece + unit_slot) * row_scale
         mean = tl.load(sums_ptr + i * rows + dim) * (inverse * column_unit)  # (D,) from the piece's origin
         row_mean = tl.load(sums_ptr + i * rows + row) * (inverse * row_unit)  # (M,)
         centre = mean + tl.load(offset_ptr + i * BLOCK_D + dim) * k_scale
@@ -366,12 +366,12 @@ def decode_merge_kernel(
         tl.store(scalars_out + 3, v_unit)
 
 
-@triton.jit(do_not_specialize=["first_pair", "heads", "group", "new", "capacity", "window"])
+@triton.jit(do_not_specialize=["first_pair", "kv_heads", "group", "q_len", "k_len", "window"])
 def decode_solve_kernel(
-    moments, sums_ptr, scalars_ptr, offset_ptr, lengths, ridge_ptr, y_ptr, o_out,
-    length_stride, ridge_stride_b, ridge_stride_h, ridge_stride_s, o_stride_b, o_stride_h, o_stride_s, o_stride_d,
-    first_pair, heads, group, new, capacity, window, delta_eps,
-    VALUE_DIM: tl.constexpr, MERGED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+    moments, sums_ptr, scalars_ptr, offset_ptr, seqlens_k, ridge_ptr, y_ptr, o_out,
+    seqlens_k_stride, ridge_stride_b, ridge_stride_h, ridge_stride_s, o_stride_b, o_stride_h, o_stride_s, o_stride_d,
+    first_pair, kv_heads, group, q_len, k_len, window, delta_eps,
+    V_DIM: tl.constexpr, MERGED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
     WARPS: tl.constexpr,
 ):  # fmt: skip
     """o of one system from its moments (systems, R = D + V, D), which are overwritten. MERGED: the moments are the
@@ -382,18 +382,18 @@ def decode_solve_kernel(
     of BLOCK_R, which is R rounded up to a power of two.
     """
     system = tl.program_id(0).to(tl.int64)
-    pair, member = first_pair + tl.program_id(0) // (group * new), tl.program_id(0) % (group * new)
-    sequence, n = pair // heads, member % new
-    q_head = ((pair % heads) * group + member // new).to(tl.int64)
-    start, stop = run_of(lengths, length_stride, sequence, n, new, capacity, window)
+    pair, member = first_pair + tl.program_id(0) // (group * q_len), tl.program_id(0) % (group * q_len)
+    sequence, n = pair // kv_heads, member % q_len
+    q_head = ((pair % kv_heads) * group + member // q_len).to(tl.int64)
+    start, stop = key_span(seqlens_k, seqlens_k_stride, sequence, n, q_len, k_len, window)
     o_base = o_out + sequence.to(tl.int64) * o_stride_b + q_head * o_stride_h + n * o_stride_s
     W: tl.constexpr = WARPS
     R: tl.constexpr = BLOCK_D + BLOCK_V
     row = tl.arange(0, W)[:, None] * (BLOCK_R // W) + tl.arange(0, BLOCK_R // W)[None, :]  # (W, M)
     panel = tl.arange(0, PANEL)
-    o_at, there = o_base + (row - BLOCK_D) * o_stride_d, (row >= BLOCK_D) & (row < BLOCK_D + VALUE_DIM)
+    o_ptrs, there = o_base + (row - BLOCK_D) * o_stride_d, (row >= BLOCK_D) & (row < BLOCK_D + V_DIM)
     if stop <= start:
-        tl.store(o_at, tl.zeros([W, BLOCK_R // W], o_out.dtype.element_ty), mask=there)
+        tl.store(o_ptrs, tl.zeros([W, BLOCK_R // W], o_out.dtype.element_ty), mask=there)
         return
     moments += system * R * BLOCK_D
     sums_ptr += system * R
@@ -435,7 +435,7 @@ def decode_solve_kernel(
     flaw = 0.0 * (tl.sum(tl.sum(mean, 1), 0) + omega + ridge)
     guard = 1 / (1 + delta_eps * (1 + d_z) / omega)  # (W,)
     o = (mean - slope) * (guard * v_unit)[:, None] + flaw
-    tl.store(o_at, o.to(o_out.dtype.element_ty), mask=there)
+    tl.store(o_ptrs, o.to(o_out.dtype.element_ty), mask=there)
 
 
 class Tuning(NamedTuple):
@@ -505,27 +505,27 @@ def decode(
     in its own sequence. Nothing waits for the device, and grids depend on shapes alone, so a CUDA graph of the call
     stays right while lengths, tables and contents change.
     """
-    batch, q_heads, new, head_dim = q.shape
-    kv_heads, value_dim = k_cache.shape[1], v_cache.shape[-1]
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, v_dim = k_cache.shape[1], v_cache.shape[-1]
     group = q_heads // kv_heads
     page = 0 if block_table is None else k_cache.shape[2]
-    capacity = k_cache.shape[2] if block_table is None else block_table.shape[1] * page
+    k_len = k_cache.shape[2] if block_table is None else block_table.shape[1] * page
     if out.numel() == 0:
         return out
-    if capacity == 0:
+    if k_len == 0:
         return out.zero_()
-    window = min(window or capacity, capacity)
+    window = min(window or k_len, k_len)
     half = q.dtype != torch.float32
     full = torch.get_float32_matmul_precision() == "highest"
-    d, v = configs.padded(head_dim), configs.padded(value_dim)
+    d, v = configs.padded(head_dim), configs.padded(v_dim)
     large = configs.large(configs.capability(q.device))
     shares = slices(d, v, large)
     t = tuned or tuning(d, v, half, full, large)
     pairs = batch * kv_heads
-    members = group * new
+    members = group * q_len
     pieces = t.pieces
     if pieces is None:
-        tiles = min(cdiv(capacity, t.tile), cdiv(window, t.tile) + 1)
+        tiles = min(cdiv(k_len, t.tile), cdiv(window, t.tile) + 1)
         # Two programs of four warps go where one of eight does.
         pieces = pieces_of(pairs * members * shares, tiles, configs.processors(q.device) * max(1, 8 // t.warps))
     each = members * pieces * (d + v) * d * 4
@@ -539,7 +539,7 @@ def decode(
     merged = (moments, sums, scalars)
     if merging:
         merged = empty(systems, d + v, d), empty(systems, d + v), empty(systems, SCALARS.value)
-    table = seqlens_k if block_table is None else block_table
+    table = seqlens_k if block_table is None else block_table  # where there are no pages it is not read
     table_strides = (0, 0) if block_table is None else block_table.stride()
     rows_all = triton.next_power_of_2(d + v)
     solve_warps = min(t.solve_warps, rows_all // PANEL.value)  # each has at least a panel's height of rows
@@ -550,29 +550,29 @@ def decode(
 
     for first in range(0, pairs, at_once):
         count = min(at_once, pairs - first)
-        shape = (first, kv_heads, group, new, capacity, window)
-        run(
+        shape = (first, kv_heads, group, q_len, k_len, window)
+        launch(
             decode_moments_kernel, "decode", (count * members * pieces * shares,), q.device,
             q, k_cache, v_cache, seqlens_k, table, ridge, moments, sums, scalars, offset,
             *q.stride(), *k_cache.stride()[:3], *v_cache.stride()[:3], seqlens_k.stride(0), *table_strides,
             *ridge.stride(), *shape, pieces, k_cache.shape[0], scale,
-            HEAD_DIM=head_dim, VALUE_DIM=value_dim, PAGE=page, SLICES=shares,
+            HEAD_DIM=head_dim, V_DIM=v_dim, PAGE=page, SLICES=shares,
             PRECISION="ieee" if half or full else "tf32", OPERAND=tl.float16 if half else tl.float32,
             FAR=FAR if half or not full else FAR_FULL, BLOCK_T=t.tile, SLICE_D=slice_d, SLICE_V=slice_v, ROWS=rows,
             num_warps=t.warps, num_stages=t.stages, **sizes,
         )  # fmt: skip
         if merging:
-            run(
+            launch(
                 decode_merge_kernel, "decode", (count * members * (d + v) // MERGE_ROWS,), q.device,
                 moments, sums, scalars, offset, seqlens_k, *merged, seqlens_k.stride(0), *shape, pieces,
                 SLICES=shares, PIECES=triton.next_power_of_2(pieces), BLOCK_T=t.tile, BLOCK_M=MERGE_ROWS, STAGES=4,
                 num_warps=4, **sizes,
             )  # fmt: skip
-        run(
+        launch(
             decode_solve_kernel, "decode", (count * members,), q.device,
             *merged, offset, seqlens_k, ridge, y, out, seqlens_k.stride(0), *ridge.stride(), *out.stride(),
             *shape, delta_eps,
-            VALUE_DIM=value_dim, MERGED=merging, BLOCK_R=rows_all, WARPS=solve_warps,
+            V_DIM=v_dim, MERGED=merging, BLOCK_R=rows_all, WARPS=solve_warps,
             num_warps=solve_warps, num_stages=2, **sizes,
         )  # fmt: skip
     return out

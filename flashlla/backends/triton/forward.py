@@ -10,13 +10,14 @@ from flashlla.backends.triton.primitives import (
     TOP,
     WEIGHT,
     WEIGHT_BITS,
+    dot,
+    gather_tile,
     inverse_or_zero,
     inverse_power,
     key_range,
     keys_of,
     load_rows,
     load_tile,
-    load_tile_at,
     outside,
     own_key,
     place,
@@ -30,7 +31,6 @@ from flashlla.backends.triton.primitives import (
     store_rows,
     store_tile,
     sweep_keys,
-    times,
     units_of,
     visible,
     weights,
@@ -48,7 +48,7 @@ def statistics_body(
     q, factor, short, u_origin, FLIP = rows
     k_base, k_stride = keys
     k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
-    product = times(q, tl.trans(k), zeros(q, tl.trans(k)), PRECISION)  # (M, N)
+    product = dot(q, tl.trans(k), zeros(q, tl.trans(k)), PRECISION)  # (M, N)
     s = product * factor
     if CUT:
         s = tl.where(seen, s, float("-inf"))
@@ -63,16 +63,16 @@ def statistics_body(
     # Totals of the rounded numbers: they make k_mean a mean of keys, and C u a covariance, wherever the origin is.
     w = rounded(w, k, PRECISION)
     total = total * fade + tl.sum(w.to(tl.float32), 1)
-    acc = times(w, k, acc * fade[:, None], PRECISION)  # (M, D)
+    acc = dot(w, k, acc * fade[:, None], PRECISION)  # (M, D)
     c = rounded(c, k, PRECISION)
     c_total = c_total * fade + tl.sum(c.to(tl.float32), 1)
-    c_acc = times(c, k, c_acc * fade[:, None], PRECISION)  # (M, D)
+    c_acc = dot(c, k, c_acc * fade[:, None], PRECISION)  # (M, D)
     return m_next, total, acc, c_total, c_acc
 
 
 @triton.jit
 def flaws_seen(
-    flaws, q_flaws, k_flaws, v_flaws, at, window, n_heads, group, k_total, cu_k, CAUSAL: tl.constexpr,
+    flaws, q_flaws, k_flaws, v_flaws, at, window, n_heads, group, k_total, cu_seqlens_k, CAUSAL: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Of each query 0, or NaN where it is not finite or sees a key or a value that is not: (M,). The arguments are what
@@ -83,7 +83,7 @@ def flaws_seen(
     if q_flaw + k_flaw + v_flaw > 0:  # seldom
         found += load_rows(q_flaws + at.q_row, at.start, tl.where(q_flaw > 0, at.q_len, 0), M, 0.0)
         first, _, _, stop = key_range(at, window, CAUSAL, M, N)
-        k_row = (at.k_head if cu_k is None else at.shared).to(tl.int64) * k_total + at.k_first
+        k_row = (at.k_head if cu_seqlens_k is None else at.kv_head).to(tl.int64) * k_total + at.k_first
         row = at.start + tl.arange(0, M)
         for j in tl.range(first, stop, N):
             flaw = load_rows(k_flaws + k_row, j, tl.where(k_flaw > 0, stop, 0), N, 0.0)  # (N,)
@@ -95,19 +95,23 @@ def flaws_seen(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def statistics_kernel(
-    q_ptr, k_ptr, units, flaws, q_flaws, k_flaws, v_flaws, lse_out, shift_out, omega_out, k_mean_out, image_out,
+    q_ptr, k_ptr, units, flaws, q_flaws, k_flaws, v_flaws, lse_out, lse2_out, omega_out, k_mean_out, image_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
-    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale,
+    cu_seqlens_q, cu_seqlens_k, seqlens_k, window,
+    n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
     FLIP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """lse, omega and k_mean of section 2; shift, which is lse in bits, not rounded in between; and C u in units of the
+    """lse, omega and k_mean of section 2; lse2, which is lse in base 2, not rounded in between; and C u in units of the
     keys, u the query, shortened, for the first guess (4.3).
 
     FLIP: the scale is negative, and the smallest product has the largest logit.
     """
-    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, BLOCK_M, CAUSAL, False)
-    if outside(at, at.q_len, cu_q):
+    at = place(
+        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
+        cu_seqlens_q, cu_seqlens_k, seqlens_k, BLOCK_M, CAUSAL, False,
+    )  # fmt: skip
+    if outside(at, at.q_len, cu_seqlens_q):
         return
     q_unit, k_unit, _ = units_of(units, at, n_heads, group)
     i = at.start
@@ -118,7 +122,7 @@ def statistics_kernel(
     wide = q.to(tl.float32)
     short = shortening(q)  # (M,)
     # Keys far from the origin are near each other, but for some: u.k is measured from that of the query's own key.
-    own = load_tile_at(k_base, k_stride_s, own_key(i, at, BLOCK_M), at.k_stop, HEAD_DIM, BLOCK_D).to(tl.float32)
+    own = gather_tile(k_base, k_stride_s, own_key(i, at, BLOCK_M), at.k_stop, HEAD_DIM, BLOCK_D).to(tl.float32)
     u_origin = tl.sum(wide * own, 1) * short  # (M,)
     nothing, nowhere = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m, total, acc, c_total, c_acc = sweep_keys(
@@ -127,11 +131,11 @@ def statistics_kernel(
         HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     total += flaws_seen(
-        flaws, q_flaws, k_flaws, v_flaws, at, window, n_heads, group, k_len, cu_k, CAUSAL, BLOCK_M, BLOCK_N
+        flaws, q_flaws, k_flaws, v_flaws, at, window, n_heads, group, k_len, cu_seqlens_k, CAUSAL, BLOCK_M, BLOCK_N
     )  # fmt: skip
-    shift = m + (tl.log2(total) - WEIGHT_BITS)
-    store_rows(rows_of(shift_out, at, 1), i, at.q_len, shift)
-    store_rows(rows_of(lse_out, at, 1), i, at.q_len, shift * LN2)
+    lse2 = m + (tl.log2(total) - WEIGHT_BITS)
+    store_rows(rows_of(lse2_out, at, 1), i, at.q_len, lse2)
+    store_rows(rows_of(lse_out, at, 1), i, at.q_len, lse2 * LN2)
     store_rows(rows_of(omega_out, at, 1), i, at.q_len, total * (1 / WEIGHT))
     some = sees_some(i + tl.arange(0, BLOCK_M), at, window, CAUSAL)  # (M,)
     whole = tl.where(some, total, 1.0)  # the sums of a query that sees nothing are 0
@@ -156,28 +160,32 @@ def output_body(
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
     if v.dtype == tl.float32:
         alone = rounded(w, v, PRECISION)
-        plain = times(alone, v, plain, PRECISION)  # (M, V)
+        plain = dot(alone, v, plain, PRECISION)  # (M, V)
         whole += tl.sum(alone, 1)  # (M,)
     # 1 - a of (2.2) in one multiply-add
-    w = w * (times(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * minus_size[:, None] + rest[:, None])
+    w = w * (dot(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * minus_size[:, None] + rest[:, None])
     w = rounded(w, v, PRECISION)
     if v.dtype == tl.float32:
         total += tl.sum(w, 1)  # (M,)
-    return times(w, v, acc, PRECISION), plain, total, whole
+    return dot(w, v, acc, PRECISION), plain, total, whole
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def output_kernel(
-    q_ptr, k_ptr, v_ptr, units, origin_ptr, shift_ptr, omega_ptr, k_mean_ptr, probe_ptr, guard_out, o_out,
+    q_ptr, k_ptr, v_ptr, units, origin_ptr, lse2_ptr, omega_ptr, k_mean_ptr, probe_ptr, guard_out, o_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     o_stride_b, o_stride_h, o_stride_s,
-    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale, delta_eps,
+    cu_seqlens_q, cu_seqlens_k, seqlens_k, window,
+    n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale, delta_eps,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """o by (2.2) and (2.3), and the guard that delta_eps makes of the probe."""
-    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, BLOCK_M, CAUSAL, False)
-    if outside(at, at.q_len, cu_q):
+    at = place(
+        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
+        cu_seqlens_q, cu_seqlens_k, seqlens_k, BLOCK_M, CAUSAL, False,
+    )  # fmt: skip
+    if outside(at, at.q_len, cu_seqlens_q):
         return
     q_unit, k_unit, v_unit = units_of(units, at, n_heads, group)
     i = at.start
@@ -197,7 +205,7 @@ def output_kernel(
     # p a^2 sums to z.C z <= d.z, so |p (1 - a)| <= 1 + sqrt(d.z): the largest weight scale that cannot overflow.
     bound = 1 + tl.sqrt(tl.maximum(d_z, 0.0))
     gain = tl.minimum(power_of_two((1 / bound) * TOP), WEIGHT)
-    shift = load_rows(rows_of(shift_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) - tl.log2(gain)
+    shift = load_rows(rows_of(lse2_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) - tl.log2(gain)
     factor = scale * LOG2E * q_unit * k_unit
     nothing, nowhere = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     acc, plain, total, whole = sweep_keys(

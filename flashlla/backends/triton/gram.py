@@ -1,9 +1,9 @@
-"""The preconditioner "gram" (docs/math.md, section 4): for runs of queries, what the keys before them look like.
+"""The preconditioner "gram" (docs/math.md, section 4): for segments of queries, what the keys before them look like.
 
-Two kernels before the solve. The first adds up the moments of chunks of keys; the second, for each run of queries,
-makes of the chunks before it the covariance G without weights, looks whether (G + lambda I)^-1 would help there, and if
-so makes it, by way of Cholesky's factor. The solve is then launched twice: tiles of runs that have a preconditioner are
-solved by the one, all others by the other, which is plain and has no register to spare for it.
+Two kernels before the solve. The first adds up the moments of chunks of keys; the second, for each segment of
+queries, makes of the chunks before it the covariance G without weights, looks whether (G + lambda I)^-1 would help
+there, and if so makes it, by way of Cholesky's factor. The solve is then launched twice: tiles of segments that have a
+preconditioner are solved by the one, all others by the other, which is plain and has no register to spare for it.
 """
 
 from typing import Any
@@ -14,7 +14,8 @@ import triton.language as tl
 from flashlla.backends.triton.cholesky import PANEL, factored_panel, panel_of
 from flashlla.backends.triton.primitives import (
     NUMBERS,
-    between,
+    clamp,
+    dot,
     finite,
     inverse_or_zero,
     inverse_power,
@@ -29,7 +30,6 @@ from flashlla.backends.triton.primitives import (
     rows_of,
     sees_some,
     shortening,
-    times,
     units_of,
     zeros,
 )
@@ -37,7 +37,7 @@ from flashlla.solvers import Gram
 
 # Queries that share a preconditioner, and keys a chunk: a multiple of every tile. Causal queries of the first have
 # none; a matrix more costs time and memory.
-RUN = 512
+SEGMENT = 512
 # lambda in G + lambda I is at least this share of the largest variance: smaller, and the inverse, rounded to float16,
 # would not be definite.
 FLOOR: tl.constexpr = tl.constexpr(2.0**-8)
@@ -50,68 +50,77 @@ FIT_MOST: tl.constexpr = tl.constexpr(Gram.FIT[1])
 @triton.jit(do_not_specialize=[*NUMBERS, "chunks"])
 def gram_sums_kernel(
     k_ptr, sums_out, k_stride_b, k_stride_h, k_stride_s,
-    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, chunks,
+    cu_seqlens_q, cu_seqlens_k, seqlens_k, window,
+    n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, chunks,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, RUN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """sums_out (heads of keys, chunks, D + 1, D): of x = k - (the head's first key), sum x x^T over sum x, of each
-    chunk of RUN keys."""
-    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, RUN, CAUSAL, True)
+    chunk of SEGMENT keys."""
+    at = place(
+        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
+        cu_seqlens_q, cu_seqlens_k, seqlens_k, SEGMENT, CAUSAL, True,
+    )  # fmt: skip
     k_base = keys_of(k_ptr, k_stride_b, k_stride_h, k_stride_s, at)
     dim = tl.arange(0, BLOCK_D)
     origin = tl.load(k_base + dim, mask=(dim < HEAD_DIM) & (at.k_stop > 0), other=0.0)  # (D,)
-    stop = tl.minimum(at.start + RUN, at.k_stop)
+    stop = tl.minimum(at.start + SEGMENT, at.k_stop)
     gram, total = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
     for j in tl.range(at.start, stop, BLOCK_N):
         k = load_tile(k_base, k_stride_s, j, stop, HEAD_DIM, BLOCK_N, BLOCK_D, True).to(tl.float32)  # (N, D)
         x = tl.where((j + tl.arange(0, BLOCK_N) < stop)[:, None], k - origin.to(tl.float32)[None, :], 0.0)
         x = rounded(x, origin, PRECISION)
-        gram = times(tl.trans(x), x, gram, PRECISION)  # (D, D)
+        gram = dot(tl.trans(x), x, gram, PRECISION)  # (D, D)
         total += tl.sum(x.to(tl.float32), 0)
-    slot = at.k_head.to(tl.int64) * chunks + at.start // RUN
+    slot = at.k_head.to(tl.int64) * chunks + at.start // SEGMENT
     sums_out += slot * (BLOCK_D + 1) * BLOCK_D
     tl.store(sums_out + dim[:, None] * BLOCK_D + dim[None, :], gram)
     tl.store(sums_out + BLOCK_D * BLOCK_D + dim, total)
 
 
-@triton.jit(do_not_specialize=[*NUMBERS, "chunks", "runs"])
+@triton.jit(do_not_specialize=[*NUMBERS, "chunks", "segments"])
 def gram_kernel(
     q_ptr, sums_ptr, units, origin_ptr, k_mean_ptr, ridge_ptr, b_ptr, probe_ptr, scratch, inverse_out, use_out,
     q_stride_b, q_stride_h, q_stride_s, ridge_stride_b, ridge_stride_h, ridge_stride_s,
-    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, chunks, runs,
+    cu_seqlens_q, cu_seqlens_k, seqlens_k, window,
+    n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, chunks, segments,
     ADJOINT: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, RUN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SEGMENT: tl.constexpr,
     WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Of each run of RUN queries: use_out (heads, runs), whether its queries are to use inverse_out (heads, runs, D,
-    D), (G + lambda I)^-1 but for a power of two; where not, it is not written. scratch: (heads, runs, 2 D, D).
+    """Of each segment of queries: use_out (heads, segments), whether its queries are to use inverse_out (heads,
+    segments, D, D), (G + lambda I)^-1 but for a power of two; where not, it is not written. scratch: (heads, segments,
+    2 D, D).
 
-    lambda is the mean of the run's finite ones. The keys are those that all of the run's queries see, with a window
-    those before it: the whole chunks of them.
+    lambda is the mean of the segment's finite ones. The keys are those that all of the segment's queries see, with a
+    window those before it: the whole chunks of them.
     """
-    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, RUN, CAUSAL, False)
+    at = place(
+        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
+        cu_seqlens_q, cu_seqlens_k, seqlens_k, SEGMENT, CAUSAL, False,
+    )  # fmt: skip
     q_unit, k_unit, _ = units_of(units, at, n_heads, group)
-    slot = at.q_head.to(tl.int64) * runs + at.start // RUN
+    slot = at.q_head.to(tl.int64) * segments + at.start // SEGMENT
     tl.store(use_out + slot, 0)
-    first, last = 0, tl.cdiv(at.k_stop, RUN)
+    first, last = 0, tl.cdiv(at.k_stop, SEGMENT)
     if CAUSAL:
-        stop = between(at.start + at.shift, 0, at.k_stop)
-        last = stop // RUN
+        stop = clamp(at.start + at.diagonal, 0, at.k_stop)
+        last = stop // SEGMENT
         if window is not None:
-            first = tl.cdiv(between(at.start + at.shift - window, 0, stop), RUN)
+            first = tl.cdiv(clamp(at.start + at.diagonal - window, 0, stop), SEGMENT)
     dim = tl.arange(0, BLOCK_D)
-    at_matrix = dim[:, None] * BLOCK_D + dim[None, :]
+    square = dim[:, None] * BLOCK_D + dim[None, :]
     gram, total = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
     for c in tl.range(first, last):
         sums = sums_ptr + (at.k_head.to(tl.int64) * chunks + c) * (BLOCK_D + 1) * BLOCK_D
-        gram += tl.load(sums + at_matrix)  # (D, D)
+        gram += tl.load(sums + square)  # (D, D)
         total += tl.load(sums + BLOCK_D * BLOCK_D + dim)  # (D,)
-    share = inverse_or_zero((tl.minimum(last * RUN, at.k_stop) - first * RUN).to(tl.float32))
+    share = inverse_or_zero((tl.minimum(last * SEGMENT, at.k_stop) - first * SEGMENT).to(tl.float32))
     mean = total * share
-    row = at.start + tl.arange(0, RUN)
+    row = at.start + tl.arange(0, SEGMENT)
     there = row < at.q_len
     ridge_base = queries_of(ridge_ptr, ridge_stride_b, ridge_stride_h, ridge_stride_s, at)
-    given = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=there, other=0.0)  # (RUN,)
+    given = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=there, other=0.0)  # (SEGMENT,)
     there = there & finite(given)
     ridge = tl.sum(tl.where(there, given, 0.0), 0) / tl.maximum(tl.sum(there.to(tl.float32), 0), 1.0)
     ridge = ridge_in(ridge, k_unit)
@@ -128,10 +137,10 @@ def gram_kernel(
     worth = tl.sum(tl.where(inside, scaled * scaled, 0.0)) * HEAD_DIM / (trace * trace)
     if ~((last > first) & (worth > WORTH) & (largest < float("inf")) & (ridge > 0)):
         return
-    # (4.6), above and below the line summed over the run's queries.
+    # (4.6), above and below the line summed over the segment's queries.
     q_base = queries_of(q_ptr, q_stride_b, q_stride_h, q_stride_s, at)
     found, expected = 0.0, 0.0
-    for i in tl.range(at.start, tl.minimum(at.start + RUN, at.q_len), BLOCK_M):
+    for i in tl.range(at.start, tl.minimum(at.start + SEGMENT, at.q_len), BLOCK_M):
         q = load_tile(q_base, q_stride_s, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
         member = i + tl.arange(0, BLOCK_M)
         own = tl.load(ridge_base + member.to(tl.int64) * ridge_stride_s, mask=member < at.q_len, other=1.0)  # (M,)
@@ -151,30 +160,30 @@ def gram_kernel(
         some = sees_some(member, at, window, CAUSAL) & finite(own) & finite(curvature) & (inverse_size > 0)
         x = rounded(tl.where(some[:, None], x * inverse_size[:, None], 0.0), q, PRECISION)  # (M, D) of unit length
         matrix = rounded(scaled, q, PRECISION)  # (D, D)
-        expected += tl.sum(times(x, matrix, zeros(x, matrix), PRECISION) * x.to(tl.float32)) * unit
+        expected += tl.sum(dot(x, matrix, zeros(x, matrix), PRECISION) * x.to(tl.float32)) * unit
         found += tl.sum(tl.where(some, curvature, 0.0))
     if ~((found > expected * FIT_LEAST) & (found < expected * FIT_MOST)):
         return
     tl.store(use_out + slot, 1)
     a = scratch + slot * (2 * BLOCK_D * BLOCK_D)  # G + lambda I over the unit matrix
     further = a + BLOCK_D * BLOCK_D
-    tl.store(a + at_matrix, gram)
-    tl.store(further + at_matrix, tl.where(on_diagonal, 1.0, 0.0))
+    tl.store(a + square, gram)
+    tl.store(further + square, tl.where(on_diagonal, 1.0, 0.0))
     tl.debug_barrier()
     W: tl.constexpr = WARPS
     R: tl.constexpr = 2 * BLOCK_D
-    at_row = tl.arange(0, W)[:, None] * (R // W) + tl.arange(0, R // W)[None, :]  # (W, R / W)
+    warp_row = tl.arange(0, W)[:, None] * (R // W) + tl.arange(0, R // W)[None, :]  # (W, R / W)
     b = tl.zeros([W, PANEL], tl.float32)
-    rows, own = panel_of(a, at_row, 0, R, BLOCK_D)
+    rows, own = panel_of(a, warp_row, 0, R, BLOCK_D)
     tl.debug_barrier()
     for p in tl.range(0, BLOCK_D, PANEL):
-        _rows, b, _inverse, later = factored_panel(rows, own, b, p, a, None, at_row, ridge, R, BLOCK_D)
+        _rows, b, _inverse, later = factored_panel(rows, own, b, p, a, None, warp_row, ridge, R, BLOCK_D)
         rows, own = later
         tl.debug_barrier()
-    factor = tl.load(further + at_matrix) * inverse_power(power_of_two(tl.rsqrt(ridge)))  # (D, D) L^-T
+    factor = tl.load(further + square) * inverse_power(power_of_two(tl.rsqrt(ridge)))  # (D, D) L^-T
     factor = rounded(factor, tl.zeros([1], inverse_out.dtype.element_ty), PRECISION)
-    inverse = times(factor, tl.trans(factor), zeros(factor, tl.trans(factor)), PRECISION)  # (D, D)
-    tl.store(inverse_out + slot * BLOCK_D * BLOCK_D + at_matrix, inverse.to(inverse_out.dtype.element_ty))
+    inverse = dot(factor, tl.trans(factor), zeros(factor, tl.trans(factor)), PRECISION)  # (D, D)
+    tl.store(inverse_out + slot * BLOCK_D * BLOCK_D + square, inverse.to(inverse_out.dtype.element_ty))
 
 
 @triton.jit
@@ -183,7 +192,7 @@ def preconditioned(r, use, inverse_ptr, like, PRECISION: tl.constexpr, D: tl.con
     inverse = load_tile(inverse_ptr, D, 0, D, D, D, D, False)  # (D, D)
     size = tl.sqrt(tl.sum(r * r, 1))
     x = rounded(r * inverse_or_zero(size)[:, None], like, PRECISION)  # (M, D)
-    return tl.where(use[:, None], times(x, inverse, zeros(x, inverse), PRECISION) * size[:, None], r)
+    return tl.where(use[:, None], dot(x, inverse, zeros(x, inverse), PRECISION) * size[:, None], r)
 
 
 def settings(d: int) -> dict[str, Any]:

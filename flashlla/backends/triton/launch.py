@@ -47,14 +47,14 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-class Launcher:
+class Call:
     """The kernels of one call: what all their launches share."""
 
     def __init__(self, problem: Problem, inputs: Inputs) -> None:
         self.problem, self.inputs = problem, inputs
         mask, self.device = problem.mask, problem.device
         sequences = problem.sequences if mask.packed else problem.batch
-        self.n_heads, self.n_shared = sequences * problem.q_heads, sequences * problem.kv_heads
+        self.n_heads, self.n_kv_heads = sequences * problem.q_heads, sequences * problem.kv_heads
         half = problem.dtype != torch.float32
         self.operand = torch.float16 if half else torch.float32
         full = torch.get_float32_matmul_precision() == "highest"
@@ -65,14 +65,16 @@ class Launcher:
             "BLOCK_V": configs.padded(problem.v_dim),
         }
         self.precision = "ieee" if half or full else "tf32"
-        # The longest sequence's queries and keys.
-        self.longest = (problem.max_seqlen_q, problem.max_seqlen_k) if mask.packed else (problem.q_len, problem.k_len)
+        # Queries and keys of the longest sequence.
+        self.max_seqlens = problem.q_len, problem.k_len
+        if mask.packed:
+            self.max_seqlens = problem.max_seqlen_q, problem.max_seqlen_k
         self.lengths = (
-            self.n_heads, problem.q_heads, problem.group, problem.q_len, problem.k_len, *self.longest,
+            self.n_heads, problem.q_heads, problem.group, problem.q_len, problem.k_len, *self.max_seqlens,
         )  # fmt: skip
-        self.runs = inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqlens_k
+        self.seqlens = inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqlens_k
         # What tells a kernel which keys its queries see, as `primitives.place` takes it.
-        self.where = (*self.runs, mask.window, *self.lengths)
+        self.where = (*self.seqlens, mask.window, *self.lengths)
         # float32 has digits to lose: keys are taken relative to their sequence's first (docs/math.md, section 6).
         self.k_most = prepare.MOST.value if half else largest_key(problem.dtype, problem.head_dim)
         self.origin = None if half else self.first_keys(inputs.k)  # (sequences Hkv, D)
@@ -133,9 +135,9 @@ class Launcher:
     def cast(self, *tensors: Tensor) -> tuple[Any, ...]:
         """q, k and v contiguous and finite, in the operands' dtype and in units of a head; these units; and which heads
         and which rows of q, k and v were not finite."""
-        # Runs of rows that look for a head's largest number side by side; the interpreter has no sides.
+        # Chunks of rows that look for a head's largest number side by side; the interpreter has no sides.
         chunks = 16 if self.device.type == "cuda" else 1
-        longest, slots = max(self.longest), self.n_heads + 2 * self.n_shared
+        longest, slots = max(self.max_seqlens), self.n_heads + 2 * self.n_kv_heads
         chunk = cdiv(cdiv(longest, chunks), CAST_ROWS) * CAST_ROWS
         largest, flawed = torch.empty(2, slots, chunks, device=self.device)
         units, flaws = torch.empty(2, slots, device=self.device)
@@ -143,13 +145,14 @@ class Launcher:
         row_flaws = [torch.empty(t.shape[:3], device=self.device) for t in tensors]
         sizes = {"CHUNKS": chunks, "BLOCK_M": CAST_ROWS, **self.dims}
         strides = self.strides(*tensors)
-        self.run(
+        self.launch(
             prepare.largest_kernel, "cast", (self.n_heads * chunks, 3), *tensors, self.k_most, largest, flawed,
-            *strides, *self.runs, *self.lengths, chunk, **sizes,
+            *strides, *self.seqlens, *self.lengths, chunk, **sizes,
         )  # fmt: skip
-        self.run(
+        self.launch(
             prepare.cast_kernel, "cast", (self.n_heads * cdiv(longest, CAST_ROWS), 3), *tensors, self.k_most,
-            self.origin, largest, flawed, *outs, units, flaws, *row_flaws, *strides, *self.runs, *self.lengths, **sizes,
+            self.origin, largest, flawed, *outs, units, flaws, *row_flaws, *strides, *self.seqlens, *self.lengths,
+            **sizes,
         )  # fmt: skip
         return (*outs, units, (flaws, *row_flaws))
 
@@ -157,26 +160,26 @@ class Launcher:
         """``guard * grad_o`` in the operands' dtype, contiguous, in units of a power of two a row, and those units; the
         probe so, in rows of unit length, and their lengths."""
         grad_o = with_unit_stride(grad_o)
-        y, y_unit = self.vectors(self.operand, grad_o.shape[-1]), self.rows()
+        do, do_unit = self.vectors(self.operand, grad_o.shape[-1]), self.rows()
         z, z_size = self.vectors(self.operand), self.rows()
-        self.run(
-            prepare.cast_rows_kernel, "cast", (self.n_heads * cdiv(self.longest[0], CAST_ROWS),),
-            grad_o, guard, probe, y, y_unit, z, z_size, *self.strides(grad_o), self.runs[0], *self.lengths,
+        self.launch(
+            prepare.cast_rows_kernel, "cast", (self.n_heads * cdiv(self.max_seqlens[0], CAST_ROWS),),
+            grad_o, guard, probe, do, do_unit, z, z_size, *self.strides(grad_o), self.seqlens[0], *self.lengths,
             PRECISION=self.precision, BLOCK_M=CAST_ROWS, **self.dims,
         )  # fmt: skip
-        return y, y_unit, z, z_size
+        return do, do_unit, z, z_size
 
-    def sweep(
+    def launch_tiles(
         self, kernel: Any, name: str, *arguments: Any, over_keys: bool = False, tune: bool = True, **settings: Any
     ) -> None:
         """Launch ``kernel`` of pass ``name``, one program a tile of queries (``over_keys``: of keys) and head;
         ``tune``: with the config that FLASHLLA_AUTOTUNE=1 finds."""
-        heads = self.n_shared if over_keys else self.n_heads
+        heads = self.n_kv_heads if over_keys else self.n_heads
         settings.update(self.dims, CAUSAL=self.problem.mask.causal, PRECISION=self.precision)
-        programs = lambda c: heads * cdiv(self.longest[over_keys], c.n if over_keys else c.m)
+        programs = lambda c: heads * cdiv(self.max_seqlens[over_keys], c.n if over_keys else c.m)
 
         def with_config(c: configs.Config) -> None:
-            self.run(kernel, name, (programs(c),), *arguments, **c.options(), **settings)
+            self.launch(kernel, name, (programs(c),), *arguments, **c.options(), **settings)
 
         with_config(self.config(name, programs, with_config if tune else None))
 
@@ -193,11 +196,11 @@ class Launcher:
             _tuned[key] = fastest(configs.candidates(*key), with_config)
         return _tuned[key]
 
-    def run(self, kernel: Any, name: str, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-        run(kernel, name, grid, self.device, *arguments, **settings)
+    def launch(self, kernel: Any, name: str, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+        launch(kernel, name, grid, self.device, *arguments, **settings)
 
 
-def run(
+def launch(
     kernel: Any, name: str, grid: tuple[int, ...], device: torch.device, *arguments: Any, **settings: Any
 ) -> None:  # fmt: skip
     """Launch ``kernel`` of pass ``name``.
@@ -267,72 +270,75 @@ def tolerances(problem: Problem, adjoint: bool) -> tuple[float, float, float, in
 
 def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
     """The passes of operator section 4: statistics, solve, output."""
-    at = Launcher(problem, inputs)
-    q, k, v = at.q, at.k, at.v
-    lse, shift, omega, k_mean, image = at.rows(), at.rows(), at.rows(), at.vectors(), at.vectors()
-    at.sweep(
-        forward_kernels.statistics_kernel, "statistics", q, k, at.units, *at.flaws, lse, shift, omega, k_mean,
-        image, *at.strides(q, k), *at.where, problem.scale, FLIP=problem.scale < 0,
+    call = Call(problem, inputs)
+    q, k, v = call.q, call.k, call.v
+    lse, lse2, omega, k_mean, image = call.rows(), call.rows(), call.rows(), call.vectors(), call.vectors()
+    call.launch_tiles(
+        forward_kernels.statistics_kernel, "statistics", q, k, call.units, *call.flaws, lse, lse2, omega, k_mean,
+        image, *call.strides(q, k), *call.where, problem.scale, FLIP=problem.scale < 0,
     )  # fmt: skip
-    probe = at.vectors()
-    iterations, residual, converged = at.rows(torch.int32), at.rows(), at.rows(torch.bool)
+    probe = call.vectors()
+    iterations, residual, converged = call.rows(torch.int32), call.rows(), call.rows(torch.bool)
     if problem.mask.packed:
         converged.fill_(True)
     report = iterations, residual, converged
-    solve(at, inputs.ridge_lambda, shift, k_mean, image, probe, preconditioner, report=report)
+    solve(call, inputs.ridge_lambda, lse2, k_mean, image, probe, preconditioner, report=report)
     del image
-    guard, o = at.rows(), empty_output(inputs.q, inputs.v)
-    o_rows = at.target(o)
-    at.sweep(
-        forward_kernels.output_kernel, "output", q, k, v, at.units, at.origin, shift, omega, k_mean, probe, guard,
-        o_rows, *at.strides(q, k, v, o_rows), *at.where, problem.scale, problem.delta_eps,
+    guard, o = call.rows(), empty_output(inputs.q, inputs.v)
+    o_rows = call.target(o)
+    call.launch_tiles(
+        forward_kernels.output_kernel, "output", q, k, v, call.units, call.origin, lse2, omega, k_mean, probe, guard,
+        o_rows, *call.strides(q, k, v, o_rows), *call.where, problem.scale, problem.delta_eps,
     )  # fmt: skip
     if o_rows is not o:
         o.copy_(o_rows)
-    lse, k_mean = at.moved(lse, k_mean, back=True)
+    lse, k_mean = call.moved(lse, k_mean, back=True)
     return Forward(o, Residuals(lse, guard, probe, k_mean), Report(omega, *report))
 
 
 def solve(
-    at: Launcher, ridge: Tensor, shift: Tensor, k_mean: Tensor, b: Tensor, x: Tensor, preconditioner: str, *,
+    call: Call, ridge: Tensor, lse2: Tensor, k_mean: Tensor, b: Tensor, x: Tensor, preconditioner: str, *,
     report: tuple[Tensor, ...] | None = None, adjoint: tuple[Tensor, ...] | None = None,
 ) -> None:  # fmt: skip
     """Launch the one solve kernel: for the probe, with the ``report`` to fill (iterations, residual, converged); or for
     the ``adjoint`` probe, with the lengths of ``b``'s rows, the probe and z.y to fill."""
-    iterations, residual, converged = report or (shift,) * 3  # what is not given is not touched
-    b_size, probe, z_y = adjoint or (shift,) * 3
-    runs = cdiv(at.problem.q_len, gram_kernels.RUN)
-    shared = gram(at, ridge, k_mean, b, probe, runs, adjoint is not None) if preconditioner == "gram" else (None, None)
+    iterations, residual, converged = report or (lse2,) * 3  # what is not given is not touched
+    b_size, probe, z_y = adjoint or (lse2,) * 3
+    segments = cdiv(call.problem.q_len, gram_kernels.SEGMENT)
+    inverse, use = None, None
+    if preconditioner == "gram":
+        inverse, use = gram(call, ridge, k_mean, b, probe, segments, adjoint is not None)
     for which in ("none", "gram") if preconditioner == "gram" else (preconditioner,):
-        at.sweep(
+        call.launch_tiles(
             solve_kernel, "solve_gram" if which == "gram" else "solve",
-            at.q, at.k, at.units, at.origin, shift, k_mean, ridge, b, b_size, probe, *shared, x,
+            call.q, call.k, call.units, call.origin, lse2, k_mean, ridge, b, b_size, probe, inverse, use, x,
             z_y, iterations, residual, converged,
-            *at.strides(at.q, at.k, ridge), *at.where, at.problem.scale, *tolerances(at.problem, adjoint is not None),
-            runs, ADJOINT=adjoint is not None, PRECONDITIONER=which, RUN=gram_kernels.RUN,
+            *call.strides(call.q, call.k, ridge), *call.where, call.problem.scale,
+            *tolerances(call.problem, adjoint is not None), segments,
+            ADJOINT=adjoint is not None, PRECONDITIONER=which, SEGMENT=gram_kernels.SEGMENT,
             tune=preconditioner != "gram",  # either may have no tile that is its own
         )  # fmt: skip
 
 
 def gram(
-    at: Launcher, ridge: Tensor, k_mean: Tensor, b: Tensor, probe: Tensor, runs: int, adjoint: bool
+    call: Call, ridge: Tensor, k_mean: Tensor, b: Tensor, probe: Tensor, segments: int, adjoint: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The preconditioner "gram": the matrices, and which ``runs`` of queries have one."""
-    d, run_length = at.dims["BLOCK_D"], gram_kernels.RUN
-    chunks = cdiv(at.problem.k_len, run_length)
-    sums = torch.empty(at.n_shared, chunks, d + 1, d, device=at.device)
-    inverse = torch.empty(at.n_heads, runs, d, d, dtype=at.operand, device=at.device)
-    scratch = torch.empty(at.n_heads, runs, 2 * d, d, device=at.device)
-    use = torch.empty(at.n_heads, runs, dtype=torch.int32, device=at.device)
-    common = {"CAUSAL": at.problem.mask.causal, "PRECISION": at.precision, "RUN": run_length, **at.dims}
-    at.run(
-        gram_kernels.gram_sums_kernel, "gram", (at.n_shared * chunks,), at.k, sums, *at.strides(at.k), *at.where,
-        chunks, **gram_kernels.sums_settings(d), **common,
+    """The preconditioner "gram": the matrices, and which ``segments`` of queries have one."""
+    d, segment = call.dims["BLOCK_D"], gram_kernels.SEGMENT
+    chunks = cdiv(call.problem.k_len, segment)
+    sums = torch.empty(call.n_kv_heads, chunks, d + 1, d, device=call.device)
+    inverse = torch.empty(call.n_heads, segments, d, d, dtype=call.operand, device=call.device)
+    scratch = torch.empty(call.n_heads, segments, 2 * d, d, device=call.device)
+    use = torch.empty(call.n_heads, segments, dtype=torch.int32, device=call.device)
+    common = {"CAUSAL": call.problem.mask.causal, "PRECISION": call.precision, "SEGMENT": segment, **call.dims}
+    call.launch(
+        gram_kernels.gram_sums_kernel, "gram", (call.n_kv_heads * chunks,), call.k, sums, *call.strides(call.k),
+        *call.where, chunks, **gram_kernels.sums_settings(d), **common,
     )  # fmt: skip
-    at.run(
-        gram_kernels.gram_kernel, "gram", (at.n_heads * runs,), at.q, sums, at.units, at.origin, k_mean, ridge, b,
-        probe, scratch, inverse, use, *at.strides(at.q, ridge), *at.where, chunks, runs, ADJOINT=adjoint,
-        **gram_kernels.settings(d), **common,
+    call.launch(
+        gram_kernels.gram_kernel, "gram", (call.n_heads * segments,), call.q, sums, call.units, call.origin,
+        k_mean, ridge, b, probe, scratch, inverse, use, *call.strides(call.q, ridge), *call.where, chunks, segments,
+        ADJOINT=adjoint, **gram_kernels.settings(d), **common,
     )  # fmt: skip
     return inverse, use
 
@@ -341,39 +347,39 @@ def backward(
     problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor, preconditioner: str
 ) -> Gradients:  # fmt: skip
     """The passes of operator section 4: moments, solve, dq with dlambda, dk and dv."""
-    at = Launcher(problem, inputs)
-    q, k, v, ridge = at.q, at.k, at.v, inputs.ridge_lambda
+    call = Call(problem, inputs)
+    q, k, v, ridge = call.q, call.k, call.v, inputs.ridge_lambda
     lse, guard, probe, k_mean = (t.contiguous() for t in residuals)
-    do, do_unit, z, z_size = at.cast_rows(grad_o, guard, probe)
-    given, k_mean = at.moved(lse, k_mean)
+    do, do_unit, z, z_size = call.cast_rows(grad_o, guard, probe)
+    given, k_mean = call.moved(lse, k_mean)
     given, k_mean = given.contiguous(), k_mean.contiguous()
-    shift, t, t_size, g_near = at.rows(), at.vectors(), at.rows(), None
+    lse2, t, t_size, g_near = call.rows(), call.vectors(), call.rows(), None
     # float32 takes them twice, then about the g_mean of the first time: its t shall hold where weights are sharp.
-    for _ in range(1 if at.operand == torch.float16 else 2):
-        g_mean = at.rows()
-        at.sweep(
-            backward_kernels.moments_kernel, "moments", q, k, v, do, at.units, given, k_mean, g_near, shift, t, t_size,
-            g_mean, *at.strides(q, k, v), *at.where, problem.scale,
+    for _ in range(1 if call.operand == torch.float16 else 2):
+        g_mean = call.rows()
+        call.launch_tiles(
+            backward_kernels.moments_kernel, "moments", q, k, v, do, call.units, given, k_mean, g_near, lse2, t, t_size,
+            g_mean, *call.strides(q, k, v), *call.where, problem.scale,
         )  # fmt: skip
         g_near = g_mean
-    y_neg, z_y = at.vectors(at.operand), at.rows()
-    solve(at, ridge, shift, k_mean, t, y_neg, preconditioner, adjoint=(t_size, probe, z_y))
+    y_neg, z_y = call.vectors(call.operand), call.rows()
+    solve(call, ridge, lse2, k_mean, t, y_neg, preconditioner, adjoint=(t_size, probe, z_y))
     del t
     dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
-    outs = [at.target(x) for x in (dq, dk, dv)]
-    dridge = at.rows()
+    outs = [call.target(x) for x in (dq, dk, dv)]
+    dridge = call.rows()
     # What queries hand on to keys: whole tiles of queries, a sequence's apart from the next one's.
     tiles = cdiv(problem.q_len, configs.ROWS_PAD) + (problem.sequences if problem.mask.packed else 0)
-    rows = torch.empty(5, problem.batch * problem.q_heads, tiles * configs.ROWS_PAD, device=at.device)
-    top = torch.zeros(at.n_shared, device=at.device)
-    at.sweep(
-        backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, at.units, at.origin, do_unit, z_size, z_y, shift,
+    rows = torch.empty(5, problem.batch * problem.q_heads, tiles * configs.ROWS_PAD, device=call.device)
+    top = torch.zeros(call.n_kv_heads, device=call.device)
+    call.launch_tiles(
+        backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, call.units, call.origin, do_unit, z_size, z_y, lse2,
         k_mean, ridge, g_mean, outs[0], dridge, rows, top, rows.stride(1), rows.stride(0),
-        *at.strides(q, k, v, ridge, outs[0]), *at.where, problem.scale,
+        *call.strides(q, k, v, ridge, outs[0]), *call.where, problem.scale,
     )  # fmt: skip
-    at.sweep(
-        backward_kernels.dk_kernel, "dk", q, k, v, do, y_neg, z, at.units, rows, top, outs[1], outs[2],
-        rows.stride(1), rows.stride(0), *at.strides(q, k, v, outs[1], outs[2]), *at.where, problem.scale,
+    call.launch_tiles(
+        backward_kernels.dk_kernel, "dk", q, k, v, do, y_neg, z, call.units, rows, top, outs[1], outs[2],
+        rows.stride(1), rows.stride(0), *call.strides(q, k, v, outs[1], outs[2]), *call.where, problem.scale,
         over_keys=True, GROUP=problem.group,
     )  # fmt: skip
     for x, rowed in zip((dq, dk, dv), outs):

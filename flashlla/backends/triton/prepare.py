@@ -9,7 +9,7 @@ import triton.language as tl
 
 from flashlla.backends.triton.primitives import (
     NUMBERS,
-    between,
+    clamp,
     finite_or_zero,
     inverse_or_zero,
     inverse_power,
@@ -21,7 +21,7 @@ from flashlla.backends.triton.primitives import (
     queries_of,
     rounded,
     rows_of,
-    run_of,
+    sequence_extent,
     store_rows,
     store_tile,
 )
@@ -39,20 +39,20 @@ def cleaned(tile, most):
 
 @triton.jit
 def rows_of_operand(
-    program, tensor, stride_b, stride_h, stride_s, cu_q, cu_k, seqlens_k, heads, group, q_len, k_len,
-    longest_q, longest_k, OVER_KEYS: tl.constexpr,
+    program, tensor, stride_b, stride_h, stride_s, cu_seqlens_q, cu_seqlens_k, seqlens_k, heads, group, q_len, k_len,
+    max_seqlen_q, max_seqlen_k, OVER_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Where a head of q, or (OVER_KEYS) of k or v, begins; how many rows it has; and the place of its first among the
     rows of a contiguous (B, H, S). ``program`` counts the heads."""
     if OVER_KEYS:
         heads = heads // group
-        cu, total, longest = cu_k, k_len, longest_k
+        cu, total, max_seqlen = cu_seqlens_k, k_len, max_seqlen_k
     else:
-        cu, total, longest = cu_q, q_len, longest_q
+        cu, total, max_seqlen = cu_seqlens_q, q_len, max_seqlen_q
     sequence, head = program // heads, program % heads
-    first, length = run_of(cu, sequence, total, longest)
+    first, length = sequence_extent(cu, sequence, total, max_seqlen)
     if OVER_KEYS and seqlens_k is not None:
-        length = between(tl.load(seqlens_k + sequence), 0, length)
+        length = clamp(tl.load(seqlens_k + sequence), 0, length)
     base = tensor + sequence.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + first.to(tl.int64) * stride_s
     row = (program if cu is None else head).to(tl.int64) * total + first
     return base, length, row
@@ -62,14 +62,14 @@ def rows_of_operand(
 def largest_kernel(
     q, k, v, k_most, largest, flawed, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
     v_stride_b, v_stride_h, v_stride_s,
-    cu_q, cu_k, seqlens_k, n_heads, heads, group, q_len, k_len, longest_q, longest_k, chunk,
+    cu_seqlens_q, cu_seqlens_k, seqlens_k, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, chunk,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The largest finite magnitude of each of CHUNKS runs of rows of each head, and 1 where some number is not finite,
+    """The largest finite magnitude of each of CHUNKS chunks of each head's rows, and 1 where some number is not finite,
     else 0: of q's heads, of k's, of v's. A key beyond k_most is not finite."""
     program, part = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
-    n_shared = n_heads // group
+    n_kv_heads = n_heads // group
     tensors = (
         (q, q_stride_b, q_stride_h, q_stride_s),
         (k, k_stride_b, k_stride_h, k_stride_s),
@@ -77,13 +77,14 @@ def largest_kernel(
     )
     found, flaw = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for which in tl.static_range(3):
-        here = (tl.program_id(1) == which) & ((which == 0) | (program < n_shared))
+        here = (tl.program_id(1) == which) & ((which == 0) | (program < n_kv_heads))
         if here:
             WIDTH: tl.constexpr = V_DIM if which == 2 else HEAD_DIM
             COLUMNS: tl.constexpr = BLOCK_V if which == 2 else BLOCK_D
             base, length, _ = rows_of_operand(
                 program, tensors[which][0], tensors[which][1], tensors[which][2], tensors[which][3],
-                cu_q, cu_k, seqlens_k, heads, group, q_len, k_len, longest_q, longest_k, which > 0,
+                cu_seqlens_q, cu_seqlens_k, seqlens_k,
+                heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, which > 0,
             )  # fmt: skip
             for i in tl.range(part * chunk, tl.minimum((part + 1) * chunk, length), BLOCK_M):
                 tile = load_tile(base, tensors[which][3], i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
@@ -91,7 +92,7 @@ def largest_kernel(
                 sound = tile <= (k_most if which == 1 else MOST)
                 found = tl.maximum(found, tl.max(tl.where(sound, tile, 0.0), 1))
                 flaw = tl.maximum(flaw, tl.max(tl.where(sound, 0.0, 1.0), 1))
-            slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_shared) + program
+            slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_kv_heads) + program
             tl.store(largest + slot * CHUNKS + part, tl.max(found, 0))
             tl.store(flawed + slot * CHUNKS + part, tl.max(flaw, 0))
 
@@ -100,7 +101,7 @@ def largest_kernel(
 def cast_kernel(
     q, k, v, k_most, origin_ptr, largest, flawed, q_out, k_out, v_out, units, flaws, q_flaws, k_flaws, v_flaws,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    cu_q, cu_k, seqlens_k, n_heads, heads, group, q_len, k_len, longest_q, longest_k,
+    cu_seqlens_q, cu_seqlens_k, seqlens_k, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -110,20 +111,20 @@ def cast_kernel(
     flaws: of each head 1 where some number is not finite, else 0; there alone q_flaws (B, Hq, Sq), k_flaws and v_flaws
     (B, Hkv, Sk) are written, NaN for each row with such a number, else 0. Rows that no sequence has are not written.
     """
-    tiles = tl.cdiv(tl.maximum(longest_q, longest_k), BLOCK_M)
+    tiles = tl.cdiv(tl.maximum(max_seqlen_q, max_seqlen_k), BLOCK_M)
     program, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
-    n_shared = n_heads // group
+    n_kv_heads = n_heads // group
     tensors = (
         (q, q_stride_b, q_stride_h, q_stride_s, q_out, q_flaws),
         (k, k_stride_b, k_stride_h, k_stride_s, k_out, k_flaws),
         (v, v_stride_b, v_stride_h, v_stride_s, v_out, v_flaws),
     )
     for which in tl.static_range(3):
-        here = (tl.program_id(1) == which) & ((which == 0) | (program < n_shared))
+        here = (tl.program_id(1) == which) & ((which == 0) | (program < n_kv_heads))
         if here:
             WIDTH: tl.constexpr = V_DIM if which == 2 else HEAD_DIM
             COLUMNS: tl.constexpr = BLOCK_V if which == 2 else BLOCK_D
-            slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_shared) + program
+            slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_kv_heads) + program
             unit = tl.full([], 1.0, tl.float32)
             if tensors[which][4].dtype.element_ty == tl.float16:
                 top = tl.max(tl.load(largest + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
@@ -133,7 +134,8 @@ def cast_kernel(
             tl.store(flaws + slot, flaw, mask=i == 0)
             base, length, row = rows_of_operand(
                 program, tensors[which][0], tensors[which][1], tensors[which][2], tensors[which][3],
-                cu_q, cu_k, seqlens_k, heads, group, q_len, k_len, longest_q, longest_k, which > 0,
+                cu_seqlens_q, cu_seqlens_k, seqlens_k,
+                heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, which > 0,
             )  # fmt: skip
             tile = load_tile(base, tensors[which][3], i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
             tile = tile.to(tl.float32)
@@ -148,15 +150,18 @@ def cast_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def cast_rows_kernel(
-    grad_o, guard, probe, y, y_unit_out, z_out, z_size_out, stride_b, stride_h, stride_s,
-    cu_q, n_heads, heads, group, q_len, k_len, longest_q, longest_k,
+    grad_o, guard, probe, do_out, do_unit_out, z_out, z_size_out, stride_b, stride_h, stride_s,
+    cu_seqlens_q, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Row by row y = guard grad_o / y_unit, so that no row of y is longer than 1 and none but zeros is short; and
-    probe = z_size z, z of unit length. Of a row that is not finite, y_unit or z_size is NaN."""
-    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_q, None, BLOCK_M, False, False)
-    if outside(at, at.q_len, cu_q):
+    """Row by row do = guard grad_o / do_unit, so that no row of do is longer than 1 and none but zeros is short; and
+    probe = z_size z, z of unit length. Of a row that is not finite, do_unit or z_size is NaN."""
+    at = place(
+        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
+        cu_seqlens_q, cu_seqlens_q, None, BLOCK_M, False, False,
+    )  # fmt: skip
+    if outside(at, at.q_len, cu_seqlens_q):
         return
     i, length = at.start, at.q_len
     base = queries_of(grad_o, stride_b, stride_h, stride_s, at)
@@ -167,8 +172,8 @@ def cast_rows_kernel(
     # Elements under 2 / (2 sqrt(V)): the row's length is under 1. ROOM is the power of two at or above 2 sqrt(V).
     ROOM: tl.constexpr = 32 if BLOCK_V > 64 else (16 if BLOCK_V > 16 else 8)
     unit = power_of_two(top * ROOM)
-    store_tile(rows_of(y, at, V_DIM), V_DIM, i, length, tile * inverse_power(unit)[:, None], V_DIM)
-    store_rows(rows_of(y_unit_out, at, 1), i, length, unit + flaw)
+    store_tile(rows_of(do_out, at, V_DIM), V_DIM, i, length, tile * inverse_power(unit)[:, None], V_DIM)
+    store_rows(rows_of(do_unit_out, at, 1), i, length, unit + flaw)
     z = load_tile(rows_of(probe, at, HEAD_DIM), HEAD_DIM, i, length, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
     z_size = tl.sqrt(tl.sum(z * z, 1))  # (M,)
     z = rounded(z * inverse_or_zero(z_size)[:, None], tl.zeros([1], z_out.dtype.element_ty), PRECISION)

@@ -31,7 +31,7 @@ ROWS_PAD: tl.constexpr = tl.constexpr(configs.ROWS_PAD)
 
 
 # Arguments of every kernel that no kernel is compiled anew for.
-NUMBERS = ("window", "n_heads", "heads", "group", "q_len", "k_len", "longest_q", "longest_k")
+NUMBERS = ("window", "n_heads", "heads", "group", "q_len", "k_len", "max_seqlen_q", "max_seqlen_k")
 
 
 class Place(NamedTuple):
@@ -40,7 +40,7 @@ class Place(NamedTuple):
     start: Any  # first row of the tile: of the queries, or of the keys
     sequence: Any
     head: Any  # of the queries; of the keys' programs, the first of the group
-    shared: Any  # of the keys
+    kv_head: Any  # of the keys
     q_head: Any  # the same two, counted through all sequences
     k_head: Any
     q_first: Any  # where the sequence begins in a packed row; 0
@@ -49,54 +49,54 @@ class Place(NamedTuple):
     q_len: Any
     k_len: Any
     k_stop: Any  # keys that there are: k_len, or fewer by seqlens_k
-    shift: Any  # query i is at the place of key i + shift
+    diagonal: Any  # query i is at the place of key i + diagonal
 
 
 @triton.jit
-def between(x, least, most):
+def clamp(x, least, most):
     return tl.minimum(tl.maximum(x, least), most)
 
 
 @triton.jit
-def run_of(cu_seqlens, sequence, total, longest):
+def sequence_extent(cu_seqlens, sequence, total, max_seqlen):
     """Where a sequence begins in a row of ``total``, and its length: never outside the row, whatever the numbers."""
     if cu_seqlens is None:
         return sequence * 0, total
     else:
-        first = between(tl.load(cu_seqlens + sequence), 0, total)
-        last = between(tl.load(cu_seqlens + sequence + 1), first, total)
-        return first, tl.minimum(last - first, longest)
+        first = clamp(tl.load(cu_seqlens + sequence), 0, total)
+        last = clamp(tl.load(cu_seqlens + sequence + 1), first, total)
+        return first, tl.minimum(last - first, max_seqlen)
 
 
 @triton.jit
 def place(
-    n_heads, heads, group, q_total, k_total, longest_q, longest_k, cu_q, cu_k, seqlens_k,
+    n_heads, heads, group, q_total, k_total, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqlens_k,
     BLOCK: tl.constexpr, CAUSAL: tl.constexpr, OVER_KEYS: tl.constexpr,
 ):  # fmt: skip
     """The tile of this program, of BLOCK queries or (OVER_KEYS) keys. Neighbours share a tile's place: the longest
     sweeps start first. With sequences of several lengths some tiles lie outside theirs: see `outside`."""
     program = tl.program_id(0)
     if OVER_KEYS:
-        n_shared = n_heads // group
-        tile, k_head = program // n_shared, program % n_shared
-        sequence, shared = k_head // (heads // group), k_head % (heads // group)
-        head = shared * group
+        n_kv_heads = n_heads // group
+        tile, k_head = program // n_kv_heads, program % n_kv_heads
+        sequence, kv_head = k_head // (heads // group), k_head % (heads // group)
+        head = kv_head * group
         q_head = k_head * group
     else:
         tile, q_head = program // n_heads, program % n_heads
         sequence, head = q_head // heads, q_head % heads
-        shared = head // group
+        kv_head = head // group
         k_head = q_head // group
-    q_first, q_len = run_of(cu_q, sequence, q_total, longest_q)
-    k_first, k_len = run_of(cu_k, sequence, k_total, longest_k)
+    q_first, q_len = sequence_extent(cu_seqlens_q, sequence, q_total, max_seqlen_q)
+    k_first, k_len = sequence_extent(cu_seqlens_k, sequence, k_total, max_seqlen_k)
     k_stop = k_len
     if seqlens_k is not None:
-        k_stop = between(tl.load(seqlens_k + sequence), 0, k_len)
-    q_row = (q_head if cu_q is None else head).to(tl.int64) * q_total + q_first
+        k_stop = clamp(tl.load(seqlens_k + sequence), 0, k_len)
+    q_row = (q_head if cu_seqlens_q is None else head).to(tl.int64) * q_total + q_first
     if CAUSAL and not OVER_KEYS:
         tile = tl.cdiv(q_len, BLOCK) - 1 - tile
     return Place(
-        tile * BLOCK, sequence, head, shared, q_head, k_head, q_first, k_first, q_row, q_len, k_len, k_stop,
+        tile * BLOCK, sequence, head, kv_head, q_head, k_head, q_first, k_first, q_row, q_len, k_len, k_stop,
         k_len - q_len,
     )  # fmt: skip
 
@@ -121,16 +121,16 @@ def queries_of(pointer, stride_b, stride_h, stride_s, at):
 @triton.jit
 def keys_of(pointer, stride_b, stride_h, stride_s, at):
     """The same of a (B, Hkv, Sk, ...) tensor."""
-    return pointer + at.sequence.to(tl.int64) * stride_b + at.shared.to(tl.int64) * stride_h + (
+    return pointer + at.sequence.to(tl.int64) * stride_b + at.kv_head.to(tl.int64) * stride_h + (
         at.k_first.to(tl.int64) * stride_s
     )  # fmt: skip
 
 
 @triton.jit
-def handed_on(pointer, at, q_head, heads, rows_len, cu_q):
+def handed_on(pointer, at, q_head, heads, rows_len, cu_seqlens_q):
     """Where the numbers that a head's queries hand on to the keys' pass begin, in (B Hq, rows_len): each sequence has
     whole tiles of ROWS_PAD queries, so that none needs a mask."""
-    if cu_q is None:
+    if cu_seqlens_q is None:
         return pointer + q_head.to(tl.int64) * rows_len
     else:
         return pointer + (q_head % heads).to(tl.int64) * rows_len + (at.q_first // ROWS_PAD + at.sequence) * ROWS_PAD
@@ -163,7 +163,7 @@ def load_tile(
 
 
 @triton.jit
-def load_tile_at(base, stride, row, length, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+def gather_tile(base, stride, row, length, HEAD_DIM: tl.constexpr, D: tl.constexpr):
     """The rows ``row`` (ROWS,) of a (length, HEAD_DIM) matrix: (ROWS, D)."""
     dim = tl.arange(0, D)
     pointers = base + (row.to(tl.int64)[:, None] * stride + dim[None, :])
@@ -193,7 +193,7 @@ def store_rows(base, start, length, x):
 
 
 @triton.jit
-def times(a, b, accumulator, PRECISION: tl.constexpr):
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
     """accumulator + a b, in float32; PRECISION matters for float32 operands only."""
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
@@ -277,9 +277,9 @@ def shortening(q):
 def visible(row, key, at, window, CAUSAL: tl.constexpr):
     """Whether queries ``row`` see ``key``s; shapes broadcast. ``window``: the latest keys that one sees, or None."""
     if CAUSAL:
-        seen = (key < at.k_stop) & (key <= row + at.shift)
+        seen = (key < at.k_stop) & (key <= row + at.diagonal)
         if window is not None:
-            seen = seen & (key > row + (at.shift - window))
+            seen = seen & (key > row + (at.diagonal - window))
         return seen
     else:
         return (key < at.k_stop) & (row == row)
@@ -289,11 +289,11 @@ def visible(row, key, at, window, CAUSAL: tl.constexpr):
 def keys_seen(row, at, window, CAUSAL: tl.constexpr):
     """How many keys queries ``row`` see; 0 or less: none."""
     if CAUSAL:
-        stop = tl.minimum(row + 1 + at.shift, at.k_stop)
+        stop = tl.minimum(row + 1 + at.diagonal, at.k_stop)
         if window is None:
             return stop
         else:
-            return stop - tl.maximum(row + 1 + at.shift - window, 0)
+            return stop - tl.maximum(row + 1 + at.diagonal - window, 0)
     else:
         return row * 0 + at.k_stop
 
@@ -307,7 +307,7 @@ def sees_some(row, at, window, CAUSAL: tl.constexpr):
 @triton.jit
 def own_key(start, at, M: tl.constexpr):
     """A key near the place of each of M queries: its own, if it is there."""
-    return between(start + tl.arange(0, M) + at.shift, 0, at.k_stop - 1)
+    return clamp(start + tl.arange(0, M) + at.diagonal, 0, at.k_stop - 1)
 
 
 @triton.jit
@@ -315,16 +315,16 @@ def key_range(at, window, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr
     """Of the keys in tiles of N: where those begin and end that any of the M queries from ``at.start`` on sees, and,
     within, those that each of them sees: (first, whole, whole_stop, stop)."""
     if CAUSAL:
-        own = at.start + at.shift
-        stop = between(own + M, 0, at.k_stop)
-        whole_stop = between(own + 1, 0, at.k_stop) // N * N
+        own = at.start + at.diagonal
+        stop = clamp(own + M, 0, at.k_stop)
+        whole_stop = clamp(own + 1, 0, at.k_stop) // N * N
         if window is None:
             return 0, 0, whole_stop, stop
         else:
-            first = between(own + 1 - window, 0, stop)
+            first = clamp(own + 1 - window, 0, stop)
             first = tl.where(first < stop, first // N * N, stop)
             whole_stop = tl.maximum(whole_stop, first)
-            whole = between(tl.cdiv(tl.maximum(own + M - window, 0), N) * N, first, whole_stop)
+            whole = clamp(tl.cdiv(tl.maximum(own + M - window, 0), N) * N, first, whole_stop)
             return first, whole, whole_stop, stop
     else:
         return 0, 0, at.k_stop // N * N, at.k_stop
@@ -337,14 +337,14 @@ def query_range(at, window, CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constex
     no mask: missing queries have weight 0 from their shift."""
     end = tl.where(at.start < at.k_stop, at.q_len, 0)
     if CAUSAL:
-        own = at.start - at.shift  # the query at the first key's place
-        first = between(own, 0, end) // M * M
+        own = at.start - at.diagonal  # the query at the first key's place
+        first = clamp(own, 0, end) // M * M
         last_key = tl.minimum(at.start + N, at.k_stop) - 1
-        whole = between(tl.cdiv(tl.maximum(last_key - at.shift, 0), M) * M, first, tl.cdiv(end, M) * M)
+        whole = clamp(tl.cdiv(tl.maximum(last_key - at.diagonal, 0), M) * M, first, tl.cdiv(end, M) * M)
         if window is None:
             return first, whole, end, end
         else:
-            stop = between(last_key - at.shift + window, 0, end)
+            stop = clamp(last_key - at.diagonal + window, 0, end)
             whole_stop = tl.maximum(tl.maximum(own + window, 0) // M * M, whole)
             return first, whole, tl.minimum(whole_stop, tl.maximum(stop, whole)), stop
     else:
@@ -366,8 +366,8 @@ def sweep_keys(
 ):  # fmt: skip
     """``state`` after ``body`` on each tile of keys that the M queries from ``at.start`` on see.
 
-    Two runs of one body: the tiles that the mask or the length cuts, then those that every query sees whole, if any.
-    Matrix instructions of the second run are still under way when it ends: were the run skipped on a path that joins
+    Two loops of one body: the tiles that the mask or the length cuts, then those that every query sees whole, if any.
+    Matrix instructions of the second loop are still under way when it ends: were it skipped on a path that joins
     there, the assembler would copy accumulators beside them, and wait for every single instruction instead. ``rows`` is
     what ``body`` needs of the queries; ``keys`` the keys' (and values') places and strides.
     """
@@ -406,7 +406,7 @@ def sweep_queries(
 @triton.jit
 def weights(q, k, factor, shift, seen, PRECISION: tl.constexpr, CUT: tl.constexpr):
     """2**(factor q.k - shift), and 0 where not ``seen``: (M, N)."""
-    s = times(q, tl.trans(k), zeros(q, tl.trans(k)), PRECISION) * factor - shift[:, None]
+    s = dot(q, tl.trans(k), zeros(q, tl.trans(k)), PRECISION) * factor - shift[:, None]
     if CUT:
         s = tl.where(seen, s, float("-inf"))
     return tl.exp2(s)

@@ -12,6 +12,7 @@ from flashlla.backends.triton.primitives import (
     NUMBERS,
     WEIGHT,
     WEIGHT_BITS,
+    dot,
     finite_or_zero,
     inverse_or_zero,
     inverse_power,
@@ -32,7 +33,6 @@ from flashlla.backends.triton.primitives import (
     store_rows,
     store_tile,
     sweep_keys,
-    times,
     units_of,
     weights,
     zeros,
@@ -54,10 +54,10 @@ def matvec_body(
     k_base, k_stride = keys
     k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N); first: its exponentials overlap the next product
-    w = w * (times(x, tl.trans(k), zeros(x, tl.trans(k)), PRECISION) - x_mean[:, None])
+    w = w * (dot(x, tl.trans(k), zeros(x, tl.trans(k)), PRECISION) - x_mean[:, None])
     w = rounded(w, k, PRECISION)
     # The total of the rounded numbers: k_mean times it takes out what keys far from the origin made of their rounding.
-    return times(w, k, acc, PRECISION), total + tl.sum(w.to(tl.float32), 1)
+    return dot(w, k, acc, PRECISION), total + tl.sum(w.to(tl.float32), 1)
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def diagonal_body(
     k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     w = rounded(weights(q, k, factor, shift, seen, PRECISION, CUT), k, PRECISION)  # (M, N)
     moved = k.to(tl.float32) - origin[None, :]
-    return times(w, rounded(moved * moved, k, PRECISION), state, PRECISION)  # (M, D)
+    return dot(w, rounded(moved * moved, k, PRECISION), state, PRECISION)  # (M, D)
 
 
 @triton.jit
@@ -125,30 +125,34 @@ def moving(active, r2, spread, softness, enough, LAST: tl.constexpr):
     return active & (r2 * left_by_last(spread, softness, LAST) > enough)
 
 
-@triton.jit(do_not_specialize=[*NUMBERS, "max_iters", "runs"])
+@triton.jit(do_not_specialize=[*NUMBERS, "max_iters", "segments"])
 def solve_kernel(
-    q_ptr, k_ptr, units, origin_ptr, shift_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, probe_ptr, inverse_ptr,
+    q_ptr, k_ptr, units, origin_ptr, lse2_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, probe_ptr, inverse_ptr,
     use_ptr, x_out, z_y_out, iterations_out, residual_out, converged_out,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, ridge_stride_b, ridge_stride_h,
     ridge_stride_s,
-    cu_q, cu_k, seqlens_k, window, n_heads, heads, group, q_len, k_len, longest_q, longest_k, scale,
-    atol, rtol, coarse, max_iters, runs, ADJOINT: tl.constexpr, PRECONDITIONER: tl.constexpr, RUN: tl.constexpr,
+    cu_seqlens_q, cu_seqlens_k, seqlens_k, window,
+    n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
+    atol, rtol, coarse, max_iters, segments, ADJOINT: tl.constexpr, PRECONDITIONER: tl.constexpr, SEGMENT: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Forward: the probe z of (2.1), right-hand side k_mean - q; b is C u of statistics_kernel. ADJOINT: -y of (3.1)
     and z.y of (3.6); b is the right-hand side t in rows of unit length, |t| beside it.
 
-    PRECONDITIONER is "none", "jacobi", or "gram": what gram.py makes for each RUN of queries, and where it has made
-    one; if there is a use_ptr, "none" is for all others. A row leaves off when |r|^2 <= max(atol, |b|^2) rtol, of the
-    adjoint when the next step is as small beside the solution too, (4.4); the tile when all its rows have. A row that
-    is NaN has left off. The plain solve of 16-bit inputs counts on a last step that needs no sweep, (4.7).
+    PRECONDITIONER is "none", "jacobi", or "gram": what gram.py makes for each segment of queries, and where it has
+    made one; if there is a use_ptr, "none" is for all others. A row leaves off when |r|^2 <= max(atol, |b|^2) rtol, of
+    the adjoint when the next step is as small beside the solution too, (4.4); the tile when all its rows have. A row
+    that is NaN has left off. The plain solve of 16-bit inputs counts on a last step that needs no sweep, (4.7).
     """
-    at = place(n_heads, heads, group, q_len, k_len, longest_q, longest_k, cu_q, cu_k, seqlens_k, BLOCK_M, CAUSAL, False)
-    if outside(at, at.q_len, cu_q):
+    at = place(
+        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
+        cu_seqlens_q, cu_seqlens_k, seqlens_k, BLOCK_M, CAUSAL, False,
+    )  # fmt: skip
+    if outside(at, at.q_len, cu_seqlens_q):
         return
     if use_ptr is not None:
-        slot = at.q_head.to(tl.int64) * runs + at.start // RUN
+        slot = at.q_head.to(tl.int64) * segments + at.start // SEGMENT
         if (tl.load(use_ptr + slot) > 0) != (PRECONDITIONER == "gram"):
             return
     q_unit, k_unit, _ = units_of(units, at, n_heads, group)
@@ -162,7 +166,7 @@ def solve_kernel(
     row = i + tl.arange(0, BLOCK_M)
     given = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=row < at.q_len, other=1.0)  # (M,)
     ridge = ridge_in(given, k_unit)
-    shift = load_rows(rows_of(shift_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) - WEIGHT_BITS
+    shift = load_rows(rows_of(lse2_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) - WEIGHT_BITS
     factor = scale * LOG2E * q_unit * k_unit
     if ADJOINT:
         r = load_tile(rows_of(b_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)

@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # A warning is an error: a dead link, a name that a docstring cites and no page has.
-SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .PHONY: demo test check docs bench clean
 
@@ -29,6 +29,7 @@ check: $(READY)
 
 docs: $(READY)
 	$(SITE)
+	@echo "site/index.html"
 
 bench: $(READY)
 	$(BIN)/python -m pytest -q benchmarks

@@ -34,8 +34,9 @@ def lla_forward_naive(
         delta_eps: added to the denominator. Default 1e-12.
 
     Returns:
-        o: (B, S, D), dtype of q, differentiable. rho: (B, S, D), Sigma^-1 mu. denom: (B, S, 1), omega - mu.rho +
-        delta_eps. m: (B, S, 1), the row maximum of s q.k. The last three in float32 (float64 for float64 inputs).
+        (o, rho, denom, m). o: (B, S, D), dtype of q, differentiable. rho: (B, S, D), Sigma^-1 mu. denom: (B, S, 1),
+        omega - mu.rho + delta_eps. m: (B, S, 1), the row maximum of s q.k. The last three in float32 (float64 for
+        float64 inputs).
 
     Raises:
         TypeError, ValueError: as :func:`flashlla.lla_attention`.
@@ -76,7 +77,8 @@ def lla_backward_naive(
         grad_o: (B, S, D).
 
     Returns:
-        dq, dk, dv: (B, S, D), dtype of q; the full derivative, with the ridge lambda * omega differentiated too.
+        (dq, dk, dv), each (B, S, D) in the dtype of q; the full derivative, with the ridge lambda * omega
+        differentiated too.
 
     Raises:
         TypeError, ValueError: as :func:`flashlla.lla_attention`.

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import flashlla
 from flashlla.autograd import backward_op, forward_op, which_op
@@ -180,29 +179,3 @@ def test_layouts_are_those_of_the_fakes(backend):
         o, *residuals, _, _, _, _ = forward_op(q, k, v, ridge, None, None, None, *SETTINGS, backend)
     o, q, k, v, *residuals = (t.detach() for t in (o, q, k, v, *residuals))
     torch.library.opcheck(backward_op, (o, q, k, v, ridge, None, None, None, *residuals, *SETTINGS, backend))
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(reentrant):
-    arguments = inputs(9)
-    loss(*arguments).backward()
-    expected = [t.grad.clone() for t in arguments]
-    for t in arguments:
-        t.grad = None
-    checkpoint(loss, *arguments, use_reentrant=reentrant).backward()
-    for t, grad in zip(arguments, expected):
-        assert torch.equal(t.grad, grad)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_autocast_follows_sdpa(dtype):
-    q, k, v, ridge = inputs(9, torch.float64)
-    q, k, v = (t.detach().to(dtype).requires_grad_() for t in (q, k, v))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        o = flashlla.lla_attention(q, k, v, ridge_lambda=ridge)
-        assert o.dtype == torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype
-        o.float().sum().backward()  # inside: autocast is on while the operators run, and must not reach into them
-    assert q.grad.dtype == dtype
-    assert ridge.grad.dtype == torch.float64
-    plain = q.dtype if dtype == torch.float64 else torch.bfloat16
-    assert torch.equal(o, flashlla.lla_attention(*(t.to(plain) for t in (q, k, v)), ridge_lambda=ridge))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,95 +16,9 @@ from flashlla import lla_attention, lla_decode
 from flashlla.autograd import decode_op, decode_out_op
 from flashlla.backends.base import Backend
 from flashlla.validation import prepare_decode
-from flashlla.values import check_values
 from tests.support.budget import Excess, allowance, evaluate, spreads_of
+from tests.support.decoding import CASES, NAN, Decoding, paged
 from tests.support.helpers import BACKENDS, DEVICES, DTYPES, interpreted, normal, problem_of, skip_if_refused, turn
-
-NAN = float("nan")
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """One call; keys beyond a sequence's length hold NaN."""
-
-    name: str
-    lengths: tuple[int, ...] = (40, 17)
-    new: int = 1
-    heads: int = 2
-    key_heads: int = 2
-    room: int = 63
-    dim: int = 16
-    value_dim: int = 16
-    window: int | None = None
-    page: int | None = None
-    layout: str = "bhsd"
-    ridge: str = "number"
-    ridge_lambda: float = 0.3
-    scale: float | None = None
-
-    def make(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """q, k and v, (B, H, S, D), and the keywords that hold tensors."""
-        batch = len(self.lengths)
-        q = normal(batch, self.heads, self.new, self.dim, seed=1, dtype=dtype)
-        k = normal(batch, self.key_heads, self.room, self.dim, seed=2, dtype=dtype)
-        v = normal(batch, self.key_heads, self.room, self.value_dim, seed=3, dtype=dtype)
-        for sequence, length in enumerate(self.lengths):
-            k[sequence, :, length:] = v[sequence, :, length:] = NAN
-        shapes = {"per_head": (self.heads, 1), "per_token": (self.new,), "full": (batch, self.heads, self.new)}
-        ridge: Any = self.ridge_lambda
-        if self.ridge != "number":
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            ridge = ridge * 3 ** normal(*shapes[self.ridge], seed=4, dtype=wide).clamp(-1, 1)
-        lengths = torch.tensor(self.lengths, dtype=torch.int32)
-        return q, k, v, {"ridge_lambda": ridge, "seqlens_k": lengths}
-
-    def options(self) -> dict[str, Any]:
-        return {"window": self.window, "qk_scale": self.scale, "layout": self.layout}
-
-
-CASES = (
-    Decoding("plain"),
-    Decoding("one_key", lengths=(1, 2)),
-    Decoding("many_new", lengths=(63, 16), new=16),
-    Decoding("fewer_keys_than_new", lengths=(3, 0, 9), new=5),
-    Decoding("nothing_yet", lengths=(0, 0), new=2),
-    Decoding("full_cache", lengths=(63, 63), new=3),
-    Decoding("long", lengths=(300, 111), room=300, heads=1, key_heads=1, new=2),
-    Decoding("heads_shared_3", heads=6, key_heads=2, new=3),
-    Decoding("heads_shared_8", heads=8, key_heads=1, new=1),
-    Decoding("dim_60", dim=60, value_dim=60, new=2),
-    Decoding("dim_100", dim=100, value_dim=100, lengths=(111,), room=111),
-    Decoding("values_narrow", value_dim=5, new=2),
-    Decoding("values_wide", dim=8, value_dim=60, new=2),
-    Decoding("window", window=7, new=3, lengths=(40, 5)),
-    Decoding("window_1", window=1, new=2),
-    Decoding("window_of_old", window=20, new=2, lengths=(63, 60)),
-    Decoding("window_wider", window=1000, new=2),
-    Decoding("bshd", layout="bshd", heads=4, key_heads=2, new=3, value_dim=8),
-    Decoding("ridge_per_head", ridge="per_head", new=2),
-    Decoding("ridge_per_token", ridge="per_token", new=3),
-    Decoding("ridge_full", ridge="full", heads=6, key_heads=2, new=3),
-    Decoding("ridge_weak", ridge_lambda=0.01, new=2),
-    Decoding("scale", scale=-0.7, new=2),
-    Decoding("pages_16", page=16, room=64, new=3),
-    Decoding("pages_48", page=48, room=144, lengths=(100, 48, 0), new=2),
-    Decoding("pages_window", page=16, room=128, lengths=(100, 60), window=20, new=2),
-    Decoding("pages_bshd", page=16, room=64, layout="bshd", heads=6, key_heads=2, value_dim=12, ridge="full", new=4),
-)
-
-
-def paged(k: Tensor, v: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pages in an order of their own, some of nobody among them, and the table that finds them."""
-    batch, heads, room, _ = k.shape
-    each = room // size
-    order = torch.randperm(batch * each + 3, generator=torch.Generator().manual_seed(0))
-    table = order[: batch * each].reshape(batch, each).int()
-    pages = []
-    for t in (k, v):
-        made = t.new_full((len(order), heads, size, t.shape[-1]), NAN)
-        made[table.long()] = t.unflatten(2, (each, size)).transpose(1, 2)
-        pages.append(made)
-    return pages[0], pages[1], table
 
 
 def expected(case: Decoding, dtype: torch.dtype) -> Tensor:
@@ -377,94 +290,3 @@ def test_verify_and_explain() -> None:
     assert told.backend == "chunked"
     with pytest.raises(TypeError, match=r"explain\(\) lacks the keyword argument 'seqlens_k' of lla_decode"):
         flashlla.explain(q, k, v, op=lla_decode)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "words"),
-    [
-        ({"q": torch.zeros(2, 2, 17, 8)}, ValueError, ["q:", "17 new tokens", "1 to 16", "lla_attention"]),
-        ({"q": torch.zeros(2, 2, 0, 8)}, ValueError, ["q:", "0 new tokens"]),
-        ({"q": torch.zeros(2, 2, 8)}, ValueError, ["q:", "(2, 2, 8)", "unsqueeze(2) for one new", "unsqueeze(1)"]),
-        ({"q": torch.zeros(2, 2, 8), "layout": "bshd"}, ValueError, ["q:", "(B, N, H, D)", "unsqueeze(1) for one new"]),
-        (
-            {"q": torch.zeros(2, 1, 4, 8), "k_cache": torch.zeros(2, 20, 2, 8), "v_cache": torch.zeros(2, 20, 2, 8)},
-            ValueError,
-            ["k_cache:", "20 heads", "(B, S, H, D)", "layout='bshd'"],
-        ),
-        ({"k_cache": torch.zeros(2, 20, 8)}, ValueError, ["k_cache:", "(2, 20, 8)", "4 dimensions"]),
-        ({"k_cache": torch.zeros(3, 2, 20, 8)}, ValueError, ["k_cache:", "(3, 2, 20, 8)", "batch size", "block_table"]),
-        ({"v_cache": torch.zeros(2, 2, 19, 8)}, ValueError, ["v_cache:", "(2, 2, 19, 8)", "as k_cache"]),
-        ({"k_cache": torch.zeros(2, 2, 20, 8).half()}, TypeError, ["k_cache:", "float16", "k_cache.to(q.dtype)"]),
-        ({"seqlens_k": None}, TypeError, ["seqlens_k", "None", "the new ones counted"]),
-        ({"seqlens_k": 3}, TypeError, ["seqlens_k", "int", "torch.full((2,), seqlens_k, dtype=torch.int32"]),
-        ({"seqlens_k": [3, 4]}, TypeError, ["seqlens_k", "list", "torch.tensor"]),
-        ({"seqlens_k": torch.ones(2)}, TypeError, ["seqlens_k", "float32", ".int()"]),
-        ({"seqlens_k": torch.ones(3, dtype=torch.int32)}, ValueError, ["seqlens_k", "(3,)", "(2,)"]),
-        ({"seqlens_k": torch.ones(2, dtype=torch.int32, device="meta")}, ValueError, ["seqlens_k", "meta"]),
-        ({"seqlens_k": torch.tensor([20, 21])}, ValueError, ["seqlens_k", "21 at sequence 1", "0 to 20"]),
-        ({"seqlens_k": torch.tensor([-1, 20])}, ValueError, ["seqlens_k", "-1 at sequence 0"]),
-        ({"ridge_lambda": torch.ones(2, 2)}, ValueError, ["ridge_lambda", "(2, 2)", "(2, 2, 1)"]),
-        ({"ridge_lambda": torch.zeros(2, 1)}, ValueError, ["ridge_lambda", "0.0", "above 0"]),
-        ({"window": 0}, ValueError, ["window", "0"]),
-        ({"layout": "thd"}, ValueError, ["layout", "'thd'"]),
-        ({"solver": "drect"}, ValueError, ["solver", "did you mean 'direct'"]),
-        ({"backend": "chunkd"}, ValueError, ["backend", "did you mean 'chunked'"]),
-        ({"out": [1.0]}, TypeError, ["out", "list"]),
-        ({"out": torch.zeros(2, 2, 8)}, ValueError, ["out", "(2, 2, 8)", "(2, 2, 1, 8)"]),
-        ({"out": torch.zeros(2, 1, 2, 8)}, ValueError, ["out", "(2, 1, 2, 8)", "(2, 2, 1, 8)"]),
-        ({"out": torch.zeros(2, 2, 1, 8).half()}, TypeError, ["out", "float16", "float32"]),
-        ({"out": torch.zeros(2, 2, 1, 8, device="meta")}, ValueError, ["out", "meta", "cpu"]),
-        ({"cg_rtol": 1.0}, TypeError, ["cg_rtol"]),
-    ],
-    ids=lambda x: "-".join(map(str, x)) if isinstance(x, dict) else None,
-)
-def test_bad_input_names_the_argument_and_what_came(change: dict[str, Any], error: type, words: list[str]) -> None:
-    given: dict[str, Any] = {
-        "q": torch.zeros(2, 2, 1, 8),
-        "k_cache": torch.zeros(2, 2, 20, 8),
-        "v_cache": torch.zeros(2, 2, 20, 8),
-        "seqlens_k": torch.tensor([20, 3]),
-        **change,
-    }
-    tensors = [given.pop(name) for name in ("q", "k_cache", "v_cache", "seqlens_k")]
-    with pytest.raises(error) as caught:
-        lla_decode(*tensors, **given)
-    for word in words:
-        assert word in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "words"),
-    [
-        ({"block_table": [[0]]}, TypeError, ["block_table", "list"]),
-        ({"block_table": torch.zeros(2, 2)}, TypeError, ["block_table", "float32"]),
-        ({"block_table": torch.zeros(3, 2).int()}, ValueError, ["block_table", "(3, 2)", "B = 2"]),
-        ({"block_table": torch.zeros(2).int()}, ValueError, ["block_table", "(2,)", "(B, pages)"]),
-        ({"block_table": torch.tensor([[0, 1], [2, 5]])}, ValueError, ["block_table", "page 5", "sequence 1", "4"]),
-        ({"block_table": torch.tensor([[0, 1], [-1, 2]])}, ValueError, ["block_table", "page -1", "fill"]),
-        ({"seqlens_k": torch.tensor([20, 33])}, ValueError, ["seqlens_k", "33 at sequence 1", "0 to 32"]),
-        ({"size": 24}, ValueError, ["k_cache", "24 keys", "multiple of 16"]),
-        ({"pages": 0}, ValueError, ["k_cache", "no pages"]),
-    ],
-    ids=lambda x: "-".join(map(str, x)) if isinstance(x, dict) else None,
-)
-def test_bad_pages(change: dict[str, Any], error: type, words: list[str]) -> None:
-    tables = {"block_table": torch.tensor([[0, 1], [2, 3]]), "seqlens_k": torch.tensor([20, 3])}
-    given: dict[str, Any] = {"size": 16, "pages": 5, **tables, **change}
-    cache = torch.zeros(given["pages"], 2, given["size"], 8)
-    with pytest.raises(error) as caught:
-        lla_decode(torch.zeros(2, 2, 1, 8), cache, cache, given["seqlens_k"], block_table=given["block_table"])
-    for word in words:
-        assert word in str(caught.value)
-
-
-def test_checks_that_wait_for_the_device_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device of which no number can be read at all."""
-    on = lambda *shape, dtype=torch.float32: torch.zeros(shape, device="meta", dtype=dtype)
-    tensors = on(2, 2, 1, 8), on(5, 2, 16, 8), on(5, 2, 16, 8)
-    tables = {"seqlens_k": on(2, dtype=torch.int32), "block_table": on(2, 3, dtype=torch.int32)}
-    call = problem_of(*tensors, op=lla_decode, **tables)
-    check_values(*call)
-    monkeypatch.setenv("FLASHLLA_CHECK", "1")
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)meta"):
-        check_values(*call)

@@ -65,23 +65,3 @@ def test_gradcheck(backend: Backend, solver: str, arrangement: str) -> None:
         return flashlla.lla_attention(q, k, v, ridge_lambda=ridge, backend=backend.name, **options)
 
     assert torch.autograd.gradcheck(attention, leaves, atol=1e-7, rtol=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_what_is_wanted(backend: Backend) -> None:
-    """One differentiable input of the four at a time gets the gradient that it gets together with the others."""
-    leaves = [normal(1, 2, 9, 4, seed=i, dtype=torch.float32) for i in range(3)]
-    leaves.append(normal(2, 9, seed=3, dtype=torch.float32).exp())
-    grad_o = normal(1, 2, 9, 4, seed=4, dtype=torch.float32)
-    skip_if_refused(backend, *leaves[:3], ridge_lambda=leaves[3])
-
-    def gradients(wanted: set[int]) -> list[Tensor | None]:
-        given = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(leaves)]
-        flashlla.lla_attention(*given[:3], ridge_lambda=given[3], backend=backend.name).backward(grad_o)
-        return [t.grad for t in given]
-
-    together = gradients({0, 1, 2, 3})
-    for i in range(4):
-        alone = gradients({i})
-        assert [g is not None for g in alone] == [j == i for j in range(4)]
-        torch.testing.assert_close(alone[i], together[i])

@@ -21,39 +21,7 @@ from flashlla.problem import resolution
 from flashlla.solvers import Gram, decode, encode, spelling
 from tests.support.cases import DATA
 from tests.support.helpers import make_indefinite, normal, problem_of
-
-D, M, N = 12, 9, 40
-
-
-def systems_of(dtype: torch.dtype = torch.float64, ridge: float = 0.1, seed: int = 0) -> tuple[Systems, Tensor]:
-    """Two heads' systems and a right-hand side, made without the package; keys of very different sizes by direction."""
-    k = normal(2, N, D, seed=seed) * torch.linspace(0.2, 3, D, dtype=torch.float64) + 1
-    p = (normal(2, M, D, seed=seed + 1) @ k.mT * D**-0.5).softmax(-1)
-    ridges = ridge * normal(2, M, seed=seed + 2).mul(0.3).exp()
-    b = normal(2, M, D, seed=seed + 3)
-    k, p, ridges, b = (t.to(dtype) for t in (k, p, ridges, b))
-    return Systems(k, p, p @ k, ridges, resolution(dtype)), b
-
-
-def matrices(systems: Systems) -> np.ndarray:
-    """The A_i, by NumPy from the definition."""
-    k, p, mean, ridge = (t.double().numpy() for t in (systems.k, systems.p, systems.k_mean, systems.ridge))
-    centred = k[:, None] - mean[:, :, None]  # (2, M, N, D)
-    return np.einsum("hij,hijd,hije->hide", p, centred, centred) + ridge[..., None, None] * np.eye(k.shape[-1])
-
-
-def each_row() -> list[tuple[int, int]]:
-    return [(h, i) for h in range(2) for i in range(M)]
-
-
-def test_systems_are_what_they_say() -> None:
-    systems, b = systems_of()
-    a = matrices(systems)
-    np.testing.assert_allclose(systems.dense().numpy(), a, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(systems.diagonal().numpy(), np.diagonal(a, axis1=-2, axis2=-1), rtol=1e-12)
-    np.testing.assert_allclose(
-        systems.matvec(b).numpy(), np.einsum("hide,hie->hid", a, b.numpy()), rtol=1e-11, atol=1e-11
-    )
+from tests.support.systems import D, M, each_row, matrices, systems_of
 
 
 @pytest.mark.parametrize(

@@ -82,3 +82,15 @@ def make_indefinite(monkeypatch: pytest.MonkeyPatch, ridge: float) -> None:
         return matrices
 
     monkeypatch.setattr(Systems, "dense", spoilt)
+
+
+def qkv(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal q, k and v, all of one shape."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3))
+    return q, k, v
+
+
+def cu(*edges: int, **keywords: Any) -> Tensor:
+    """cu_seqlens."""
+    return torch.tensor(edges, **{"dtype": torch.int32, **keywords})

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 import flashlla
+from flashlla import lla_attention
 from flashlla.backends.base import Backend
-from tests.support.helpers import BACKENDS, interpreted, normal, skip_if_refused
+from tests.support import kernels
+from tests.support.helpers import BACKENDS, interpreted, normal, qkv, skip_if_refused
 
 B, H, S, D = 2, 2, 21, 8
 BAD = (1, 0)  # the sequence and head that something is wrong in
@@ -166,3 +168,75 @@ def test_nan_in_packed_sequences_with_tokens_of_none() -> None:
         q, k, v, **cu, max_seqlen_q=5, max_seqlen_k=7, window=1, ridge_lambda=1.0, backend="chunked"
     )
     assert o[0, 1].isnan().any(-1).tolist() == [row == 3 for row in range(8)]
+
+
+@kernels.interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["q", "k", "v", "grad"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_stay_in_their_rows(dtype: torch.dtype, which: str, bad: float) -> None:
+    tensors = kernels.make((1, 2, 40, 8), dtype)
+    clean = kernels.step(tensors, 1.0, backend="triton")
+    at = ("q", "k", "v", "grad").index(which)
+    tensors[at] = tensors[at].clone()
+    tensors[at][0, 0, 21, 3] = bad
+    got = kernels.step(tensors, 1.0, backend="triton")
+    for name in kernels.NAMES:
+        assert torch.allclose(got[name][0, 1].float(), clean[name][0, 1].float(), rtol=1e-2, atol=1e-2)
+    if which in ("k", "v"):
+        assert got["o"][0, 0, 21:].isnan().all()
+        assert got["dq"][0, 0, 21:].isnan().all()
+    elif which == "q":
+        assert got["o"][0, 0, 21].isnan().all()
+        assert got["dq"][0, 0, 21].isnan().all()
+        assert torch.allclose(got["o"][0, 0, 22:].float(), clean["o"][0, 0, 22:].float(), rtol=1e-2, atol=1e-2)
+    else:
+        assert got["dv"][0, 0, :22].isnan().all()
+    if which != "grad":
+        assert torch.allclose(got["o"][0, 0, :21].float(), clean["o"][0, 0, :21].float(), rtol=1e-2, atol=1e-2)
+    assert torch.allclose(got["dq"][0, 0, :21].float(), clean["dq"][0, 0, :21].float(), rtol=2e-2, atol=2e-2)
+    if which in ("q", "grad"):  # keys that no spoilt query sees
+        assert torch.allclose(got["dk"][0, 0, 22:].float(), clean["dk"][0, 0, 22:].float(), rtol=2e-2, atol=2e-2)
+
+
+@kernels.interpreted
+@pytest.mark.parametrize("solver", ["cg", "pcg"])
+@pytest.mark.parametrize("size", [1e20, 3e38])
+def test_a_key_as_good_as_infinite_reaches_those_who_see_it(size: float, solver: str) -> None:
+    tensors = kernels.make((1, 1, 21, 8), torch.float32)
+    clean = kernels.step(tensors, 1.0, backend="triton", solver=solver)
+    tensors[1] = tensors[1].clone()
+    tensors[1][0, 0, 9] = size
+    got = kernels.step(tensors, 1.0, backend="triton", solver=solver)
+    for name in ("o", "dq", "dridge"):
+        assert got[name][0, 0, 9:].isnan().all()
+        torch.testing.assert_close(got[name][0, 0, :9], clean[name][0, 0, :9])
+
+
+@kernels.interpreted
+def test_the_nan_that_cuda_makes_survives_tf32() -> None:
+    before = torch.get_float32_matmul_precision()
+    tensors = kernels.make((1, 1, 40, 8), torch.float32)
+    tensors[1][0, 0, 21, 3] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    try:
+        torch.set_float32_matmul_precision("high")
+        o = kernels.step(tensors, 1.0, backend="triton")["o"]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert o[0, 0, 21:].isnan().all()
+    assert o[0, 0, :21].isfinite().all()
+
+
+def test_a_huge_later_value_does_not_reach_an_earlier_row():
+    for backend in ("naive", "chunked"):
+        q, k, v = (t.requires_grad_() for t in qkv(1, 9, 4))
+        changed_k, changed_v = k.detach().clone(), v.detach().clone()
+        changed_k[:, -1], changed_v[:, -1] = 1e38, 1e38
+        changed_k.requires_grad_(), changed_v.requires_grad_()
+        grad_o = torch.full((1, 9, 4), 10.0)
+        grad_o[:, -1] = 0
+        expected = lla_attention(q, k, v, backend=backend)
+        got = lla_attention(q, changed_k, changed_v, backend=backend)
+        assert torch.equal(got[:, :-1], expected[:, :-1])
+        (a,), (b,) = torch.autograd.grad(expected, q, grad_o), torch.autograd.grad(got, q, grad_o)
+        torch.testing.assert_close(b[:, :-1], a[:, :-1])

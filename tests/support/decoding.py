@@ -1,0 +1,97 @@
+"""The table of decoding cases, and the caches that they are called with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.support.helpers import normal
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One call; keys beyond a sequence's length hold NaN."""
+
+    name: str
+    lengths: tuple[int, ...] = (40, 17)
+    new: int = 1
+    heads: int = 2
+    key_heads: int = 2
+    room: int = 63
+    dim: int = 16
+    value_dim: int = 16
+    window: int | None = None
+    page: int | None = None
+    layout: str = "bhsd"
+    ridge: str = "number"
+    ridge_lambda: float = 0.3
+    scale: float | None = None
+
+    def make(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """q, k and v, (B, H, S, D), and the keywords that hold tensors."""
+        batch = len(self.lengths)
+        q = normal(batch, self.heads, self.new, self.dim, seed=1, dtype=dtype)
+        k = normal(batch, self.key_heads, self.room, self.dim, seed=2, dtype=dtype)
+        v = normal(batch, self.key_heads, self.room, self.value_dim, seed=3, dtype=dtype)
+        for sequence, length in enumerate(self.lengths):
+            k[sequence, :, length:] = v[sequence, :, length:] = NAN
+        shapes = {"per_head": (self.heads, 1), "per_token": (self.new,), "full": (batch, self.heads, self.new)}
+        ridge: Any = self.ridge_lambda
+        if self.ridge != "number":
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            ridge = ridge * 3 ** normal(*shapes[self.ridge], seed=4, dtype=wide).clamp(-1, 1)
+        lengths = torch.tensor(self.lengths, dtype=torch.int32)
+        return q, k, v, {"ridge_lambda": ridge, "seqlens_k": lengths}
+
+    def options(self) -> dict[str, Any]:
+        return {"window": self.window, "qk_scale": self.scale, "layout": self.layout}
+
+
+CASES = (
+    Decoding("plain"),
+    Decoding("one_key", lengths=(1, 2)),
+    Decoding("many_new", lengths=(63, 16), new=16),
+    Decoding("fewer_keys_than_new", lengths=(3, 0, 9), new=5),
+    Decoding("nothing_yet", lengths=(0, 0), new=2),
+    Decoding("full_cache", lengths=(63, 63), new=3),
+    Decoding("long", lengths=(300, 111), room=300, heads=1, key_heads=1, new=2),
+    Decoding("heads_shared_3", heads=6, key_heads=2, new=3),
+    Decoding("heads_shared_8", heads=8, key_heads=1, new=1),
+    Decoding("dim_60", dim=60, value_dim=60, new=2),
+    Decoding("dim_100", dim=100, value_dim=100, lengths=(111,), room=111),
+    Decoding("values_narrow", value_dim=5, new=2),
+    Decoding("values_wide", dim=8, value_dim=60, new=2),
+    Decoding("window", window=7, new=3, lengths=(40, 5)),
+    Decoding("window_1", window=1, new=2),
+    Decoding("window_of_old", window=20, new=2, lengths=(63, 60)),
+    Decoding("window_wider", window=1000, new=2),
+    Decoding("bshd", layout="bshd", heads=4, key_heads=2, new=3, value_dim=8),
+    Decoding("ridge_per_head", ridge="per_head", new=2),
+    Decoding("ridge_per_token", ridge="per_token", new=3),
+    Decoding("ridge_full", ridge="full", heads=6, key_heads=2, new=3),
+    Decoding("ridge_weak", ridge_lambda=0.01, new=2),
+    Decoding("scale", scale=-0.7, new=2),
+    Decoding("pages_16", page=16, room=64, new=3),
+    Decoding("pages_48", page=48, room=144, lengths=(100, 48, 0), new=2),
+    Decoding("pages_window", page=16, room=128, lengths=(100, 60), window=20, new=2),
+    Decoding("pages_bshd", page=16, room=64, layout="bshd", heads=6, key_heads=2, value_dim=12, ridge="full", new=4),
+)
+
+
+def paged(k: Tensor, v: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pages in an order of their own, some of nobody among them, and the table that finds them."""
+    batch, heads, room, _ = k.shape
+    each = room // size
+    order = torch.randperm(batch * each + 3, generator=torch.Generator().manual_seed(0))
+    table = order[: batch * each].reshape(batch, each).int()
+    pages = []
+    for t in (k, v):
+        made = t.new_full((len(order), heads, size, t.shape[-1]), NAN)
+        made[table.long()] = t.unflatten(2, (each, size)).transpose(1, 2)
+        pages.append(made)
+    return pages[0], pages[1], table

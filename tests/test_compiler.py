@@ -1,0 +1,46 @@
+"""The kernels through Triton's compiler, for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def compiled(table: Path, *options: str) -> list[dict[str, Any]]:
+    """What benchmarks/compile_report.py finds with ``options``, which must be nothing amiss; no GPU takes part."""
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(root / "benchmarks" / "compile_report.py"), "--dtypes", "bfloat16"]
+    run = subprocess.run(
+        [*command, "--workers", "2", "--json", str(table), *options], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return json.loads(table.read_text())["kernels"]
+
+
+def test_every_kernel_compiles_for_three_architectures(tmp_path: Path) -> None:
+    """bf16 at D = 64 and 128, with shared memory, spills and waits inside the limits."""
+    lines = compiled(tmp_path / "kernels.json", "--plain", "--architectures", "80", "90", "100", "--dims", "64", "128")
+    # Cards without Hopper's shared memory take the tiles of architecture 80, and have as little as 99 KiB.
+    assert max(x["shared"] for x in lines if x["architecture"] == 80) <= 99 * 1024
+    kernels = {(x["kernel"], x["architecture"], x["dim"]) for x in lines}
+    from flashlla.backends.triton import backward, decode, forward, gram, prepare, solve
+
+    modules = (backward, decode, forward, gram, prepare, solve)
+    written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert {k for k, _, _ in kernels} == written
+    assert {(a, d) for _, a, d in kernels} == {(a, d) for a in (80, 90, 100) for d in (64, 128)}
+
+
+def test_every_mask_compiles(tmp_path: Path) -> None:
+    lines = compiled(tmp_path / "kernels.json", "--architectures", "90", "--dims", "64")
+    assert {x["variant"] for x in lines} >= {"", "full", "group", "window", "seqlens_k", "packed", "packed group"}

@@ -1,0 +1,53 @@
+"""Tile sizes: what fits, which divides which, and which are taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.kernels import check, interpreted, make, step
+
+pytest.importorskip("triton")
+
+
+def test_what_a_chip_has_no_shared_memory_for() -> None:
+    from flashlla.backends.triton import configs
+
+    assert "shared memory" in str(configs.too_large(200, torch.float32, (8, 9)))
+    assert configs.too_large(200, torch.float16, (8, 9)) is None
+    assert configs.too_large(128, torch.float32, (12, 0)) is None
+    assert configs.too_large(256, torch.float32, (9, 0)) is None
+    assert configs.gram_widest(torch.float32, (8, 9)) == 64
+    assert configs.gram_widest(torch.float32, (8, 0)) == configs.gram_widest(torch.float16, (8, 9)) == 128
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("operand", [torch.float16, torch.float32])
+@pytest.mark.parametrize("head_dim", [1, 16, 40, 64, 128, 200, 256])
+def test_tiles_of_dk_lie_inside_those_of_dq(head_dim: int, operand: torch.dtype, capability: tuple[int, int]) -> None:
+    from flashlla.backends.triton import configs
+
+    dq = configs.config("dq", head_dim, operand, capability)
+    assert all(c.m <= configs.ROWS_PAD for c in configs.candidates("dq", head_dim, operand, capability))
+    few = configs.config("dk", head_dim, operand, capability, few=True)
+    for dk in (few, *configs.candidates("dk", head_dim, operand, capability)):
+        assert dq.m % dk.m == 0
+
+
+@interpreted
+def test_few_programs_have_a_config_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two heads of 64 keys and room for two programs a processor; and the gradients are right with either."""
+    from flashlla.backends.triton import configs, launch
+
+    tiles = []
+    run = launch.Call.launch
+    spy = lambda self, kernel, name, *a, **s: (tiles.append((name, s.get("BLOCK_N"))), run(self, kernel, name, *a, **s))
+    monkeypatch.setattr(launch.Call, "launch", spy)
+    tensors = make((1, 2, 64, 64), torch.float16)
+    want = step([t.double() for t in tensors], 1.0, backend="naive")
+    for processors, keys in ((1, 32), (0, 64)):
+        tiles.clear()
+        monkeypatch.setattr(configs, "processors", lambda device, n=processors: n)
+        check(step(tensors, 1.0, backend="triton"), want, 4e-3)
+        assert ("dk", keys) in tiles
+        assert ("dq", 64) in tiles

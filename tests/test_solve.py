@@ -1,0 +1,98 @@
+"""The solve kernel: CG with and without a preconditioner, its last step, and what it tells."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import flashlla
+from flashlla import lla_attention
+from tests.support.cases import DATA
+from tests.support.kernels import check, interpreted, make, step
+
+
+@interpreted
+@pytest.mark.parametrize("solver", ["cg", "pcg"])
+@pytest.mark.parametrize("backend", ["triton", "triton_pcg"])
+def test_solvers(backend: str, solver: str) -> None:
+    tensors = make((1, 1, 40, 8), torch.float32)
+    if backend == "triton_pcg" and solver == "cg":
+        with pytest.raises(flashlla.UnsupportedError, match="fuses the solver PCG"):
+            step(tensors, 0.1, backend=backend, solver=solver)
+        return
+    want = step([t.double() for t in tensors], 0.1, backend="naive")
+    check(step(tensors, 0.1, backend=backend, solver=solver), want, 1e-5)
+
+
+@interpreted
+def test_how_the_solve_went() -> None:
+    q, k, v, _ = make((1, 1, 40, 8), torch.float32)
+    _, info = lla_attention(q, k, v, ridge_lambda=0.1, backend="triton", return_info=True)
+    assert info.converged.all()
+    assert 0 < info.iterations[0, 0, -1] <= 32
+    assert info.iterations[0, 0, 0] == 1  # A = lambda I
+    assert (info.residual <= 2e-6).all()
+    _, info = lla_attention(q, k, v, ridge_lambda=0.1, backend="triton", return_info=True, cg_max_iters=2)
+    assert info.iterations.max() == 2
+    assert not info.converged.all()
+
+
+@interpreted
+@pytest.mark.parametrize("data", ["iid", "power_law", "sharp"])
+def test_a_last_step_saves_iterations_and_costs_no_accuracy(monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+    """(4.7): as good as what CG's tolerance allows, and converged by its own account, though iterations are saved."""
+    import triton.language as tl
+
+    from flashlla.backends.triton import solve
+
+    q, k = (torch.from_numpy(t).bfloat16() for t in DATA[data](np.random.default_rng(0), (1, 1, 200, 12)))
+    tensors = [q, k, *make((1, 1, 200, 12), torch.bfloat16)[2:]]
+    want = step([t.double() for t in tensors], 10.0, backend="naive")
+
+    def call() -> tuple[float, float]:
+        info = lla_attention(*tensors[:3], ridge_lambda=10.0, backend="triton", solver="cg", return_info=True)[1]
+        assert info.converged.all()
+        got = step(tensors, 10.0, backend="triton", solver="cg")
+        error = max(((got[n] - want[n]).norm() / want[n].norm()).item() for n in ("o", "dq", "dk", "dv", "dridge"))
+        return info.iterations.float().mean().item(), error
+
+    iterations, error = call()
+    monkeypatch.setattr(solve, "LAST_MOST", tl.constexpr(0.0))
+    plain_iterations, plain_error = call()
+    assert error < 1.2 * plain_error
+    assert iterations <= (0.9 if data == "iid" else 1.0) * plain_iterations
+
+
+@interpreted
+def test_a_last_step_is_not_taken_on_the_word_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of one query, of one query many times, and such as need no sweep, are what they are without it."""
+    import triton.language as tl
+
+    from flashlla.backends.triton import solve
+
+    q, k = (torch.from_numpy(t).bfloat16() for t in DATA["power_law"](np.random.default_rng(1), (1, 24, 193, 16)))
+    v = make((1, 24, 193, 16), torch.bfloat16)[2]
+    flat = k.clone()
+    flat[..., 0] = 0
+    away = torch.zeros_like(q)
+    away[..., 0] = 2000 * (1 + 0.1 * torch.rand(q.shape[:-1]))
+
+    def outputs() -> list[torch.Tensor]:
+        cases = (
+            (q[:, :, -1:], k, 1.0),
+            (q[:, :, -1:].expand(-1, -1, 64, -1), k, 1.0),
+            (away[:, :2], flat[:, :2], 0.01),
+        )
+        return [
+            lla_attention(q, k, v[:, : k.shape[1]], ridge_lambda=ridge, causal=False, backend="triton", solver="cg")
+            for q, k, ridge in cases
+        ]
+
+    found = outputs()
+    monkeypatch.setattr(solve, "LAST_MOST", tl.constexpr(0.0))
+    (one, same, none), (plain_one, plain_same, plain_none) = found, outputs()
+    assert torch.equal(one, plain_one)
+    assert torch.equal(none, plain_none)
+    far = (same - plain_same).double().norm(dim=-1) / plain_same.double().norm(dim=-1)
+    assert far.max() < 5e-3

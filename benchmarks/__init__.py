@@ -1,1 +1,1 @@
-"""Timings. `python -m benchmarks.run` is the one to begin with; others record the figures of docs/performance.md."""
+"""Measurements: `python -m benchmarks --help`. docs/performance.md holds what they found."""

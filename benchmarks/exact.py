@@ -56,15 +56,15 @@ def sample(tensors: Sequence[Tensor], ridge: float, heads: int = 3, rows: int = 
     length, device = tensors[0].shape[2], tensors[0].device
     first = torch.arange(min(rows // 4, length))  # they see few keys, which is where solvers have it hardest
     spread = torch.linspace(0, length - 1, rows - len(first)).long()
-    at = torch.cat([first, spread]).unique()
+    picked_rows = torch.cat([first, spread]).unique()
     total = tensors[0].shape[0] * tensors[0].shape[1]
-    picked = torch.linspace(0, total - 1, min(heads, total)).long().to(device)
-    q, k, v, grad_o = (t.detach().flatten(0, 1)[picked].double() for t in tensors)  # (heads, S, D)
+    picked_heads = torch.linspace(0, total - 1, min(heads, total)).long().to(device)
+    q, k, v, grad_o = (t.detach().flatten(0, 1)[picked_heads].double() for t in tensors)  # (heads, S, D)
     found = []
-    for i in at.tolist():
+    for i in picked_rows.tolist():
         query = q[:, i : i + 1].clone().requires_grad_()
         o = output(query, k[:, : i + 1], v[:, : i + 1], ridge)
         (dq,) = torch.autograd.grad(o, query, grad_o[:, i : i + 1])
         found.append((o.detach(), dq))
     o, dq = (torch.cat(parts, dim=1) for parts in zip(*found))
-    return Sample(picked, at.to(device), o, dq)
+    return Sample(picked_heads, picked_rows.to(device), o, dq)

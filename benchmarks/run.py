@@ -1,12 +1,13 @@
-"""Time, iterations and error of Local Linear Attention beside torch's softmax attention: run it on your machine.
+"""Time, iterations and error of Local Linear Attention beside torch's softmax attention.
 
-    python -m benchmarks.run                  # the usual table of this machine's kind: GPU or CPU
-    python -m benchmarks.run --quick          # under a minute
-    python -m benchmarks.run --shapes 2x8x2048x64 --ridges 1 0.1 --data iid correlated --backends triton chunked
-    python -m benchmarks.run --compare benchmarks/results/BEFORE.json      # exits with 1 if anything got slower
+    python -m benchmarks run                  # the usual table of this machine's kind: GPU (minutes) or CPU
+    python -m benchmarks run --quick          # under a minute
+    python -m benchmarks run --name NAME      # and keep it: benchmarks/results/NAME.json, NAME.md and plots
+    python -m benchmarks run --shapes 2x8x2048x64 --ridges 1 0.1 --data iid correlated --backends triton chunked
+    python -m benchmarks run --compare benchmarks/results/BEFORE.json      # exits with 1 if anything got slower
 
-Prints a table line by line, and keeps it as JSON and Markdown under benchmarks/results (after every line, so that an
-interrupted run loses nothing), with plots beside them where matplotlib is installed.
+Prints a table line by line; what is kept is kept after every line, so that an interrupted run loses nothing. Plots need
+matplotlib.
 
 Times are medians (benchmarks/timing.py); "both" is a training step, forward and backward, and "graph" the same replayed
 from a CUDA graph. Errors are those of sampled rows to float64 (benchmarks/exact.py).
@@ -25,7 +26,6 @@ import argparse
 import itertools
 import json
 import math
-import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,10 +36,9 @@ import torch
 from torch import Tensor
 
 import flashlla
-from benchmarks import report, timing
+from benchmarks import needs, plots, record, report, timing
 from benchmarks.data import KINDS, make
 from benchmarks.exact import Sample, sample
-from benchmarks.record import RESULTS, circumstances, usual_name, write
 from flashlla import dispatch
 
 Shape = tuple[int, int, int, int]
@@ -62,20 +61,22 @@ TABLES = {
     "cuda": (
         Case((4, 16, 4096, 64)),
         Case((4, 16, 4096, 64), "correlated", (1.0, 0.1)),
-        Case((4, 16, 4096, 64), "power_law", (0.1,)),
-        Case((4, 16, 4096, 64), "sharp", (0.1,)),
-        Case((4, 8, 4096, 128), ridges=(10.0, 0.1)),
-        Case((4, 16, 1024, 64), ridges=(10.0,)),
-        Case((1, 8, 16384, 128), ridges=(1.0,)),
-        Case((1, 8, 65536, 64), ridges=(10.0,), passes=("forward",)),
+        Case((4, 16, 4096, 64), "power_law", (1.0, 0.1)),
+        Case((4, 16, 4096, 64), "sharp", (1.0, 0.1)),
+        Case((4, 16, 1024, 64)),
+        Case((1, 8, 16384, 64)),
+        Case((1, 8, 65536, 64), passes=("forward",)),
+        *(Case((*heads, length, 128)) for heads, length in (((4, 8), 1024), ((4, 8), 4096), ((1, 8), 16384))),
     ),
     "cpu": (
         *(Case((1, 1, length, 64), ridges=(10.0, 0.1)) for length in (256, 512, 1024, 2048, 4096)),
-        *(Case((1, 1, 2048, 64), data, (0.1,)) for data in ("correlated", "power_law", "sharp")),
+        *(Case((1, 1, 2048, 64), data, (10.0, 0.1)) for data in ("correlated", "power_law", "sharp")),
     ),
 }
 QUICK = {
-    "cuda": (Case((4, 16, 4096, 64), ridges=(10.0, 0.1)), Case((1, 16, 1024, 64), ridges=(10.0,))),
+    "cuda": tuple(
+        Case(shape, ridges=(10.0, 0.1)) for shape in ((4, 16, 4096, 64), (1, 16, 1024, 64), (1, 8, 16384, 64))
+    ),
     "cpu": tuple(Case((1, 1, length, 64), ridges=(1.0,)) for length in (256, 512, 2048)),
 }
 USUAL_SHAPE: dict[str, Shape] = {"cuda": (4, 16, 4096, 64), "cpu": (1, 1, 1024, 64)}
@@ -184,16 +185,17 @@ class Subject:
 
 def sweep(cases: Sequence[Case], options: argparse.Namespace) -> Iterator[report.Line]:
     """A line for each case, ridge, backend, solver and pass, as it is measured; of one that fails, why."""
+    dtype = dtype_name(options)
     for case in cases:
         length, device = case.shape[2], options.device
-        subject = Subject(case, getattr(torch, options.dtype), device)
+        subject = Subject(case, getattr(torch, dtype), device)
         for ridge, backend, solver, which in itertools.product(
             case.ridges,
             options.backends or usual_backends(length, device),
             options.solvers,
             options.passes or case.passes or usual_passes(length, device),
         ):
-            line: report.Line = {"shape": list(case.shape), "dtype": options.dtype, "data": case.data, "ridge": ridge}
+            line: report.Line = {"shape": list(case.shape), "dtype": dtype, "data": case.data, "ridge": ridge}
             line |= {"pass": which, "backend": backend, "solver": solver}
             try:
                 line |= subject.measure(ridge, which, backend, solver)
@@ -202,6 +204,10 @@ def sweep(cases: Sequence[Case], options: argparse.Namespace) -> Iterator[report
             if device == "cuda":
                 torch.cuda.empty_cache()
             yield line
+
+
+def dtype_name(options: argparse.Namespace) -> str:
+    return options.dtype or DTYPES[options.device]
 
 
 def chosen(options: argparse.Namespace) -> Sequence[Case]:
@@ -221,8 +227,18 @@ def shape(text: str) -> Shape:
     return sizes
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def earlier(text: str) -> dict[str, Any]:
+    """What an earlier run kept: read now, not after minutes, and before its file may be overwritten."""
+    try:
+        found: dict[str, Any] = json.loads(Path(text).read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    if "lines" not in found:
+        raise argparse.ArgumentTypeError(f"{text} holds no lines; wanted a file that `python -m benchmarks run` wrote")
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group(
         "what is swept", "given any of the first three, the product of them instead of the usual table"
     )
@@ -237,58 +253,42 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--dtype", choices=dtypes, help="default: bfloat16 on a GPU, else float32")
     what.add_argument("--device", choices=DTYPES, default="cuda" if torch.cuda.is_available() else "cpu")
     what.add_argument("--quick", action="store_true", help="a table of under a minute")
-    where = parser.add_argument_group("where it goes")
-    where.add_argument("--name", help="of the files in benchmarks/results; default: from device and date")
-    where.add_argument("--json", type=Path, metavar="PATH", help="instead of a name; the other files go beside it")
-    where.add_argument("--no-plots", action="store_true")
-    where.add_argument("--compare", type=Path, metavar="OLD.json", help="say what got slower since; exit with 1 if any")
-    options = parser.parse_args(arguments)
-    options.dtype = options.dtype or DTYPES[options.device]
-    if options.compare:  # now, not after minutes, and before its file may be overwritten
-        try:
-            options.compare = json.loads(options.compare.read_text())
-        except (OSError, ValueError) as error:
-            parser.error(f"--compare: {error}")
-        if "lines" not in options.compare:
-            parser.error("--compare: wanted a file that benchmarks.run wrote")
-    return options
+    record.add_arguments(parser)
+    parser.add_argument("--no-plots", action="store_true", help="keep none")
+    parser.add_argument(
+        "--compare", type=earlier, metavar="OLD.json", help="say what got slower since; exit with 1 if any"
+    )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    result = circumstances(options.device)
-    result["command"] = " ".join(["python -m benchmarks.run", *(sys.argv[1:] if arguments is None else arguments)])
-    result["dtype"] = options.dtype
-    result["matrix_tflops"] = timing.matrix_tflops(getattr(torch, options.dtype), options.device)
-    result["lines"] = []
-    path = options.json or RESULTS / f"{options.name or usual_name(result)}.json"
-    print(f"{result['device']}, {options.dtype}; a large matrix product: {result['matrix_tflops']:.4g} TFLOP/s")
+def main(options: argparse.Namespace) -> int:
+    if options.device == "cuda":
+        needs.cuda()
+    kept = record.Record(options, options.device)
+    dtype = dtype_name(options)
+    lines: list[report.Line] = []
+    matrix_tflops = timing.matrix_tflops(getattr(torch, dtype), options.device)
+    kept.figures |= {"dtype": dtype, "matrix_tflops": matrix_tflops, "lines": lines}
+    print(f"{kept.figures['device']}, {dtype}; a large matrix product: {matrix_tflops:.4g} TFLOP/s")
     print(report.heading(), flush=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", flashlla.ConvergenceWarning)  # the table has a column for that
         for line in sweep(chosen(options), options):
             if line.get("tflops"):
-                line["of_matmul"] = line["tflops"] / result["matrix_tflops"]
+                line["of_matmul"] = line["tflops"] / matrix_tflops
             print(report.row(line), flush=True)
-            result["lines"].append(line)
-            keep(path, result)
-    if not options.no_plots:
+            lines.append(line)
+            kept.write()
+            kept.write_text(".md", report.markdown(kept.figures))
+    if kept.path and not options.no_plots:
         try:
-            keep(path, result, report.plot(result["lines"], path))
+            drawn = plots.draw(lines, kept.path)
+            kept.name(drawn)
+            kept.write_text(".md", report.markdown(kept.figures, drawn))
         except ImportError:
             print("no plots: they need matplotlib (pip install matplotlib)")
-    print(path)
-    if not options.compare:
-        return 0
-    said, fine = report.compare(options.compare, result)
-    print("\n".join(said))
+    fine = True
+    if options.compare:
+        said, fine = report.compare(options.compare, kept.figures)
+        print("\n".join(said))
+    kept.end()
     return 0 if fine else 1
-
-
-def keep(path: Path, result: dict[str, Any], plots: Sequence[Path] = ()) -> None:
-    write(path, result)
-    path.with_suffix(".md").write_text(report.markdown(result, plots))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -46,10 +46,10 @@ def prepared(which: str, attend: Attend, tensors: Sequence[Tensor]) -> Callable[
         o = attend(q, k, v)
         return lambda: torch.autograd.grad(o, (q, k, v), grad_o, retain_graph=True)
     step = lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), grad_o)
-    return step if which == "both" else _captured(step).replay
+    return step if which == "both" else captured(step).replay
 
 
-def _captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     if not torch.cuda.is_available():
         raise RuntimeError("a CUDA graph needs a CUDA device")
     stream = torch.cuda.Stream()
@@ -62,6 +62,35 @@ def _captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         call()
     return graph
+
+
+def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 25) -> float:
+    """Of one of ``calls``, too short to be timed alone: the median over replays of a CUDA graph of all of them."""
+    rounds = max(1, 8 // len(calls))  # so that a graph is longer than what starting it takes
+
+    def every() -> None:
+        for _ in range(rounds):
+            for call in calls:
+                call()
+
+    graph = captured(every)
+    graph.replay()
+    times: list[float] = []
+    while len(times) < replays and sum(times) < 4e5:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3)
+    return statistics.median(times) / (rounds * len(calls))
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy of 1 GiB on the GPU."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (microseconds([lambda: target.copy_(source)]) * 1e-6)
 
 
 def matrix_tflops(dtype: torch.dtype, device: str = "cuda") -> float:

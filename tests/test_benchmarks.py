@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 import flashlla
-from benchmarks import data, exact, report, run, timing
+from benchmarks import cpu, data, exact, plots, record, report, run, timing
+from benchmarks.__main__ import COMMANDS, main, parse
 from tests.support import cases
 from tests.support.helpers import normal
 
-SMALL = ["--shapes", "1x2x40x8", "1x2x72x8", "--ridges", "1"]
+SMALL = ["run", "--device", "cpu", "--shapes", "1x2x40x8", "1x2x72x8", "--ridges", "1"]
 
 
 @pytest.fixture
@@ -148,21 +149,21 @@ def test_counts_of_products():
 
 def test_the_usual_table_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run.Subject, "measure", lambda *_: {"ms": 1.0})
-    options = run.parse(["--device", "cuda"])
+    options = parse(["run", "--device", "cuda"])
     lines = list(run.sweep(run.chosen(options), options))
     assert {line["backend"] for line in lines} == {"triton"}
     assert {line["dtype"] for line in lines} == {"bfloat16"}
     passes = lambda *shape: [line["pass"] for line in lines if line["shape"] == list(shape)]
-    assert passes(4, 16, 1024, 64) == ["forward", "backward", "graph"]
-    assert passes(1, 8, 65536, 64) == ["forward"]
-    assert passes(4, 16, 4096, 64) == ["forward", "backward"] * (3 + 2 + 1 + 1)
+    assert passes(4, 16, 1024, 64) == ["forward", "backward", "graph"] * 3
+    assert passes(1, 8, 65536, 64) == ["forward"] * 3
+    assert passes(4, 16, 4096, 64) == ["forward", "backward"] * (3 + 2 + 2 + 2)
 
 
 def test_a_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("matplotlib")
     path = tmp_path / "new" / "run.json"
     swept = [*SMALL, "--passes", "forward", "backward", "both", "--backends", "chunked", "naive"]
-    assert run.main([*swept, "--device", "cpu", "--json", str(path)]) == 0
+    assert main([*swept, "--json", str(path)]) == 0
     result = json.loads(path.read_text())
     assert {"date", "device", "torch", "python", "command"} <= set(result)
     assert result["matrix_tflops"] > 0
@@ -196,7 +197,7 @@ def test_a_line_that_fails_says_why_and_the_sweep_goes_on(tmp_path: Path, monkey
     monkeypatch.setattr(flashlla, "lla_attention", short_of_memory)
     path = tmp_path / "run.json"
     backends = ["--backends", "triton", "naive", "--passes", "forward", "backward", "graph"]
-    assert run.main([*SMALL, *backends, "--device", "cpu", "--no-plots", "--json", str(path)]) == 0
+    assert main([*SMALL, *backends, "--no-plots", "--json", str(path)]) == 0
     lines = json.loads(path.read_text())["lines"]
     assert len(lines) == 2 * 2 * 3
     failed = {(x["backend"], x["pass"], x["shape"][2]): x["failed"] for x in lines if "failed" in x}
@@ -216,7 +217,7 @@ def test_a_line_that_fails_says_why_and_the_sweep_goes_on(tmp_path: Path, monkey
 @pytest.mark.usefixtures("instant")
 def test_a_result_that_is_not_finite_is_a_failure(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(exact.Sample, "errors", lambda self, **results: dict.fromkeys(results, math.nan))
-    options = run.parse([*SMALL, "--device", "cpu", "--backends", "chunked"])
+    options = parse([*SMALL, "--backends", "chunked"])
     assert {line.get("failed") for line in run.sweep(run.chosen(options), options)} == {
         "ArithmeticError: the result is not finite"
     }
@@ -234,7 +235,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(run, "sweep", two_lines)
     path = tmp_path / "run.json"
     with pytest.raises(KeyboardInterrupt):
-        run.main([*SMALL, "--device", "cpu", "--json", str(path)])
+        main([*SMALL, "--json", str(path)])
     lines = json.loads(path.read_text())["lines"]
     assert len(lines) == 2
     assert all(report.row(line) in path.with_suffix(".md").read_text() for line in lines)
@@ -244,7 +245,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path, monkeypatch: pytes
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     path = tmp_path / "run.json"
-    assert run.main([*SMALL, "--device", "cpu", "--json", str(path)]) == 0
+    assert main([*SMALL, "--json", str(path)]) == 0
     assert "pip install matplotlib" in capsys.readouterr().out
     assert len(json.loads(path.read_text())["lines"]) == 2 * 2 * 2
 
@@ -252,9 +253,9 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 @pytest.mark.usefixtures("instant")
 def test_comparison_with_an_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
-    again = [*SMALL, "--device", "cpu", "--no-plots"]
-    assert run.main([*again, "--json", str(old)]) == 0
-    assert run.main([*again, "--json", str(new), "--compare", str(old)]) == 0
+    again = [*SMALL, "--no-plots"]
+    assert main([*again, "--json", str(old)]) == 0
+    assert main([*again, "--json", str(new), "--compare", str(old)]) == 0
     assert "8 lines in common, 0 slower" in capsys.readouterr().out
 
     record = json.loads(old.read_text())
@@ -262,13 +263,13 @@ def test_comparison_with_an_earlier_run(tmp_path: Path, capsys: pytest.CaptureFi
     record["lines"][5]["ratio"] /= 1.04
     record["device"] = "another"
     old.write_text(json.dumps(record))
-    assert run.main([*again, "--json", str(new), "--compare", str(old)]) == 1
+    assert main([*again, "--json", str(new), "--compare", str(old)]) == 1
     printed = capsys.readouterr().out
     assert "slower: 1x2x40x8 float32 iid 1 backward naive default: 0.94 to 1.00 x SDPA (+6%)" in printed
     assert "8 lines in common, 1 slower" in printed
     assert "devices differ" in printed
 
-    assert run.main([*again, "--ridges", "2", "--json", str(new), "--compare", str(old)]) == 1
+    assert main([*again, "--ridges", "2", "--json", str(new), "--compare", str(old)]) == 1
     assert "0 lines in common" in capsys.readouterr().out
 
 
@@ -294,5 +295,77 @@ def test_comparison_counts_what_fails_now():
 )
 def test_arguments_that_do_not_fit(arguments: list[str]):
     with pytest.raises(SystemExit) as exit:
-        run.parse(arguments)
+        parse(["run", *arguments])
     assert exit.value.code == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    assert exit.value.code == 0
+    assert f"usage: python -m benchmarks {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["gpu"], ["decode"], ["sanitize"], ["run", "--device", "cuda"]])
+def test_without_a_gpu_it_says_so(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert said.err.startswith(f"python -m benchmarks {command[0]}: it needs an NVIDIA GPU")
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("instant")
+def test_files_are_written_only_where_asked_for_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    results, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
+    monkeypatch.setattr(record, "RESULTS", results)
+    monkeypatch.chdir(tmp_path)
+    forward = [*SMALL, "--passes", "forward", "--no-plots"]
+    assert main(forward) == 0
+    assert "wrote no file" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+    named = {
+        ("--name", "mine"): results / "mine",
+        ("--out", "elsewhere", "--name", "mine"): elsewhere / "mine",
+        ("--json", "elsewhere/other.json"): elsewhere / "other",
+    }
+    for where, path in named.items():
+        assert main([*forward, *where]) == 0
+        printed = capsys.readouterr().out
+        for suffix in (".json", ".md"):
+            assert path.with_suffix(suffix).is_file()
+            assert f"{path.name}{suffix}\n" in printed
+    assert main([*forward, "--out", "dated"]) == 0
+    assert sorted(file.suffix for file in (tmp_path / "dated").iterdir()) == [".json", ".md"]
+
+
+@pytest.mark.parametrize("path", sorted(record.RESULTS.glob("run_*.json")), ids=lambda path: path.stem)
+def test_recorded_runs_can_be_compared_with(path: Path):
+    old = parse(["run", "--compare", str(path)]).compare
+    said, fine = report.compare(old, old)
+    assert fine
+    assert said == [f"{len(old['lines'])} lines in common, 0 slower (by more than 5%) or failing"]
+
+
+def test_only_what_has_several_lengths_is_a_line():
+    def line(shape: tuple[int, ...], ridge: float, ms: float) -> report.Line:
+        rest = {"pass": "forward", "backend": "chunked", "solver": "default", "data": "iid", "ridge": ridge}
+        return {"shape": list(shape), "ms": ms, **rest}
+
+    long, short, again = line((1, 2, 80, 8), 1.0, 6.0), line((1, 1, 40, 8), 1.0, 2.0), line((2, 4, 40, 8), 1.0, 32.0)
+    others = [line((1, 1, 40, 8), 2.0, 2.0), line((1, 1, 80, 16), 1.0, 2.0)]
+    assert plots.over_length([long, *others, short, again]) == [[long, short, again]]
+    assert plots.by_length([long, short, again], "ms") == ([40, 80], [3.0, 3.0])
+
+
+def test_peak_memory_is_that_of_the_process_itself():
+    ballast = torch.ones(75 * 2**20)  # 315 MB
+    assert cpu.apart("peak_mb()") < cpu.peak_mb() - 200
+    assert ballast.all()

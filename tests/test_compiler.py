@@ -15,11 +15,11 @@ pytest.importorskip("triton")
 
 
 def compiled(table: Path, *options: str) -> list[dict[str, Any]]:
-    """What benchmarks/compile_report.py finds with ``options``, which must be nothing amiss; no GPU takes part."""
+    """What `python -m benchmarks compile` finds with ``options``, which must be nothing amiss; no GPU takes part."""
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(root / "benchmarks" / "compile_report.py"), "--dtypes", "bfloat16"]
+    command = [sys.executable, "-m", "benchmarks", "compile", "--dtypes", "bfloat16"]
     run = subprocess.run(
         [*command, "--workers", "2", "--json", str(table), *options], env=environment, capture_output=True, text=True
     )

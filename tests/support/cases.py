@@ -1,4 +1,4 @@
-"""The table of cases: what the operator is tested and timed on, by name. Tests and benchmarks share it.
+"""The table of cases: what the operator is tested on, by name.
 
 A case has no dtype and no device: ``case.make(dtype, device)`` gives its numbers, rounded to a dtype, and
 ``case.arrange(leaves)`` the views of them that ``case.op``, the function of the package, is called with. To add a case,

@@ -1,7 +1,7 @@
-"""Compile every kernel for CUDA architectures, without a GPU: shared memory, registers, spills.
+"""Every kernel compiled for CUDA architectures, without a GPU: shared memory, registers, spills.
 
-    python benchmarks/compile_report.py                                    # every config, dtype and architecture
-    python benchmarks/compile_report.py --architectures 90 --dims 64 128 --dtypes bfloat16
+    python -m benchmarks compile                                    # every config, dtype and architecture
+    python -m benchmarks compile --architectures 90 --dims 64 128 --dtypes bfloat16
 
 Exits with 1 where a kernel does not compile, needs more shared memory than the architecture has, spills heavily, or
 waits for single matrix instructions.
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +23,8 @@ from unittest import mock
 
 import torch
 
+from benchmarks import needs, record
+from benchmarks.launches import Launch, recorded
 from flashlla.backends.triton import configs
 from flashlla.problem import Inputs, Mask, Problem, Residuals
 from flashlla.solvers import CG
@@ -69,7 +69,7 @@ def calls(head_dim: int, dtype: torch.dtype, architecture: int) -> Iterator[tupl
     yield grouped, Inputs(q, shared, shared, rows), "none"
     yield dataclasses.replace(plain, mask=Mask(window=100)), Inputs(q, q, q, rows), "none"
     yield dataclasses.replace(plain, mask=Mask(padded=True)), Inputs(q, q, q, rows, meta(2)), "none"
-    yield packed, Inputs(*(t[:1] for t in (q, shared, shared, rows)), None, cu_seqlens, cu_seqlens), "none"
+    yield packed, Inputs(q[:1], shared[:1], shared[:1], rows[:1], None, cu_seqlens, cu_seqlens), "none"
 
 
 def decodings(head_dim: int, dtype: torch.dtype, plain: bool) -> None:
@@ -90,21 +90,15 @@ def decodings(head_dim: int, dtype: torch.dtype, plain: bool) -> None:
             decode.decode(q, cache, cache, meta(2), ridge, 0.3, 1e-12, None, table, torch.empty_like(q), tuned)
 
 
-def launches(
+def step_launches(
     head_dim: int, dtype: torch.dtype, architecture: int, precision: str, plain: bool = False
-) -> list[tuple[Any, str, tuple, dict]]:
-    """(kernel, pass, arguments, settings) of each launch of a step, forward and backward, and of decoding; ``plain``:
-    of the plain call and the preconditioned ones, and of a cache without pages."""
-    from flashlla.backends.triton import decode, launch
-
-    found: list[tuple[Any, str, tuple, dict]] = []
-
-    def record(kernel: Any, name: str, grid: Any, device: torch.device, *arguments: Any, **settings: Any) -> None:
-        found.append((kernel, name, arguments, settings))
+) -> list[Launch]:
+    """One of each kind among the launches of a step, forward and backward, and of decoding; ``plain``: of the plain
+    call and the preconditioned ones, and of a cache without pages."""
+    from flashlla.backends.triton import launch
 
     with (
-        mock.patch.object(launch, "launch", record),
-        mock.patch.object(decode, "launch", record),
+        recorded(carried_out=False) as found,
         mock.patch.object(configs, "capability", return_value=divmod(architecture, 10)),
         mock.patch.object(torch, "get_float32_matmul_precision", return_value=precision),
     ):
@@ -117,13 +111,13 @@ def launches(
             launch.backward(problem, inputs, Residuals(rows, rows, vectors, vectors), inputs.q, preconditioner)
         decodings(head_dim, dtype, plain)
     given = lambda arguments: tuple(x is None for x in arguments)
-    unique = {(k.__name__, given(a), str(sorted(s.items()))): (k, n, a, s) for k, n, a, s in found}
-    return list(unique.values())
+    return list({(x.kernel.__name__, given(x.arguments), str(sorted(x.settings.items()))): x for x in found}.values())
 
 
-def variant(kernel: Any, arguments: tuple, settings: dict) -> str:
+def variant(launch: Launch) -> str:
     """What the call asks for beyond the plain one, as far as the kernel knows of it."""
-    given = {param.name: value for param, value in zip(kernel.params, arguments)}
+    settings = launch.settings
+    given = {param.name: value for param, value in zip(launch.kernel.params, launch.arguments)}
     training = "cu_seqlens_q" in given  # to decode lengths always are there, and the window is a number
     found = ["packed"] if given.get("cu_seqlens_q") is not None else []
     found += [name for name in ("seqlens_k", "window") if training and given.get(name) is not None]
@@ -133,7 +127,7 @@ def variant(kernel: Any, arguments: tuple, settings: dict) -> str:
     return " ".join(found + (["group"] if settings.get("GROUP", 1) > 1 else []))
 
 
-def compile_launch(kernel: Any, arguments: tuple, settings: dict, architecture: int) -> dict[str, Any]:
+def compiled(launch: Launch, architecture: int) -> dict[str, Any]:
     """Shared memory, registers and stack of one compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -141,7 +135,10 @@ def compile_launch(kernel: Any, arguments: tuple, settings: dict, architecture: 
 
     from flashlla.backends.triton.launch import COMPILER
 
-    options = {name: settings[name] for name in ("num_warps", "num_stages", "maxnreg") if name in settings}
+    kernel, settings = launch.kernel, launch.settings
+    options: dict[str, Any] = {
+        name: settings[name] for name in ("num_warps", "num_stages", "maxnreg") if name in settings
+    }
     constants: dict[str, Any] = {n: v for n, v in settings.items() if n not in options}
     options.update(COMPILER)
     signature, attributes = {}, {}
@@ -149,7 +146,7 @@ def compile_launch(kernel: Any, arguments: tuple, settings: dict, architecture: 
         if param.name in constants:
             signature[param.name] = "constexpr"
             continue
-        value = arguments[index]
+        value = launch.arguments[index]
         if value is None:
             signature[param.name], constants[param.name] = "constexpr", None
             continue
@@ -161,8 +158,8 @@ def compile_launch(kernel: Any, arguments: tuple, settings: dict, architecture: 
         if divisible and not param.do_not_specialize:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    return {"shared": compiled.metadata.shared, **resources(compiled.asm["cubin"])}
+    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return {"shared": binary.metadata.shared, **resources(binary.asm["cubin"])}
 
 
 def _tool(*arguments: str) -> str:
@@ -227,18 +224,19 @@ def report(task: tuple[int, str, int, str, bool]) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     if configs.too_large(head_dim, torch.float32 if dtype == "float32" else torch.float16, divmod(architecture, 10)):
         return lines  # the backend refuses it there
-    for kernel, name, arguments, settings in launches(head_dim, DTYPES[dtype], architecture, precision, plain):
+    for launch in step_launches(head_dim, DTYPES[dtype], architecture, precision, plain):
+        settings = launch.settings
         line: dict[str, Any] = {
-            "architecture": architecture, "dtype": dtype, "precision": precision, "dim": head_dim, "pass": name,
-            "kernel": kernel.__name__, "preconditioner": settings.get("PRECONDITIONER", ""),
-            "adjoint": settings.get("ADJOINT", ""), "variant": variant(kernel, arguments, settings),
+            "architecture": architecture, "dtype": dtype, "precision": precision, "dim": head_dim, "pass": launch.name,
+            "kernel": launch.kernel.__name__, "preconditioner": settings.get("PRECONDITIONER", ""),
+            "adjoint": settings.get("ADJOINT", ""), "variant": variant(launch),
             "config": [
                 settings.get("BLOCK_M", settings.get("BLOCK_T")), settings.get("BLOCK_N"),
                 settings.get("num_warps"), settings.get("num_stages"),
             ],
         }  # fmt: skip
         try:
-            line |= compile_launch(kernel, arguments, settings, architecture)
+            line |= compiled(launch, architecture)
             too_much = line["shared"] > SHARED_LIMIT[architecture]
             heavy = line["spills"] and (line["spills"][0] > SPILLS or max(line["spills"]) > SPILLS_CUT)
             waiting = line["waits"] > WAITS
@@ -249,15 +247,31 @@ def report(task: tuple[int, str, int, str, bool]) -> list[dict[str, Any]]:
     return lines
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architectures", type=int, nargs="+", default=list(SHARED_LIMIT))
+def row(line: dict[str, Any]) -> str:
+    return (
+        f"sm_{line['architecture']:<4}{line['dtype']:<9}{line['precision']:<8}D={line['dim']:<4}{line['kernel']:<22}"
+        f"{line['preconditioner']:<7}{line['adjoint']!s:<6}{line['variant']:<13}{line['config']!s:<23}"
+        f"shared {line.get('shared', -1):>7}  registers {line.get('reg', -1):>4}  stack {line.get('stack', -1):>5}"
+        f"  spills {' '.join(f'{100 * share:.0f}%' for share in line.get('spills', [])):<8}"
+        f"  waits {line.get('waits', -1):<5} {line['verdict']}"
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--architectures", type=int, nargs="+", choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 32, 64, 80, 128, 256])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float16", "float32"])
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--plain", action="store_true", help="no windows, lengths, packed sequences or shared heads")
-    parser.add_argument("--json", type=Path, help="write the table here too")
-    options = parser.parse_args()
+    record.add_arguments(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    needs.triton()
+    os.environ.pop("TRITON_INTERPRET", None)  # it would replace the compiler
+    kept = record.Record(options, "cpu")
+    lines: list[dict[str, Any]] = []
+    kept.figures["kernels"] = lines
     tasks = [
         (architecture, dtype, dim, precision, options.plain)
         for architecture in options.architectures
@@ -265,29 +279,13 @@ def main() -> int:
         for dim in options.dims
         for precision in (("highest", "high") if dtype == "float32" else ("highest",))
     ]
-    lines: list[dict[str, Any]] = []
     with ProcessPoolExecutor(options.workers) as pool:
         for found in pool.map(report, tasks):
             lines += found
-            for x in found:
-                print(
-                    f"sm_{x['architecture']:<4}{x['dtype']:<9}{x['precision']:<8}D={x['dim']:<4}{x['kernel']:<22}"
-                    f"{x['preconditioner']:<7}{x['adjoint']!s:<6}{x['variant']:<12}{x['config']!s:<18}"
-                    f"shared {x.get('shared', -1):>7}  registers {x.get('reg', -1):>4}  stack {x.get('stack', -1):>5}"
-                    f"  spills {' '.join(f'{100 * share:.0f}%' for share in x.get('spills', [])):<8}"
-                    f"  waits {x.get('waits', -1):<5} {x['verdict']}",
-                    flush=True,
-                )
-    if options.json:
-        import triton
-
-        header = {"triton": triton.__version__, "torch": torch.__version__}
-        options.json.write_text(json.dumps({**header, "kernels": lines}, indent=1) + "\n")
-    bad = [x for x in lines if x["verdict"] != "ok"]
+            for line in found:
+                print(row(line), flush=True)
+    kept.write()
+    bad = [line for line in lines if line["verdict"] != "ok"]
     print(f"{len(lines)} kernels, {len(bad)} not ok")
+    kept.end()
     return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    os.environ.pop("TRITON_INTERPRET", None)  # it would replace the compiler
-    sys.exit(main())

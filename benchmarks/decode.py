@@ -1,6 +1,6 @@
-"""The figures of the decode kernels on one GPU: accuracy, speed against torch's SDPA and against a copy. Prints them.
+"""The decode kernels on one GPU: accuracy, speed beside torch's SDPA and a copy, and under other settings.
 
-    python -m benchmarks.decode_figures [--json benchmarks/results/NAME.json] [--only speed variants]
+    python -m benchmarks decode --only speed --name NAME
 
 Times are microseconds of a call, medians over replays of a CUDA graph that holds many calls, each on a cache of its own
 where one cache would stay in the second-level cache. Errors are relative, in the Frobenius norm, to float64 on the same
@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-from unittest import mock
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import launches, needs, record
 from benchmarks.exact import output, relative
-from benchmarks.record import circumstances, write
-from flashlla.backends.triton import decode as kernels
+from benchmarks.timing import copy_bandwidth, microseconds
+
+if TYPE_CHECKING:
+    from flashlla.backends.triton.decode import Tuning
 
 HEADS = 8
 RIDGE = 0.1
@@ -59,11 +60,11 @@ class Case:
     def label(self) -> str:
         return f"B {self.batch:<2} L {self.length:<5} D {self.dim:<3}"
 
-    def ours(self, cache: tuple[Tensor, Tensor], tuned: kernels.Tuning | None = None) -> Tensor:
+    def ours(self, cache: tuple[Tensor, Tensor], tuned: Tuning | None = None) -> Tensor:
+        from flashlla.backends.triton.decode import decode
+
         scale = self.dim**-0.5
-        return kernels.decode(
-            self.q, *cache, self.lengths, self.ridge, scale, 1e-12, None, None, self.out, tuned
-        )  # fmt: skip
+        return decode(self.q, *cache, self.lengths, self.ridge, scale, 1e-12, None, None, self.out, tuned)
 
     def error(self) -> float:
         """Of up to two sequences."""
@@ -73,54 +74,18 @@ class Case:
 
     def each(self, call: Callable[[tuple[Tensor, Tensor]], Any]) -> float:
         """Microseconds of ``call``, given one cache after the other."""
-        return microseconds([lambda cache=cache: call(cache) for cache in self.caches])
+        return microseconds([partial(call, cache) for cache in self.caches])
 
-    def launches(self, tuned: kernels.Tuning | None = None) -> dict[str, list[Callable[[], None]]]:
+    def launches(self, tuned: Tuning | None = None) -> dict[str, list[Callable[[], None]]]:
         """The launches of each kernel, one for each cache."""
-        found: dict[str, list[Callable[[], None]]] = {}
-        launch = kernels.launch
-
-        def record(kernel: Any, *arguments: Any, **settings: Any) -> None:
-            name = kernel.__name__.removeprefix("decode_").removesuffix("_kernel")
-            found.setdefault(name, []).append(lambda: launch(kernel, *arguments, **settings))
-            launch(kernel, *arguments, **settings)
-
-        with mock.patch.object(kernels, "launch", record):
+        with launches.recorded() as found:
             for cache in self.caches:
                 self.ours(cache, tuned)
-        return found
-
-
-def microseconds(calls: list[Callable[[], Any]], replays: int = 25) -> float:
-    """Of one call, as the median over replays of a graph of all of them."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    rounds = max(1, 8 // len(calls))  # so that a graph is longer than what starting it takes
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3)
-        if sum(times) > 4e5:
-            break
-    return statistics.median(times) / (rounds * len(calls))
-
-
-def bandwidth() -> float:
-    """Bytes a second, read and written, of a copy of 1 GiB."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (microseconds([lambda: target.copy_(source)]) * 1e-6)
+        calls: dict[str, list[Callable[[], None]]] = {}
+        for launch in found:
+            name = launch.kernel.__name__.removeprefix("decode_").removesuffix("_kernel")
+            calls.setdefault(name, []).append(partial(launches.repeat, launch))
+        return calls
 
 
 def sdpa(case: Case) -> tuple[float, str]:
@@ -159,9 +124,11 @@ def speed(rate: float) -> list[dict[str, Any]]:
 
 def variants(rate: float) -> list[dict[str, Any]]:
     """One kernel timed under each of a few settings, the others as they are."""
+    from flashlla.backends.triton.decode import tuning
+
     lines = []
 
-    def show(case: Case, kernel: str, tuned: kernels.Tuning) -> None:
+    def show(case: Case, kernel: str, tuned: Tuning) -> None:
         line: dict[str, Any] = {"batch": case.batch, "length": case.length, "dim": case.dim, "kernel": kernel}
         line |= tuned._asdict()
         try:
@@ -180,7 +147,7 @@ def variants(rate: float) -> list[dict[str, Any]]:
 
     for batch, length, dim in ((32, 4096, 128), (1, 4096, 128)):
         case = Case(batch, length, dim)
-        usual = kernels.tuning(dim, dim, True, True)
+        usual = tuning(dim, dim, True, True)
         for tile, warps, stages, pieces in MOMENTS:
             show(case, "moments", usual._replace(tile=tile, warps=warps, stages=stages, pieces=pieces))
         for pieces in PIECES[batch]:
@@ -191,20 +158,22 @@ def variants(rate: float) -> list[dict[str, Any]]:
     return lines
 
 
-def main() -> None:
-    kinds = {"speed": speed, "variants": variants}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to record")
-    parser.add_argument("--only", nargs="+", choices=kinds, default=list(kinds))
-    options = parser.parse_args()
-    rate = bandwidth()
-    result: dict[str, Any] = {**circumstances(), "copy_bytes_per_s": rate}
-    print(result)
-    for name in options.only:
-        result[name] = kinds[name](rate)
-    if options.json:
-        write(options.json, result)
+KINDS = {"speed": speed, "variants": variants}
 
 
-if __name__ == "__main__":
-    main()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="default: both")
+    record.add_arguments(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    needs.cuda()
+    needs.triton()
+    kept = record.Record(options, "cuda")
+    rate = kept.figures["copy_bytes_per_s"] = copy_bandwidth()
+    print(kept.figures)
+    for kind in options.only:
+        kept.figures[kind] = KINDS[kind](rate)
+        kept.write()
+    kept.end()
+    return 0

@@ -1,6 +1,6 @@
-"""The figures of the Triton backend on one GPU: speed against torch's SDPA, accuracy, memory. Prints and records them.
+"""The Triton backend on one GPU: each pass, masks and shared heads, accuracy, memory.
 
-    python -m benchmarks.gpu_figures [--json benchmarks/results/NAME.json] [--only speed surface accuracy ...]
+    python -m benchmarks gpu --only speed surface --name NAME
 
 Accuracy is the relative error, in the Frobenius norm, to float64 on the same rounded inputs.
 """
@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
+from benchmarks import launches, needs, record
 from benchmarks.data import make
 from benchmarks.exact import relative
-from benchmarks.record import circumstances, write
 from benchmarks.timing import milliseconds, prepared, sdpa
 from flashlla import CG, lla_attention, lla_attention_varlen
 
@@ -53,22 +51,14 @@ def errors(got: dict[str, Tensor], want: dict[str, Tensor], dtype: torch.dtype) 
 
 def passes(tensors: list[Tensor], ridge: float) -> dict[str, float]:
     """Milliseconds of each pass."""
-    from flashlla.backends.triton import launch
-
-    calls: list[tuple[str, Any]] = []
-    run = launch.Call.launch
-
-    def record(self: Any, kernel: Any, name: str, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-        calls.append((name, lambda: run(self, kernel, name, grid, *arguments, **settings)))
-        run(self, kernel, name, grid, *arguments, **settings)
-
-    with mock.patch.object(launch.Call, "launch", record):
+    with launches.recorded() as found:
         step(tensors, ridge, backend="triton")
     total: dict[str, float] = {}
-    for name, call in calls:
+    for launch in found:
+        name = launch.name
         again = (name == "solve" and "solve" in total) or (name == "cast" and "output" in total)  # backward's
         label = f"{name} again" if again else name
-        total[label] = total.get(label, 0.0) + milliseconds(call)
+        total[label] = total.get(label, 0.0) + milliseconds(lambda: launches.repeat(launch))
     return total
 
 
@@ -214,26 +204,28 @@ def surface() -> list[dict[str, Any]]:
     return lines
 
 
-def main() -> None:
-    kinds = {
-        "speed": speed,
-        "surface": surface,
-        "accuracy": accuracy,
-        "offset": offset,
-        "single": single,
-        "memory": memory,
-    }
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to record")
-    parser.add_argument("--only", nargs="+", choices=kinds, default=list(kinds))
-    options = parser.parse_args()
-    result: dict[str, Any] = circumstances()
-    print(result)
-    for name in options.only:
-        result[name] = kinds[name]()
-    if options.json:
-        write(options.json, result)
+KINDS = {
+    "speed": speed,
+    "surface": surface,
+    "accuracy": accuracy,
+    "offset": offset,
+    "single": single,
+    "memory": memory,
+}
 
 
-if __name__ == "__main__":
-    main()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="default: all of them")
+    record.add_arguments(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    needs.cuda()
+    needs.triton()
+    kept = record.Record(options, "cuda")
+    print(kept.figures)
+    for kind in options.only:
+        kept.figures[kind] = KINDS[kind]()
+        kept.write()
+    kept.end()
+    return 0

@@ -75,7 +75,7 @@ TABLES = {
 }
 QUICK = {
     "cuda": tuple(
-        Case(shape, ridges=(10.0, 0.1)) for shape in ((4, 16, 4096, 64), (1, 16, 1024, 64), (1, 8, 16384, 64))
+        Case(shape, ridges=(10.0, 0.1)) for shape in ((4, 16, 4096, 64), (4, 16, 1024, 64), (1, 8, 16384, 64))
     ),
     "cpu": tuple(Case((1, 1, length, 64), ridges=(1.0,)) for length in (256, 512, 2048)),
 }

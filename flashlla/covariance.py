@@ -5,6 +5,7 @@ Solvers get nothing else: what a solver may ask of a system is a method here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,7 @@ class Systems:
     k: (..., N, D) keys. p: (..., M, N) softmax weights, zero where a query does not see the key, rows sum to one.
     k_mean: (..., M, D) sum_j p_ij k_j. ridge: (..., M) lambda_i > 0.
     resolution: the smallest relative residual worth reaching (:func:`flashlla.problem.resolution`).
-    first_row: index in the sequence of the first query, for messages. per_head: queries of one head, where the M rows
-    are those of several.
+    name: what messages call the system at an index into ``ridge``.
     """
 
     k: Tensor
@@ -36,8 +36,7 @@ class Systems:
     k_mean: Tensor
     ridge: Tensor
     resolution: float
-    first_row: int = 0
-    per_head: int = 0
+    name: Callable[[tuple[int, ...]], str] = "row {}".format
 
     def matvec(self, x: Tensor) -> Tensor:
         """A x without forming A; x: (..., M, D)."""
@@ -74,11 +73,8 @@ class Systems:
 
     def not_definite(self, index: tuple[int, ...], who: str, instead: str) -> Exception:
         """The error for the system at ``index`` (into ``ridge``), which ``who`` found singular or not definite."""
-        *lead, row = index
-        query = self.first_row + (row % self.per_head if self.per_head else row)
         dtype = str(self.k.dtype).removeprefix("torch.")
         return torch.linalg.LinAlgError(  # type: ignore[attr-defined,no-any-return]
-            f"{who}: the system of query {query} of sequence and head {tuple(lead)} is not positive "
-            f"definite in {dtype} (ridge_lambda there is {self.ridge[index].item():.3g}). Try a larger ridge_lambda, "
-            f"float64 inputs, or {instead}."
+            f"{who}: the system of {self.name(index)} is not positive definite in {dtype} (ridge_lambda there is "
+            f"{self.ridge[index].item():.3g}). Try a larger ridge_lambda, float64 inputs, or {instead}."
         )

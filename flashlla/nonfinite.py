@@ -47,7 +47,7 @@ def isolate(
     problem: Problem, inputs: Inputs, grad_o: Tensor | None = None
 ) -> tuple[Inputs, Tensor | None, Poison | None]:
     """``inputs`` and ``grad_o`` with nothing but finite numbers, and where NaN belongs (None: nowhere)."""
-    q, k, v, ridge = inputs[:4]
+    q, k, v, ridge = inputs.q, inputs.k, inputs.v, inputs.ridge_lambda
     largest = largest_key(accumulator(problem.dtype), problem.head_dim)
     finite_k = k.isfinite() & (k.abs() <= largest)  # in float16 the second alone takes infinity for no larger
     finite_q, finite_v, finite_ridge = q.isfinite(), v.isfinite(), ridge.isfinite()

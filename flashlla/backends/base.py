@@ -86,7 +86,7 @@ def warn_if_stopped_early(problem: Problem, inputs: Inputs, report: Report) -> N
     """Say so where a solver did, on the CPU: elsewhere to look would wait for the device."""
     if problem.device.type != "cpu" or not (early := ~report.converged).any():
         return
-    poison = isolate(problem, inputs)[2]
+    _, _, poison = isolate(problem, inputs)
     if poison is not None:  # NaN where the inputs are not finite says itself what it comes from
         early &= ~poison.queries
     warn_unconverged(problem.solver, report.residual[early], early.numel())

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashlla.backends.base import Backend
 from flashlla.problem import (
     Forward,
     Gradients,
@@ -28,13 +26,49 @@ from flashlla.problem import (
     sequence_bounds,
 )
 
-B = TypeVar("B", bound=Backend)
+
+def forward(one: Callable[[Problem, Inputs], Forward], problem: Problem, inputs: Inputs) -> Forward:
+    """The sequences' results side by side, ``one`` making that of a sequence. Tokens of no sequence have zeros."""
+    dtype, q = accumulator(problem.dtype), inputs.q
+    number = lambda dtype=dtype: q.new_zeros(q.shape[:-1], dtype=dtype)  # one a query
+    vector = lambda: q.new_zeros(q.shape, dtype=dtype)
+    o = empty_output(q, inputs.v).zero_()
+    residuals = Residuals(number(), number(), vector(), vector())
+    report = Report(number(), number(torch.int32), number(), ~number(torch.bool))
+    for sequence in _sequences(problem, inputs):
+        with sequence.named():
+            part = one(sequence.problem, sequence.inputs)
+        for whole, piece in zip((o, *residuals, *report), (part.o, *part.residuals, *part.report), strict=True):
+            whole[:, :, sequence.queries] = piece
+    return Forward(o, residuals, report)
+
+
+def backward(
+    one: Callable[[Problem, Inputs, Residuals, Tensor], Gradients],
+    problem: Problem,
+    inputs: Inputs,
+    residuals: Residuals,
+    grad_o: Tensor,
+) -> Gradients:
+    """The same for gradients."""
+    q, k, v, ridge = inputs.q, inputs.k, inputs.v, inputs.ridge_lambda
+    found = Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), ridge.new_zeros(ridge.shape))
+    for sequence in _sequences(problem, inputs):
+        queries, keys = sequence.queries, sequence.keys
+        own = Residuals(*(t[:, :, queries] for t in residuals))
+        with sequence.named():
+            part = one(sequence.problem, sequence.inputs, own, grad_o[:, :, queries])
+        found.q[:, :, queries] = part.q
+        found.k[:, :, keys] = part.k
+        found.v[:, :, keys] = part.v
+        found.ridge_lambda[:, :, queries] = part.ridge_lambda
+    return found
 
 
 class _Sequence(NamedTuple):
     number: int
-    rows: slice  # of q, in its third dimension
-    keys: slice  # of k and v
+    queries: slice
+    keys: slice
     problem: Problem
     inputs: Inputs
 
@@ -49,13 +83,13 @@ class _Sequence(NamedTuple):
 
 def _sequences(problem: Problem, inputs: Inputs) -> Iterator[_Sequence]:
     """Those with something to compute, each as a call of its own."""
-    q, k, v, ridge = inputs[:4]
+    q, k, v, ridge = inputs.q, inputs.k, inputs.v, inputs.ridge_lambda
     own_mask = dataclasses.replace(problem.mask, packed=False)
     q_edges = sequence_bounds(inputs.cu_seqlens_q, problem.q_len, problem.max_seqlen_q)
     k_edges = sequence_bounds(inputs.cu_seqlens_k, problem.k_len, problem.max_seqlen_k)
     for number, edges in enumerate(torch.stack([*q_edges, *k_edges], 1).tolist()):
         q_first, q_last, k_first, k_last = edges
-        rows, keys = slice(q_first, q_last), slice(k_first, k_last)
+        queries, keys = slice(q_first, q_last), slice(k_first, k_last)
         alone = dataclasses.replace(
             problem,
             q_len=q_last - q_first,
@@ -66,52 +100,5 @@ def _sequences(problem: Problem, inputs: Inputs) -> Iterator[_Sequence]:
             max_seqlen_k=0,
         )
         if not alone.empty:
-            views = Inputs(q[:, :, rows], k[:, :, keys], v[:, :, keys], ridge[:, :, rows])
-            yield _Sequence(number, rows, keys, alone, views)
-
-
-def forward(unpacked: Callable[[B, Problem, Inputs], Forward]) -> Callable[[B, Problem, Inputs], Forward]:
-    """The ``forward`` of a backend, made to take packed sequences as well. Tokens of no sequence have zeros."""
-
-    @functools.wraps(unpacked)
-    def run(self: B, problem: Problem, inputs: Inputs) -> Forward:
-        if not problem.mask.packed:
-            return unpacked(self, problem, inputs)
-        dtype, q = accumulator(problem.dtype), inputs.q
-        per_query = lambda dtype: q.new_zeros(q.shape[:-1], dtype=dtype)
-        o = empty_output(q, inputs.v).zero_()
-        residuals = Residuals(
-            per_query(dtype), per_query(dtype), q.new_zeros(q.shape, dtype=dtype), q.new_zeros(q.shape, dtype=dtype)
-        )
-        report = Report(per_query(dtype), per_query(torch.int32), per_query(dtype), ~per_query(torch.bool))
-        for sequence in _sequences(problem, inputs):
-            with sequence.named():
-                part = unpacked(self, sequence.problem, sequence.inputs)
-            for whole, piece in zip((o, *residuals, *report), (part.o, *part.residuals, *part.report)):
-                whole[:, :, sequence.rows] = piece
-        return Forward(o, residuals, report)
-
-    return run
-
-
-def backward(
-    unpacked: Callable[[B, Problem, Inputs, Residuals, Tensor], Gradients],
-) -> Callable[[B, Problem, Inputs, Residuals, Tensor], Gradients]:
-    """The same for ``backward``."""
-
-    @functools.wraps(unpacked)
-    def run(self: B, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
-        if not problem.mask.packed:
-            return unpacked(self, problem, inputs, residuals, grad_o)
-        q, k, v, ridge = inputs[:4]
-        found = Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), ridge.new_zeros(ridge.shape))
-        for sequence in _sequences(problem, inputs):
-            rows, keys = sequence.rows, sequence.keys
-            own = Residuals(*(t[:, :, rows] for t in residuals))
-            with sequence.named():
-                part = unpacked(self, sequence.problem, sequence.inputs, own, grad_o[:, :, rows])
-            for whole, piece, place in zip(found, part, (rows, keys, keys, rows)):
-                whole[:, :, place] = piece
-        return found
-
-    return run
+            views = Inputs(q[:, :, queries], k[:, :, keys], v[:, :, keys], ridge[:, :, queries])
+            yield _Sequence(number, queries, keys, alone, views)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashlla.autograd import describe, forward
-from flashlla.backends.naive import Naive, statistics
+from flashlla.backends.naive import Naive, whole
 from flashlla.problem import Residuals
 from flashlla.validation import prepare
 
@@ -97,11 +97,9 @@ def lla_backward_naive(
     if problem.empty:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     with torch.no_grad():
-        dtype = rho.dtype
         rho, denom, m, grad_o = (t.unsqueeze(1) if q.dim() == 3 else t for t in (rho, denom, m, grad_o))
-        _, _, omega, k_mean, _ = statistics(
-            inputs.q.to(dtype), inputs.k.to(dtype), inputs.ridge_lambda, problem, inputs
-        )
+        given, found = whole(problem, inputs)
+        omega, k_mean = found.omega.reshape(m.shape[:-1]), (found.k_mean + given.origin).reshape(rho.shape)
         spike = 1 / (1 - ((k_mean - inputs.q) * rho).sum(-1))  # 1 + d.z, since rho = z / (1 + d.z)
         guard = omega / spike / denom.squeeze(-1)
         residuals = Residuals(m.squeeze(-1) + omega.log(), guard, rho * spike.unsqueeze(-1), k_mean)

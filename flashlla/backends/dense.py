@@ -76,15 +76,15 @@ class Block(NamedTuple):
         part.copy_(rows.reshape(part.shape))
 
     def _rows(self, t: Tensor) -> Tensor:
-        return t[self.heads.start : self.heads.stop, :, self.queries.start : self.queries.stop]
+        return t[_slice(self.heads), :, _slice(self.queries)]
 
     def keys_of(self, t: Tensor) -> Tensor:
         """Its part of (H, Sk, ...): (G, N, ...), a view."""
-        return t[self.heads.start : self.heads.stop, self.keys.start : self.keys.stop]
+        return t[_slice(self.heads), _slice(self.keys)]
 
     def heads_of(self, t: Tensor) -> Tensor:
         """Its part of (H, ...): (G, ...)."""
-        return t[self.heads.start : self.heads.stop]
+        return t[_slice(self.heads)]
 
     def hidden(self, problem: Problem, spans: KeySpans) -> Tensor | None:
         """(M, N) or (G, M, N), True where a query does not see a key; None where every query sees every key."""
@@ -92,9 +92,8 @@ class Block(NamedTuple):
             return None
         device = spans.start.device
         sequence = torch.arange(self.heads.start, self.heads.stop, device=device) // problem.kv_heads
-        rows = slice(self.queries.start, self.queries.stop)
-        # (Sq,), or (G, Sq), each head's of its sequence
-        start, stop = (t[..., rows][sequence, 0] if t.dim() > 1 else t[rows] for t in spans)
+        # (queries,), or (G, queries), each head's of its sequence.
+        start, stop = (t[sequence, 0] if t.dim() > 1 else t for t in (s[..., _slice(self.queries)] for s in spans))
         j = torch.arange(self.keys.start, self.keys.stop, device=device)
         hidden = (j < start[..., None]) | (j >= stop[..., None])
         return hidden.repeat(*(1,) * (hidden.dim() - 2), problem.group, 1)
@@ -105,6 +104,10 @@ class Block(NamedTuple):
         sequence, kv_head = divmod(self.heads[head], problem.kv_heads)
         shared, query = divmod(row, len(self.queries))
         return f"query {self.queries[query]} of sequence and head {(sequence, kv_head * problem.group + shared)}"
+
+
+def _slice(places: range) -> slice:
+    return slice(places.start, places.stop)
 
 
 class Statistics(NamedTuple):

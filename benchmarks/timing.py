@@ -22,7 +22,8 @@ def milliseconds(call: Callable[[], Any], device: str = "cuda") -> float:
     if device == "cuda":
         from triton.testing import do_bench
 
-        return statistics.median(do_bench(call, warmup=20, rep=40, return_mode="median") for _ in range(3))
+        medians: list[float] = [do_bench(call, warmup=20, rep=40, return_mode="median") for _ in range(3)]
+        return statistics.median(medians)
     call()
     times: list[float] = []
     while len(times) < 3 or (len(times) < 20 and sum(times) < 500):

@@ -95,7 +95,7 @@ class Triton(Backend):
 
     def preconditioner(self, problem: Problem) -> str | None:
         """What the solve kernel calls the preconditioner of this problem; None where it has no such solver."""
-        return self._best(problem) if not problem.solver_demanded else self._preconditioners.get(_name(problem))
+        return self._preconditioners.get(_name(problem)) if problem.solver_demanded else self._best(problem)
 
     def _best(self, problem: Problem) -> str:
         """The preconditioner where the caller leaves the choice."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from flashlla import dispatch
-from flashlla.autograd import WithoutGradient, decode, decode_out_op, describe, forward, which_op
+from flashlla.autograd import WithoutGradient, decode, decode_out, forward, which
+from flashlla.hints import refuse_unknown
+from flashlla.problem import describe
 from flashlla.solvers import Solver
-from flashlla.validation import Call, check_out, prepare, prepare_decode, prepare_for, prepare_varlen, refuse_unknown
+from flashlla.validation import Call, check_out, prepare, prepare_decode, prepare_varlen
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LLAInfo(NamedTuple):
@@ -37,14 +43,61 @@ class LLAInfo(NamedTuple):
         return dispatch.backend_numbered(int(self.choice.flatten()[0])).name  # one for each under vmap, all the same
 
 
+class _Options(TypedDict, total=False):
+    """Types of the keyword arguments; a test holds them to the signatures below."""
+
+    ridge_lambda: float | Tensor
+    qk_scale: float | None
+    delta_eps: float
+    window: int | None
+    solver: str | Solver | None
+    backend: str | None
+
+
+class _TrainingOptions(_Options, total=False):
+    cg_atol: float
+    cg_rtol: float
+    cg_max_iters: int
+    cg_use_preconditioner: bool
+    causal: bool
+
+
+class AttentionOptions(_TrainingOptions, total=False):
+    """Keyword arguments of :func:`lla_attention`, but ``return_info``."""
+
+    seqlens_k: Tensor | None
+    layout: str
+
+
+class VarlenOptions(_TrainingOptions, total=False):
+    """Keyword arguments of :func:`lla_attention_varlen`, but ``return_info``."""
+
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+
+
+class AnyOptions(AttentionOptions, VarlenOptions, total=False):
+    """Keyword arguments of any of the three calls."""
+
+    block_table: Tensor | None
+
+
 @overload
 def lla_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_info: Literal[False] = False, **options: Any
+    q: Tensor, k: Tensor, v: Tensor, *, return_info: Literal[False] = False, **options: Unpack[AttentionOptions]
 ) -> Tensor: ...
 @overload
 def lla_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_info: Literal[True], **options: Any
+    q: Tensor, k: Tensor, v: Tensor, *, return_info: Literal[True], **options: Unpack[AttentionOptions]
 ) -> tuple[Tensor, LLAInfo]: ...
+@overload
+def lla_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_info: bool, **options: Unpack[AttentionOptions]
+) -> Tensor | tuple[Tensor, LLAInfo]: ...
 def lla_attention(
     q: Tensor,
     k: Tensor,
@@ -130,48 +183,57 @@ def lla_attention(
         >>> o.sum().backward()
     """
     if others:
-        refuse_unknown("lla_attention", others, lla_attention)
+        refuse_unknown("lla_attention", others, _known(lla_attention))
     call = prepare(
         q,
         k,
         v,
-        ridge_lambda,
-        qk_scale,
-        delta_eps,
-        cg_atol,
-        cg_rtol,
-        cg_max_iters,
-        cg_use_preconditioner,
-        solver,
-        backend,
+        ridge_lambda=ridge_lambda,
+        qk_scale=qk_scale,
+        delta_eps=delta_eps,
+        cg_atol=cg_atol,
+        cg_rtol=cg_rtol,
+        cg_max_iters=cg_max_iters,
+        cg_use_preconditioner=cg_use_preconditioner,
+        solver=solver,
+        backend=backend,
         causal=causal,
         window=window,
         seqlens_k=seqlens_k,
         layout=layout,
     )
-    return _attend(call, backend, return_info)
+    return _attend(call, return_info)
 
 
-def _attend(call: Call, backend: str | None, return_info: bool) -> Tensor | tuple[Tensor, LLAInfo]:
+def _attend(call: Call, return_info: bool) -> Tensor | tuple[Tensor, LLAInfo]:
     if not isinstance(return_info, bool):
         raise TypeError(f"return_info: got {type(return_info).__name__}, wanted True or False; try bool(return_info)")
-    o, *_, omega, iterations, residual, converged = forward(*call.arguments, backend)
+    found = forward(call.arguments)
+    o = call.restore(found.o)
     if not return_info:
-        return call.restore(o)
-    iterations, residual, converged, omega = (
-        call.restore(t.detach()) for t in (iterations, residual, converged, omega)
+        return o
+    shown = lambda t: call.restore(t.detach())
+    return o, LLAInfo(
+        iterations=shown(found.report.iterations),
+        residual=shown(found.report.residual),
+        converged=shown(found.report.converged),
+        omega=shown(found.report.omega),
+        choice=which(call.arguments),
     )
-    return call.restore(o), LLAInfo(iterations, residual, converged, omega, which_op(*call.arguments, backend))
 
 
 @overload
 def lla_attention_varlen(
-    q: Tensor, k: Tensor, v: Tensor, *, return_info: Literal[False] = False, **options: Any
+    q: Tensor, k: Tensor, v: Tensor, *, return_info: Literal[False] = False, **options: Unpack[VarlenOptions]
 ) -> Tensor: ...
 @overload
 def lla_attention_varlen(
-    q: Tensor, k: Tensor, v: Tensor, *, return_info: Literal[True], **options: Any
+    q: Tensor, k: Tensor, v: Tensor, *, return_info: Literal[True], **options: Unpack[VarlenOptions]
 ) -> tuple[Tensor, LLAInfo]: ...
+@overload
+def lla_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, *, return_info: bool, **options: Unpack[VarlenOptions]
+) -> Tensor | tuple[Tensor, LLAInfo]: ...
 def lla_attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -249,20 +311,20 @@ def lla_attention_varlen(
         True
     """
     if others:
-        refuse_unknown("lla_attention_varlen", others, lla_attention_varlen)
+        refuse_unknown("lla_attention_varlen", others, _known(lla_attention_varlen))
     call = prepare_varlen(
         q,
         k,
         v,
-        ridge_lambda,
-        qk_scale,
-        delta_eps,
-        cg_atol,
-        cg_rtol,
-        cg_max_iters,
-        cg_use_preconditioner,
-        solver,
-        backend,
+        ridge_lambda=ridge_lambda,
+        qk_scale=qk_scale,
+        delta_eps=delta_eps,
+        cg_atol=cg_atol,
+        cg_rtol=cg_rtol,
+        cg_max_iters=cg_max_iters,
+        cg_use_preconditioner=cg_use_preconditioner,
+        solver=solver,
+        backend=backend,
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
         cu_seqlens_q=cu_seqlens_q,
@@ -272,7 +334,7 @@ def lla_attention_varlen(
         causal=causal,
         window=window,
     )
-    return _attend(call, backend, return_info)
+    return _attend(call, return_info)
 
 
 def lla_decode(
@@ -352,18 +414,18 @@ def lla_decode(
         k_cache,
         v_cache,
         seqlens_k,
-        ridge_lambda,
-        qk_scale,
-        delta_eps,
-        solver,
-        backend,
+        ridge_lambda=ridge_lambda,
+        qk_scale=qk_scale,
+        delta_eps=delta_eps,
+        solver=solver,
+        backend=backend,
         window=window,
         block_table=block_table,
         layout=layout,
     )
     if out is None:
-        return call.restore(decode(*call.arguments, backend))
-    decode_out_op(*call.arguments, backend, check_out(out, call))
+        return call.restore(decode(call.arguments))
+    decode_out(call.arguments, check_out(out, call))
     return out
 
 
@@ -397,12 +459,57 @@ class LLAFunction:
         Arguments, errors and gradients as in :func:`lla_attention`. A gradient of omega is refused with
         NotImplementedError, not dropped; under torch.compile omega is detached.
         """
-        call = prepare(
-            q, k, v, ridge_lambda, qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, None
+        call = prepared(
+            lla_attention,
+            "LLAFunction.apply",
+            q,
+            k,
+            v,
+            ridge_lambda=ridge_lambda,
+            qk_scale=qk_scale,
+            delta_eps=delta_eps,
+            cg_atol=cg_atol,
+            cg_rtol=cg_rtol,
+            cg_max_iters=cg_max_iters,
+            cg_use_preconditioner=cg_use_preconditioner,
         )
-        o, _, _, _, _, omega, *_ = forward(*call.arguments, None)
+        found = forward(call.arguments)
+        omega = found.report.omega
         omega = omega.detach() if torch.compiler.is_compiling() else WithoutGradient.apply(omega)
-        return call.restore(o), call.restore(omega).unsqueeze(-1)
+        return call.restore(found.o), call.restore(omega).unsqueeze(-1)
+
+
+# What checks the arguments of each function.
+_PREPARE: dict[Callable[..., Any], Callable[..., Call]] = {
+    lla_attention: prepare,
+    lla_attention_varlen: prepare_varlen,
+    lla_decode: prepare_decode,
+}
+# Arguments that make no difference to what is computed.
+_RESULTS = ("return_info", "out")
+
+
+def _known(op: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that ``op`` takes."""
+    return [p.name for p in inspect.signature(op).parameters.values() if p.kind is not p.VAR_KEYWORD]
+
+
+def prepared(op: Callable[..., Any] | None, caller: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Call:
+    """The call ``op(q, k, v, **options)``, of lla_attention where that is None, for ``caller``; not its results."""
+    op = lla_attention if op is None else op
+    if op not in _PREPARE:
+        wanted = ", ".join(f"flashlla.{known.__name__}" for known in _PREPARE)
+        raise ValueError(f"op: got {op!r}, wanted one of {wanted}")
+    known = [name for name in _known(op) if name not in _RESULTS]
+    if unknown := set(options) - set(known):
+        refuse_unknown(caller, unknown, known)
+    parameters = inspect.signature(op).parameters
+    for name in known[3:]:
+        if parameters[name].default is inspect.Parameter.empty and name not in options:
+            raise TypeError(f"{caller}() lacks the keyword argument {name!r} of {op.__name__}")
+    bound = inspect.signature(op).bind(q, k, v, **options)
+    bound.apply_defaults()
+    return _PREPARE[op](**{name: bound.arguments[name] for name in known})
 
 
 def explain(
@@ -411,15 +518,13 @@ def explain(
     v: Tensor,
     *,
     op: Callable[..., Any] | None = None,
-    backend: str | None = None,
-    **options: Any,
+    **options: Unpack[AnyOptions],
 ) -> dispatch.Explanation:
     """Which backend a call would run on, and every backend's reason. Runs nothing.
 
     Args:
         q, k, v: as for ``op``; the caches of :func:`lla_decode`.
         op: :func:`lla_attention_varlen` or :func:`lla_decode`. Default None: :func:`lla_attention`.
-        backend: as for ``op``.
         options: its other arguments by keyword, but ``return_info`` and ``out``.
 
     Returns:
@@ -439,5 +544,5 @@ def explain(
         >>> print(flashlla.explain(q, k, v, op=flashlla.lla_decode, seqlens_k=lengths, backend="chunked").backend)
         chunked
     """
-    call = prepare_for(op, "explain", q, k, v, {**options, "backend": backend})
-    return dispatch.explain(describe(call.inputs, *call.settings, decoding=call.decoding), backend)
+    arguments = prepared(op, "explain", q, k, v, **options).arguments
+    return dispatch.explain(describe(arguments), arguments.settings.backend)

@@ -4,103 +4,229 @@ The operators are opaque to torch.compile; ``forward``, ``backward`` and ``decod
 torch.func transforms too. The choice of a backend is made inside the operator, at run time and in the caller's
 context. It is no output: all of these are on the inputs' device, so that CUDA graphs hold whole steps. To the backward
 operator, which may run on another thread, it goes as a name; of a forward pass that was traced and did not run, the
-demand goes instead. Who asks ``which`` it was is told by a number on the CPU.
+demand goes instead. Who asks which it was is told by a number on the CPU.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from flashlla import dispatch, solvers
+from flashlla import dispatch
 from flashlla.backends.base import Backend, warn_if_stopped_early
+from flashlla.library import Operator
 from flashlla.problem import (
+    Arguments,
+    Forward,
+    Gradients,
     Inputs,
-    Mask,
     Problem,
+    Report,
     Residuals,
+    Settings,
     accumulator,
+    describe,
     empty_output,
 )
+from flashlla.records import Row
 from flashlla.values import check_values
 
-# Everything about a call that is not a tensor, in the order all operators take it.
-_SETTINGS = (
-    "bool causal, SymInt? window, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float delta_eps, str solver, "
-    "float[] solver_settings, bool solver_demanded"
-)
-# The tensors that say which keys a query sees.
-_LENGTHS = "Tensor? seqlens_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+
+class AdjointArguments(NamedTuple):
+    """What the backward operator takes; the backend of its settings is that of the forward pass, or the demand."""
+
+    grad_o: Tensor
+    inputs: Inputs
+    residuals: Residuals
+    settings: Settings
 
 
-def describe(
-    inputs: Inputs,
-    causal: bool,
-    window: int | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    delta_eps: float,
-    solver: str,
-    settings: Sequence[float],
-    demanded: bool,
-    *,
-    decoding: bool = False,
-) -> Problem:
-    """The Problem of one call."""
-    q, k, v = inputs[:3]
-    cu_seqlens, pages = inputs.cu_seqlens_q, inputs.block_table
-    k_len = k.shape[2] if pages is None else k.shape[2] * pages.shape[1]
-    if window is not None:  # no larger than makes a difference, so that sums with it do not overflow
-        window = min(window, max(1, k_len))
-    return Problem(
-        batch=q.shape[0],
-        q_heads=q.shape[1],
-        kv_heads=k.shape[1],
-        q_len=q.shape[2],
-        k_len=k_len,
-        head_dim=q.shape[3],
-        v_dim=v.shape[3],
-        dtype=q.dtype,
-        device=q.device,
-        scale=scale,
-        delta_eps=delta_eps,
-        solver=solvers.decode(solver, settings),
-        solver_demanded=demanded,
-        mask=Mask(
-            causal,
-            window,
-            padded=inputs.seqlens_k is not None,
-            at_lengths=decoding,
-            packed=cu_seqlens is not None,
-        ),
-        sequences=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        max_seqlen_q=min(max_seqlen_q, q.shape[2]),
-        max_seqlen_k=min(max_seqlen_k, k_len),
-        page_size=None if pages is None else k.shape[2],
-    )
+class OutArguments(NamedTuple):
+    """A call whose result is written to ``out``, (B, Hq, Sq, Dv)."""
+
+    inputs: Inputs
+    settings: Settings
+    out: Tensor
 
 
-def _no_autocast(problem: Problem) -> contextlib.AbstractContextManager[Any]:
-    """Inside an operator the dtypes are the backend's affair: autocast has done its part on the inputs."""
-    device = problem.device.type
-    if not torch.amp.is_autocast_available(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+class Choice(NamedTuple):
+    """Which backend forward runs on: its number, on the CPU. A tensor torch.compile can return, a name it cannot."""
+
+    number: Tensor
+
+
+class Decoded(NamedTuple):
+    o: Tensor  # (B, Hq, Sq, Dv)
+
+
+class Nothing(NamedTuple):
+    pass
+
+
+class _Saved(NamedTuple):
+    """Tensors that a forward pass keeps for its backward pass."""
+
+    inputs: Inputs
+    residuals: Residuals
+
+
+_SAVED = Row(_Saved)
 
 
 class _Ran(threading.local):
-    """The name of the backend that the last forward pass of this thread ran on, for `_save`; None if it was traced."""
+    """The name of the backend that the last forward pass of this thread ran on; None if it was traced."""
 
     name: str | None = None
 
 
 _ran = _Ran()
+
+
+# Forward and backward.
+
+
+def _run_forward(arguments: Arguments) -> Forward:
+    problem, inputs = describe(arguments), arguments.inputs
+    check_values(problem, inputs)
+    chosen = dispatch.choose(problem, arguments.settings.backend)
+    _ran.name = chosen.name
+    if problem.empty:
+        return _nothing_seen(_allocate_forward(arguments))
+    with _no_autocast(problem):
+        o, residuals, report = _no_capture(chosen, problem).forward(problem, inputs)
+    warn_if_stopped_early(problem, inputs, report)
+    # Laid out as the fake says.
+    return Forward(o, Residuals(*(t.contiguous() for t in residuals)), Report(*(t.contiguous() for t in report)))
+
+
+def _nothing_seen(found: Forward) -> Forward:
+    """What queries have that see no key."""
+    for t in (found.o, *found.residuals, *found.report):
+        t.zero_()
+    found.report.converged.fill_(True)
+    return found
+
+
+def _allocate_forward(arguments: Arguments) -> Forward:
+    """Uninitialised outputs."""
+    q, v = arguments.inputs.q, arguments.inputs.v
+    dtype, rows = accumulator(q.dtype), q.shape[:-1]
+    row = lambda dtype: q.new_empty(rows, dtype=dtype)
+    vector = lambda: q.new_empty(q.shape, dtype=dtype)
+    return Forward(
+        empty_output(q, v),
+        Residuals(lse=row(dtype), guard=row(dtype), probe=vector(), k_mean=vector()),
+        Report(omega=row(dtype), iterations=row(torch.int32), residual=row(dtype), converged=row(torch.bool)),
+    )
+
+
+def _trace_forward(arguments: Arguments) -> Forward:
+    _ran.name = None
+    return _allocate_forward(arguments)
+
+
+def _run_backward(arguments: AdjointArguments) -> Gradients:
+    inputs, settings = arguments.inputs, arguments.settings
+    problem = describe(Arguments(inputs, settings))
+    if problem.empty:
+        return Gradients(*(t.zero_() for t in _allocate_gradients(arguments)))
+    if settings.backend in (None, dispatch.AUTO):
+        chosen = dispatch.choose(problem, settings.backend)
+    else:
+        chosen = dispatch.backend_named(settings.backend)
+    with _no_autocast(problem):
+        found = _no_capture(chosen, problem).backward(problem, inputs, arguments.residuals, arguments.grad_o)
+    return found._replace(ridge_lambda=found.ridge_lambda.contiguous())
+
+
+def _allocate_gradients(arguments: AdjointArguments) -> Gradients:
+    """Uninitialised gradients."""
+    q, k, v, ridge_lambda = arguments.inputs[:4]
+    return Gradients(
+        torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), ridge_lambda.new_empty(ridge_lambda.shape)
+    )
+
+
+def _save(ctx: Any, arguments: Arguments, outputs: Forward) -> None:
+    ctx.save_for_backward(*arguments.inputs, *outputs.residuals)
+    settings = arguments.settings
+    ctx.settings = settings if _ran.name is None else settings._replace(backend=_ran.name)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, gradients: Forward) -> Arguments:
+    """The gradients of a call's arguments: None of those that have none."""
+    nothing: Any = None
+    none = Settings(*(nothing,) * len(Settings._fields))
+    if gradients.o is None:
+        return Arguments(Inputs(nothing, nothing, nothing, nothing), none)
+    inputs, residuals = _SAVED.record(ctx.saved_tensors)
+    found = backward(AdjointArguments(gradients.o, inputs, residuals, ctx.settings))
+    return Arguments(Inputs(found.q, found.k, found.v, found.ridge_lambda), none)
+
+
+# Which backend.
+
+
+def _run_which(arguments: Arguments) -> Choice:
+    return _choice(dispatch.choose(describe(arguments), arguments.settings.backend))
+
+
+def _choice(backend: Backend) -> Choice:
+    return Choice(torch.tensor(dispatch.serial(backend), device="cpu"))
+
+
+def _trace_which(arguments: Arguments) -> Choice:
+    return Choice(torch.empty((), dtype=torch.int64, device="cpu"))
+
+
+# Decoding.
+
+
+def _run_decode(arguments: Arguments) -> Decoded:
+    decoded = _allocate_decoded(arguments)
+    _write_decoded(arguments, decoded.o)
+    return decoded
+
+
+def _run_decode_out(arguments: OutArguments) -> Nothing:
+    _write_decoded(Arguments(arguments.inputs, arguments.settings), arguments.out)
+    torch.autograd.graph.increment_version(arguments.out)  # who saved it for a backward pass shall notice
+    return Nothing()
+
+
+def _write_decoded(arguments: Arguments, out: Tensor) -> None:
+    problem, inputs = describe(arguments), arguments.inputs
+    check_values(problem, inputs)
+    chosen = dispatch.choose(problem, arguments.settings.backend)
+    if problem.empty:
+        out.zero_()
+        return
+    with _no_autocast(problem):
+        _no_capture(chosen, problem).decode(problem, inputs, out)
+
+
+def _allocate_decoded(arguments: Arguments) -> Decoded:
+    return Decoded(empty_output(arguments.inputs.q, arguments.inputs.v))
+
+
+def _trace_decode_out(arguments: OutArguments) -> Nothing:
+    return Nothing()
+
+
+# Inside the operators.
+
+
+def _no_autocast(problem: Problem) -> contextlib.AbstractContextManager[Any]:
+    """Inside an operator the dtypes are the backend's affair: autocast has done its part on the inputs."""
+    device = problem.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _no_capture(chosen: Backend, problem: Problem) -> Backend:
@@ -114,88 +240,28 @@ def _no_capture(chosen: Backend, problem: Problem) -> Backend:
     return chosen
 
 
-def _allocate(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """Uninitialised outputs of the forward operator: o, residuals, report."""
-    dtype, rows = accumulator(q.dtype), q.shape[:-1]
-    row = lambda dtype: q.new_empty(rows, dtype=dtype)
-    full = lambda: q.new_empty(q.shape, dtype=dtype)
-    return [
-        empty_output(q, v), row(dtype), row(dtype), full(), full(),
-        row(dtype), row(torch.int32), row(dtype), row(torch.bool),
-    ]  # fmt: skip
+# What is not differentiable.
 
 
-def _forward(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *settings_and_backend):  # type: ignore[no-untyped-def]
-    *settings, backend = settings_and_backend
-    inputs = Inputs(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k)
-    problem = describe(inputs, *settings)
-    check_values(problem, inputs)
-    chosen = dispatch.choose(problem, backend)
-    _ran.name = chosen.name
-    if problem.empty:
-        *found, converged = _allocate(q, k, v)
-        return (*(t.zero_() for t in found), converged.fill_(True))
-    with _no_autocast(problem):
-        o, residuals, report = _no_capture(chosen, problem).forward(problem, inputs)
-    warn_if_stopped_early(problem, inputs, report)
-    return (o, *(t.contiguous() for t in (*residuals, *report)))  # laid out as the fake says
-
-
-def _forward_fake(q, k, v, *_):  # type: ignore[no-untyped-def]
-    _ran.name = None
-    return tuple(_allocate(q, k, v))
-
-
-def _which(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *settings_and_backend):  # type: ignore[no-untyped-def]
-    *settings, backend = settings_and_backend
-    problem = describe(Inputs(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k), *settings)
-    return torch.tensor(dispatch.serial(dispatch.choose(problem, backend)))
-
-
-def _backward(grad_o, q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k, *rest):  # type: ignore[no-untyped-def]
-    lse, guard, probe, k_mean, *settings, ran_or_demand = rest
-    inputs = Inputs(q, k, v, ridge_lambda, seqlens_k, cu_seqlens_q, cu_seqlens_k)
-    problem = describe(inputs, *settings)
-    if problem.empty:
-        return tuple(t.zero_() for t in _allocate_gradients(q, k, v, ridge_lambda))
-    if ran_or_demand in (None, dispatch.AUTO):
-        chosen = dispatch.choose(problem, ran_or_demand)
-    else:
-        chosen = dispatch.backend_named(ran_or_demand)
-    with _no_autocast(problem):
-        dq, dk, dv, dridge = _no_capture(chosen, problem).backward(
-            problem, inputs, Residuals(lse, guard, probe, k_mean), grad_o
-        )
-    return dq, dk, dv, dridge.contiguous()
-
-
-def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor, ridge_lambda: Tensor) -> list[Tensor]:
-    return [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), ridge_lambda.new_empty(ridge_lambda.shape)]
-
-
-def _backward_fake(grad_o, q, k, v, ridge_lambda, *_):  # type: ignore[no-untyped-def]
-    return tuple(_allocate_gradients(q, k, v, ridge_lambda))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, lse, guard, probe, k_mean, *_ = output
-    ctx.save_for_backward(*inputs[:7], lse, guard, probe, k_mean)
-    *settings, demand = inputs[7:]
-    ctx.settings = (*settings, demand if _ran.name is None else _ran.name)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, grad_o: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_o is None:
-        return (None,) * 17
-    return (*backward(grad_o, *ctx.saved_tensors, *ctx.settings), *(None,) * 13)
-
-
-def _refuse(ctx: Any, *_: Tensor | None) -> None:
+def _refuse_second(ctx: Any, gradients: Gradients) -> NoReturn:
     raise NotImplementedError(
         "flashlla: lla_attention has a first derivative only; this asked for the derivative of its gradient "
         "(create_graph=True, torch.autograd.functional.hessian, a gradient penalty). Try finite differences of the "
         "gradient, or detach it."
+    )
+
+
+def _refuse_decode(ctx: Any, gradients: Decoded) -> NoReturn:
+    raise NotImplementedError(
+        "flashlla: lla_decode has no gradient, and a loss was made of its output; try torch.no_grad() around it, or "
+        "lla_attention, which has one"
+    )
+
+
+def _refuse_forward_mode(*_: Any) -> NoReturn:
+    raise NotImplementedError(
+        "flashlla: lla_attention has no forward-mode derivative (torch.func.jvp, jacfwd and hessian, forward_ad); "
+        "try torch.func.grad, torch.autograd.grad or backward()"
     )
 
 
@@ -220,39 +286,7 @@ class WithoutGradient(torch.autograd.Function):
         )
 
 
-def _write_decode(q, k, v, ridge_lambda, seqlens_k, block_table, *settings_backend_and_out):  # type: ignore[no-untyped-def]
-    *settings, backend, out = settings_backend_and_out
-    inputs = Inputs(q, k, v, ridge_lambda, seqlens_k, block_table=block_table)
-    problem = describe(inputs, *settings, decoding=True)
-    check_values(problem, inputs)
-    chosen = dispatch.choose(problem, backend)
-    if problem.empty:
-        out.zero_()
-        return
-    with _no_autocast(problem):
-        _no_capture(chosen, problem).decode(problem, inputs, out)
-
-
-def _decode_out(*arguments):  # type: ignore[no-untyped-def]
-    _write_decode(*arguments)
-    torch.autograd.graph.increment_version(arguments[-1])  # who saved it for a backward pass shall notice
-
-
-def _decode(q, k, v, *rest):  # type: ignore[no-untyped-def]
-    out = empty_output(q, v)
-    _write_decode(q, k, v, *rest, out)
-    return out
-
-
-def _decode_fake(q, k, v, *_):  # type: ignore[no-untyped-def]
-    return empty_output(q, v)
-
-
-def _refuse_decode(ctx: Any, *_: Tensor | None) -> None:
-    raise NotImplementedError(
-        "flashlla: lla_decode has no gradient, and a loss was made of its output; try torch.no_grad() around it, or "
-        "lla_attention, which has one"
-    )
+# torch.vmap: its dimension becomes part of the batch.
 
 
 def _fold(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
@@ -263,110 +297,99 @@ def _fold(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     return t.flatten(0, 1)
 
 
+def _fold_inputs(inputs: Inputs, dims: Any, size: int) -> Inputs:
+    if inputs.cu_seqlens_q is not None:
+        raise NotImplementedError(
+            "flashlla: torch.vmap over lla_attention_varlen is not supported; pack the sequences of all calls into one"
+        )
+    return Inputs(*(_fold(t, dim, size) for t, dim in zip(inputs, dims)))  # type: ignore[arg-type]
+
+
 def _unfold(t: Tensor, size: int) -> Tensor:
     rows: Tensor = t.unflatten(0, (size, t.shape[0] // size))
     return rows
 
 
-def _forward_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
-    """The dimension becomes part of the batch."""
-    _refuse_vmap_of_packed(arguments[5])
-    folded = [_fold(t, dim, info.batch_size) for t, dim in zip(arguments[:7], in_dims)]
-    found = forward(*folded, *arguments[7:])
-    return tuple(_unfold(t, info.batch_size) for t in found), (0,) * len(found)
+def _batch_forward(size: int, dims: Any, arguments: Arguments) -> Forward:
+    inputs = _fold_inputs(arguments.inputs, dims.inputs, size)
+    o, residuals, report = forward(arguments._replace(inputs=inputs))
+    unfold = lambda record: type(record)(*(_unfold(t, size) for t in record))
+    return Forward(_unfold(o, size), unfold(residuals), unfold(report))
 
 
-def _which_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
-    folded = [_fold(t, dim, info.batch_size) for t, dim in zip(arguments[:7], in_dims)]
-    return which_op(*folded, *arguments[7:]), None
+def _batch_which(size: int, dims: Any, arguments: Arguments) -> Choice:
+    return WHICH(arguments._replace(inputs=_fold_inputs(arguments.inputs, dims.inputs, size)))
 
 
-def _backward_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
-    _refuse_vmap_of_packed(arguments[6])
-    folded = [_fold(t, dim, info.batch_size) for t, dim in zip(arguments[:11], in_dims)]
-    found = backward(*folded, *arguments[11:])
-    return tuple(_unfold(t, info.batch_size) for t in found), (0,) * len(found)
+def _batch_backward(size: int, dims: Any, arguments: AdjointArguments) -> Gradients:
+    residuals = (_fold(t, dim, size) for t, dim in zip(arguments.residuals, dims.residuals))
+    folded = AdjointArguments(
+        _fold(arguments.grad_o, dims.grad_o, size),  # type: ignore[arg-type]
+        _fold_inputs(arguments.inputs, dims.inputs, size),
+        Residuals(*residuals),  # type: ignore[arg-type]
+        arguments.settings,
+    )
+    return Gradients(*(_unfold(t, size) for t in backward(folded)))
 
 
-def _refuse_vmap_of_packed(cu_seqlens: Tensor | None) -> None:
-    if cu_seqlens is not None:
-        raise NotImplementedError(
-            "flashlla: torch.vmap over lla_attention_varlen is not supported; pack the sequences of all calls into one"
-        )
-
-
-def _decode_vmap(info, in_dims, *_):  # type: ignore[no-untyped-def]
+def _refuse_to_batch(size: int, dims: Any, arguments: Any) -> NoReturn:
     raise NotImplementedError(
         "flashlla: torch.vmap over lla_decode is not supported; make the dimension part of the batch, as by "
         "q.flatten(0, 1)"
     )
 
 
-# Defined with Library rather than custom_op, which imports the whole compiler (seconds) at an operator's first call.
-_library = torch.library.Library("flashlla", "DEF")
-
-
-def _define(name: str, arguments: str, outputs: int, kernel: Any, fake: Any, vmap: Any) -> Any:
-    schema = f"{name}({arguments}) -> ({', '.join(['Tensor'] * outputs)})"
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"flashlla::{name}", fake, lib=_library)
-    torch.library.register_vmap(f"flashlla::{name}", vmap, lib=_library)
-    return getattr(torch.ops.flashlla, name).default
-
-
-_CALL = f"Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, {_LENGTHS}, {_SETTINGS}, str? backend"
-forward_op = _define(
-    "forward",
-    _CALL,
-    9,
-    _forward,
-    _forward_fake,
-    _forward_vmap,
+# The operators. torch.ops is opaque to an editor: what runs is named here.
+FORWARD = Operator("forward", Arguments, Forward, run=_run_forward, fake=_trace_forward, batch=_batch_forward)
+BACKWARD = Operator(
+    "backward", AdjointArguments, Gradients, run=_run_backward, fake=_allocate_gradients, batch=_batch_backward
 )
-# Which backend forward runs on: its number, on the CPU. A tensor torch.compile can return, a name it cannot.
-which_op = _define(
-    "which",
-    _CALL,
-    1,
-    _which,
-    lambda *_: torch.empty((), dtype=torch.int64, device="cpu"),
-    _which_vmap,
+WHICH = Operator("which", Arguments, Choice, run=_run_which, fake=_trace_which, batch=_batch_which, batched=False)
+DECODE = Operator("decode", Arguments, Decoded, run=_run_decode, fake=_allocate_decoded, batch=_refuse_to_batch)
+DECODE_OUT = Operator(
+    "decode_out",
+    OutArguments,
+    Nothing,
+    run=_run_decode_out,
+    fake=_trace_decode_out,
+    batch=_refuse_to_batch,
+    writes="out",
 )
-backward_op = _define(
-    "backward",
-    f"Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, {_LENGTHS}, Tensor lse, Tensor guard, "
-    f"Tensor probe, Tensor k_mean, {_SETTINGS}, str? ran_or_demand",
-    4,
-    _backward,
-    _backward_fake,
-    _backward_vmap,
-)
-_CACHE = f"Tensor q, Tensor k, Tensor v, Tensor ridge_lambda, Tensor seqlens_k, Tensor? block_table, {_SETTINGS}"
-decode_op = _define("decode", f"{_CACHE}, str? backend", 1, _decode, _decode_fake, _decode_vmap)
-decode_out_op = _define(
-    "decode_out", f"{_CACHE}, str? backend, Tensor(a!) out", 0, _decode_out, lambda *_: None, _decode_vmap
-)
+FORWARD.differentiate(_differentiate, save=_save, forward_mode=_refuse_forward_mode)
+BACKWARD.differentiate(_refuse_second, forward_mode=_refuse_forward_mode)
+DECODE.differentiate(_refuse_decode, forward_mode=_refuse_forward_mode)
 
 
-def refuse_forward_mode(*_: Any) -> None:
-    raise NotImplementedError(
-        "flashlla: lla_attention has no forward-mode derivative (torch.func.jvp, jacfwd and hessian, forward_ad); "
-        "try torch.func.grad, torch.autograd.grad or backward()"
-    )
+def forward(arguments: Arguments) -> Forward:
+    """The forward pass; differentiable."""
+    return FORWARD.differentiable(arguments)
 
 
-def _differentiable(op: Any, derivative: Any, vmap: Any, save: Any = lambda ctx, inputs, output: None) -> Any:
-    """``op`` with its derivative, in both forms it is asked for: torch.compile takes what is registered with the
-    operator, torch.func's transforms only a Function around it."""
-    torch.library.register_autograd(op.name(), derivative, setup_context=save, lib=_library)
-    rules = {"setup_context": save, "backward": derivative, "jvp": refuse_forward_mode, "vmap": vmap}
-    rules["forward"] = lambda *arguments: op(*arguments)
-    members = {name: staticmethod(rule) for name, rule in rules.items()}
-    function: Any = type(op.name().replace("::", "_"), (torch.autograd.Function,), members)
-    return lambda *arguments: op(*arguments) if torch.compiler.is_compiling() else function.apply(*arguments)
+def backward(arguments: AdjointArguments) -> Gradients:
+    """The gradients of ``sum(o * grad_o)``."""
+    return BACKWARD.differentiable(arguments)
 
 
-forward = _differentiable(forward_op, _differentiate, _forward_vmap, _save)
-backward = _differentiable(backward_op, _refuse, _backward_vmap)
-decode = _differentiable(decode_op, _refuse_decode, _decode_vmap)
+def which(arguments: Arguments) -> Tensor:
+    """The number of the backend that :func:`forward` has just run ``arguments`` on."""
+    if torch.compiler.is_compiling() or _ran.name is None:
+        return WHICH(arguments).number
+    return _choice(dispatch.backend_named(_ran.name)).number
+
+
+def decode(arguments: Arguments) -> Tensor:
+    """The output of new tokens against a cache; without a gradient, which it refuses."""
+    return DECODE.differentiable(arguments).o
+
+
+def decode_out(arguments: Arguments, out: Tensor) -> None:
+    """The same, written to ``out``."""
+    tensors = (*arguments.inputs[:4], out)
+    tangent = lambda t: torch.autograd.forward_ad.unpack_dual(t).tangent
+    if not torch.compiler.is_compiling() and any(tangent(t) is not None for t in tensors):
+        _refuse_forward_mode()
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise NotImplementedError(
+            "out: lla_decode has no gradient, and an argument requires one; try torch.no_grad() around it, or detach()"
+        )
+    DECODE_OUT(OutArguments(*arguments, out))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,9 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashlla import dispatch
-from flashlla.autograd import decode_op, describe, forward_op
+from flashlla.api import prepared
+from flashlla.autograd import decode, forward, which
 from flashlla.backends.base import plain_cache
-from flashlla.validation import prepare_for
+from flashlla.problem import describe
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from flashlla.api import AnyOptions
 
 Floats = NDArray[np.float64]
 
@@ -57,8 +63,7 @@ def verify(
     op: Callable[..., Any] | None = None,
     rows: int = 64,
     seed: int = 0,
-    backend: str | None = None,
-    **options: Any,
+    **options: Unpack[AnyOptions],
 ) -> Verification:
     """Check a backend's output against SciPy on some queries.
 
@@ -71,7 +76,6 @@ def verify(
             :func:`flashlla.lla_attention`.
         rows: how many queries to check, drawn at random. Default 64; all, where there are fewer.
         seed: of the random draw. Default 0.
-        backend: as for ``op``.
         options: its other arguments by keyword, but ``return_info`` and ``out``.
 
     Returns:
@@ -93,16 +97,17 @@ def verify(
     """
     if not isinstance(rows, int) or rows < 1:
         raise ValueError(f"rows: got {rows}, wanted a whole number of at least 1")
-    call = prepare_for(op, "verify", q, k, v, {**options, "backend": backend})
-    problem, inputs = describe(call.inputs, *call.settings, decoding=call.decoding), call.inputs
+    arguments = prepared(op, "verify", q, k, v, **options).arguments
+    problem, inputs = describe(arguments), arguments.inputs
     with torch.no_grad():
-        name = dispatch.choose(problem, backend).name
-        if call.decoding:
-            o = decode_op(*call.arguments, backend)
+        if arguments.settings.at_lengths:
+            name = dispatch.choose(problem, arguments.settings.backend).name
+            o = decode(arguments)
             z = torch.full_like(inputs.q, float("nan"))
             problem, inputs = plain_cache(problem, inputs)
         else:
-            o, _, _, z, *_ = forward_op(*call.arguments, backend)
+            o, residuals, _ = forward(arguments)
+            z, name = residuals.probe, dispatch.backend_numbered(int(which(arguments))).name
     spans = problem.key_spans(inputs)
     start, stop = (t.cpu().expand(problem.batch, 1, problem.q_len)[:, 0] for t in spans)  # (B, Sq)
     picked = _pick(tuple(inputs.q.shape[:3]), rows, seed)

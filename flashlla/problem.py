@@ -1,4 +1,4 @@
-"""What one call asks for, and the shapes of what backends take and give. No computation lives here.
+"""What one call asks for, and the shapes of what backends take and give.
 
 Letters used in every shape comment of the package:
 
@@ -7,14 +7,15 @@ Letters used in every shape comment of the package:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from flashlla.solvers.base import Solver
+from flashlla import solvers
+from flashlla.solvers.base import Solver
 
 # The smallest relative residual |A x - b| / |b| worth iterating for when keys and queries come in this dtype: below
 # it the rounding of the operands, not the solver, decides the error of the output (docs/math.md, section 6).
@@ -52,6 +53,45 @@ class KeySpans(NamedTuple):
         """The first of the keys k, (B, H, Sk, D), that a query sees: (B, H, 1, D)."""
         first = self.start[..., :1, None].expand(*k.shape[:2], 1, k.shape[-1])
         return k.gather(2, first)
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call, four-dimensional views with any strides.
+
+    Packed: B = 1, and Sq and Sk are total lengths. Pages: k and v are (pages, Hkv, page size, D).
+    """
+
+    q: Tensor  # (B, Hq, Sq, D)
+    k: Tensor  # (B, Hkv, Sk, D)
+    v: Tensor  # (B, Hkv, Sk, Dv)
+    ridge_lambda: Tensor  # (B, Hq, Sq), accumulator dtype, often expanded from fewer numbers
+    seqlens_k: Tensor | None = None  # (B,) int32, keys of each sequence; None: all
+    cu_seqlens_q: Tensor | None = None  # (sequences + 1,) int32, where each packed sequence begins, and the end
+    cu_seqlens_k: Tensor | None = None  # the same for keys
+    block_table: Tensor | None = None  # (B, pages) int32, which page holds a sequence's keys; None: no pages
+
+
+class Settings(NamedTuple):
+    """What a call says beside its tensors."""
+
+    causal: bool
+    window: int | None
+    at_lengths: bool  # decoding: the last query's place is the last key in use, not the tensor's last
+    max_seqlen_q: int  # packed; else 0
+    max_seqlen_k: int
+    scale: float
+    delta_eps: float
+    solver: str  # a name; see flashlla.solvers
+    solver_numbers: tuple[float, ...]
+    solver_demanded: bool
+    backend: str | None  # the caller's demand; None: what is preferred
+
+
+class Arguments(NamedTuple):
+    """A call, as the operators take it."""
+
+    inputs: Inputs
+    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -151,6 +191,80 @@ class Problem:
         return KeySpans(start, torch.minimum(stop, torch.as_tensor(last, device=device)))
 
 
+def describe(arguments: Arguments) -> Problem:
+    """The Problem of a call; one object for all calls that are alike, as those of a training loop are."""
+    inputs, settings = arguments
+    return _describe(
+        inputs.q.shape,
+        inputs.k.shape,
+        inputs.v.shape[-1],
+        inputs.q.dtype,
+        inputs.q.device,
+        inputs.seqlens_k is not None,
+        None if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.shape[0] - 1,
+        None if inputs.block_table is None else inputs.block_table.shape[1],
+        settings.causal,
+        settings.window,
+        settings.at_lengths,
+        settings.max_seqlen_q,
+        settings.max_seqlen_k,
+        settings.scale,
+        settings.delta_eps,
+        solvers.decode(settings.solver, settings.solver_numbers),
+        settings.solver_demanded,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _describe(
+    q: torch.Size,
+    k: torch.Size,
+    v_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    padded: bool,
+    sequences: int | None,
+    pages: int | None,
+    causal: bool,
+    window: int | None,
+    at_lengths: bool,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    delta_eps: float,
+    solver: Solver,
+    solver_demanded: bool,
+) -> Problem:
+    k_len = k[2] if pages is None else k[2] * pages
+    return Problem(
+        batch=q[0],
+        q_heads=q[1],
+        kv_heads=k[1],
+        q_len=q[2],
+        k_len=k_len,
+        head_dim=q[3],
+        v_dim=v_dim,
+        dtype=dtype,
+        device=device,
+        scale=scale,
+        delta_eps=delta_eps,
+        solver=solver,
+        solver_demanded=solver_demanded,
+        mask=Mask(
+            causal=causal,
+            # No larger than makes a difference, so that sums with it do not overflow.
+            window=None if window is None else min(window, max(1, k_len)),
+            padded=padded,
+            at_lengths=at_lengths,
+            packed=sequences is not None,
+        ),
+        sequences=sequences or 0,
+        max_seqlen_q=min(max_seqlen_q, q[2]),
+        max_seqlen_k=min(max_seqlen_k, k_len),
+        page_size=None if pages is None else k[2],
+    )
+
+
 def sequence_bounds(cu_seqlens: Tensor | None, total: int, max_seqlen: int) -> tuple[Tensor, Tensor]:
     """Where each sequence of a packed row begins and ends, (sequences,), whatever the numbers: never outside the row,
     never more than ``max_seqlen`` long."""
@@ -158,22 +272,6 @@ def sequence_bounds(cu_seqlens: Tensor | None, total: int, max_seqlen: int) -> t
     edges = cu_seqlens.long().clamp(0, total)
     first = edges[:-1]
     return first, torch.minimum(torch.maximum(edges[1:], first), first + max_seqlen)
-
-
-class Inputs(NamedTuple):
-    """The tensors of one call, four-dimensional views with any strides.
-
-    Packed: B = 1, and Sq and Sk are total lengths. Pages: k and v are (pages, Hkv, page size, D).
-    """
-
-    q: Tensor  # (B, Hq, Sq, D)
-    k: Tensor  # (B, Hkv, Sk, D)
-    v: Tensor  # (B, Hkv, Sk, Dv)
-    ridge_lambda: Tensor  # (B, Hq, Sq), accumulator dtype, often expanded from fewer numbers
-    seqlens_k: Tensor | None = None  # (B,) int32, keys of each sequence; None: all
-    cu_seqlens_q: Tensor | None = None  # (sequences + 1,) int32, where each packed sequence begins, and the end
-    cu_seqlens_k: Tensor | None = None  # the same for keys
-    block_table: Tensor | None = None  # (B, pages) int32, which page holds a sequence's keys; None: no pages
 
 
 class Residuals(NamedTuple):
@@ -195,12 +293,16 @@ class Report(NamedTuple):
 
 
 class Forward(NamedTuple):
+    """The outputs of a forward pass."""
+
     o: Tensor  # (B, Hq, Sq, Dv), the inputs' dtype
     residuals: Residuals
     report: Report
 
 
 class Gradients(NamedTuple):
+    """The outputs of a backward pass."""
+
     q: Tensor  # as q
     k: Tensor  # as k
     v: Tensor  # as v

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flashlla.autograd import refuse_forward_mode
-from flashlla.problem import SUPPORTED_DTYPES, Inputs, accumulator
-from flashlla.solvers import Solver, encode
+from flashlla.problem import SUPPORTED_DTYPES, Arguments, Inputs, Settings, accumulator
+from flashlla.solvers import CG, Solver, encode
 from flashlla.solvers.cg import check_tolerances
 
 # Asked once: torch.compile cannot trace the question before torch 2.12.
@@ -33,25 +30,13 @@ _FORMS = {
         "tensors are (T, H, D) or (1, H, T, D): of (1, T, H, D) try q[0], k[0] and v[0]",
     ),
 }
-_CG_DEFAULTS = {"cg_atol": 1e-12, "cg_rtol": 1e-12, "cg_max_iters": 32, "cg_use_preconditioner": False}
 
 
 class Call(NamedTuple):
-    """A validated call: four-dimensional inputs, and the settings that all operators take, in their order."""
+    """A validated call: what the operators take, and what the caller's tensors looked like."""
 
-    inputs: Inputs
-    # causal, window, max_seqlen_q, max_seqlen_k, scale, delta_eps, solver's name and numbers, demanded
-    settings: tuple[bool, int | None, int, int, float, float, str, list[float], bool]
+    arguments: Arguments
     layout: str  # of the caller's tensors: "bsd", "bhsd", "bshd" or "thd"
-    decoding: bool = False
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """Of the operator, all but the backend."""
-        q, k, v, ridge, seqlens_k, cu_seqlens_q, cu_seqlens_k, block_table = self.inputs
-        if self.decoding:
-            return q, k, v, ridge, seqlens_k, block_table, *self.settings
-        return q, k, v, ridge, seqlens_k, cu_seqlens_q, cu_seqlens_k, *self.settings
 
     def restore(self, t: Tensor) -> Tensor:
         """``t`` of (B, H, S, ...) in the caller's layout."""
@@ -62,24 +47,33 @@ class Call(NamedTuple):
         return t.transpose(1, 2) if self.layout == "bshd" else t
 
 
+class _Numbers(NamedTuple):
+    """The ``cg_*`` arguments."""
+
+    cg_atol: float = CG.atol
+    cg_rtol: float = CG.rtol
+    cg_max_iters: int = CG.max_iters
+    cg_use_preconditioner: bool = False
+
+
 def prepare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    ridge_lambda: float | Tensor = 10.0,
-    qk_scale: float | None = None,
-    delta_eps: float = 1e-12,
-    cg_atol: float = 1e-12,
-    cg_rtol: float = 1e-12,
-    cg_max_iters: int = 32,
-    cg_use_preconditioner: bool = False,
-    solver: str | Solver | None = None,
-    backend: str | None = None,
     *,
-    causal: bool = True,
-    window: int | None = None,
-    seqlens_k: Tensor | None = None,
-    layout: str = "bhsd",
+    ridge_lambda: float | Tensor,
+    qk_scale: float | None,
+    delta_eps: float,
+    cg_atol: float,
+    cg_rtol: float,
+    cg_max_iters: int,
+    cg_use_preconditioner: bool,
+    solver: str | Solver | None,
+    backend: str | None,
+    causal: bool,
+    window: int | None,
+    seqlens_k: Tensor | None,
+    layout: str,
 ) -> Call:
     """Check everything that can be checked without looking at the tensors' numbers; bring it to canonical form."""
     _check_layout(layout)
@@ -88,67 +82,57 @@ def prepare(
         q, k, v, layout = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), "bsd"
     elif layout == "bshd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    cg_numbers = (cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
-    inputs = Inputs(q, k, v, _check_ridge(ridge_lambda, q, layout), _check_seqlens(seqlens_k, q, k))
-    return _call(inputs, causal, window, qk_scale, delta_eps, cg_numbers, solver, backend, layout)
+    inputs = Inputs(
+        q, k, v, ridge_lambda=_check_ridge(ridge_lambda, q, layout), seqlens_k=_check_seqlens(seqlens_k, q, k)
+    )
+    numbers = _Numbers(cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
+    settings = _check_settings(q, qk_scale, delta_eps, numbers, solver, backend, causal, window)
+    return Call(Arguments(inputs, settings), layout)
 
 
 def prepare_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    ridge_lambda: float | Tensor = 10.0,
-    qk_scale: float | None = None,
-    delta_eps: float = 1e-12,
-    cg_atol: float = 1e-12,
-    cg_rtol: float = 1e-12,
-    cg_max_iters: int = 32,
-    cg_use_preconditioner: bool = False,
-    solver: str | Solver | None = None,
-    backend: str | None = None,
     *,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    causal: bool = True,
-    window: int | None = None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    ridge_lambda: float | Tensor,
+    qk_scale: float | None,
+    delta_eps: float,
+    cg_atol: float,
+    cg_rtol: float,
+    cg_max_iters: int,
+    cg_use_preconditioner: bool,
+    solver: str | Solver | None,
+    backend: str | None,
+    causal: bool,
+    window: int | None,
 ) -> Call:
     """The same for packed sequences."""
     q, k, v = _check_tensors(q, k, v, "thd")
     layout = "bhsd"
     if q.dim() == 3:
         q, k, v, layout = *(t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)), "thd"
-    apart = (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))
-    if cu_seqlens is not None:
-        for name, value in apart:
-            if value is not None:
-                raise ValueError(f"{name}: got it together with cu_seqlens, wanted cu_seqlens alone or both others")
-        cu_q = cu_k = _check_cu_seqlens(cu_seqlens, q, "cu_seqlens")
-    else:
-        if cu_seqlens_q is None and cu_seqlens_k is None:
-            raise ValueError(
-                "cu_seqlens: got None, wanted a tensor of (sequences + 1,) int32, where each sequence begins and the "
-                "last one ends; or cu_seqlens_q and cu_seqlens_k"
-            )
-        for name, value in apart:
-            if value is None:
-                raise ValueError(f"{name}: got None, wanted a tensor of (sequences + 1,) int32, or cu_seqlens for both")
-        cu_q, cu_k = (_check_cu_seqlens(value, q, name) for name, value in apart)
-        if cu_q.shape != cu_k.shape:
-            raise ValueError(
-                f"cu_seqlens_k: got shape {tuple(cu_k.shape)}, wanted {tuple(cu_q.shape)}, that of cu_seqlens_q: the "
-                f"two tell of the same sequences"
-            )
-    max_seqlen_q = _check_max_seqlen(max_seqlen_q, max_seqlen, "max_seqlen_q", cu_q)
-    max_seqlen_k = _check_max_seqlen(max_seqlen_k, max_seqlen, "max_seqlen_k", cu_k)
-    cg_numbers = (cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
-    inputs = Inputs(q, k, v, _check_ridge(ridge_lambda, q, layout), None, cu_q, cu_k)
-    return _call(
-        inputs, causal, window, qk_scale, delta_eps, cg_numbers, solver, backend, layout, (max_seqlen_q, max_seqlen_k)
+    cu_seqlens_q, cu_seqlens_k = _check_edges(q, cu_seqlens, cu_seqlens_q, cu_seqlens_k)
+    inputs = Inputs(
+        q,
+        k,
+        v,
+        ridge_lambda=_check_ridge(ridge_lambda, q, layout),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
     )
+    numbers = _Numbers(cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
+    settings = _check_settings(q, qk_scale, delta_eps, numbers, solver, backend, causal, window)._replace(
+        max_seqlen_q=_check_max_seqlen(max_seqlen_q, max_seqlen, "max_seqlen_q", cu_seqlens_q),
+        max_seqlen_k=_check_max_seqlen(max_seqlen_k, max_seqlen, "max_seqlen_k", cu_seqlens_k),
+    )
+    return Call(Arguments(inputs, settings), layout)
 
 
 def prepare_decode(
@@ -156,15 +140,15 @@ def prepare_decode(
     k_cache: Tensor,
     v_cache: Tensor,
     seqlens_k: Tensor,
-    ridge_lambda: float | Tensor = 10.0,
-    qk_scale: float | None = None,
-    delta_eps: float = 1e-12,
-    solver: str | Solver | None = None,
-    backend: str | None = None,
     *,
-    window: int | None = None,
-    block_table: Tensor | None = None,
-    layout: str = "bhsd",
+    ridge_lambda: float | Tensor,
+    qk_scale: float | None,
+    delta_eps: float,
+    window: int | None,
+    block_table: Tensor | None,
+    solver: str | Solver | None,
+    backend: str | None,
+    layout: str,
 ) -> Call:
     """The same for decoding with a cache."""
     _check_layout(layout)
@@ -185,67 +169,21 @@ def prepare_decode(
     if seqlens_k is None:
         raise TypeError("seqlens_k: got None, wanted a tensor of (B,) integers: the keys in use, the new ones counted")
     inputs = Inputs(
-        q, k, v, _check_ridge(ridge_lambda, q, layout), _check_seqlens(seqlens_k, q, k), block_table=block_table
+        q,
+        k,
+        v,
+        ridge_lambda=_check_ridge(ridge_lambda, q, layout),
+        seqlens_k=_check_seqlens(seqlens_k, q, k),
+        block_table=block_table,
     )
-    cg_numbers = (1e-12, 1e-12, 32, False)
-    call = _call(inputs, True, window, qk_scale, delta_eps, cg_numbers, solver or "direct", backend, layout)
-    *settings, demanded = call.settings
-    return call._replace(settings=(*settings, demanded and solver is not None), decoding=True)  # type: ignore[arg-type]
-
-
-# By the names of the functions that users call.
-_PREPARE: dict[str, Callable[..., Call]] = {
-    "lla_attention": prepare,
-    "lla_attention_varlen": prepare_varlen,
-    "lla_decode": prepare_decode,
-}
-
-
-# What attention elsewhere calls its arguments, and what is to be done here.
-_ELSEWHERE = {
-    "is_causal": "causal=, True here by default",
-    "scale": "qk_scale=",
-    "softmax_scale": "qk_scale=",
-    "sm_scale": "qk_scale=",
-    "window_size": "window=left + 1",
-    "attn_mask": "causal=, window= or seqlens_k=; there are no other masks",
-    "dropout_p": "without it: there is no dropout",
-    "enable_gqa": "without it: k and v may have fewer heads",
-    "cu_seqlens": "flashlla.lla_attention_varlen",
-    "block_table": "flashlla.lla_decode",
-}
-
-
-def refuse_unknown(caller: str, names: Iterable[str], function: Callable[..., Any]) -> NoReturn:
-    """The error for arguments that ``function``, which ``caller`` calls or is, does not have."""
-    name = min(names)
-    parameters = inspect.signature(function).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = _ELSEWHERE.get(name, f"{close[0]}=" if close else f"one of {', '.join(known)}")
-    raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}; try {hint}")
-
-
-def prepare_for(
-    op: Callable[..., Any] | None, caller: str, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]
-) -> Call:
-    """The call ``op(q, k, v, **arguments)``, of lla_attention where that is None, for ``caller``."""
-    name = "lla_attention" if op is None else getattr(op, "__name__", "")
-    function = _PREPARE.get(name)
-    if function is None:
-        raise ValueError(f"op: got {op!r}, wanted one of {', '.join(f'flashlla.{name}' for name in _PREPARE)}")
-    parameters = inspect.signature(function).parameters
-    if unknown := set(arguments) - set(parameters):
-        refuse_unknown(caller, unknown, function)
-    for wanted in list(parameters.values())[3:]:
-        if wanted.default is inspect.Parameter.empty and wanted.name not in arguments:
-            raise TypeError(f"{caller}() lacks the keyword argument {wanted.name!r} of {name}")
-    return function(q, k, v, **arguments)
+    settings = _check_settings(q, qk_scale, delta_eps, _Numbers(), solver or "direct", backend, True, window)
+    settings = settings._replace(at_lengths=True, solver_demanded=solver is not None)
+    return Call(Arguments(inputs, settings), layout)
 
 
 def check_out(out: Tensor, call: Call) -> Tensor:
     """``out`` of lla_decode as (B, Hq, N, Dv), what the operator writes."""
-    q, v = call.inputs.q, call.inputs.v
+    q, v = call.arguments.inputs.q, call.arguments.inputs.v
     if not isinstance(out, Tensor):
         raise TypeError(f"out: got {type(out).__name__}, wanted a torch.Tensor or None")
     wide = out.transpose(1, 2) if call.layout == "bshd" and out.dim() == 4 else out
@@ -262,40 +200,41 @@ def check_out(out: Tensor, call: Call) -> Tensor:
         )
     if out.device != q.device:
         raise ValueError(f"out: got device {out.device}, wanted {q.device}, the device of q")
-    tensors = (*call.inputs[:4], out)
-    tangent = lambda t: torch.autograd.forward_ad.unpack_dual(t).tangent
-    if not torch.compiler.is_compiling() and any(tangent(t) is not None for t in tensors):
-        refuse_forward_mode()
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise NotImplementedError(
-            "out: lla_decode has no gradient, and an argument requires one; try torch.no_grad() around it, or detach()"
-        )
     return wide
 
 
-def _call(
-    inputs: Inputs,
-    causal: bool,
-    window: int | None,
+def _check_settings(
+    q: Tensor,
     qk_scale: float | None,
     delta_eps: float,
-    cg_numbers: tuple[float, float, int, bool],
+    numbers: _Numbers,
     solver: str | Solver | None,
     backend: str | None,
-    layout: str,
-    max_seqlens: tuple[int, int] = (0, 0),
-) -> Call:
-    """What is the same for every kind of call."""
+    causal: bool,
+    window: int | None,
+) -> Settings:
+    """What every kind of call says beside its tensors."""
     causal, window = _check_mask(causal, window)
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: got {type(backend).__name__}, wanted a backend's name, 'auto' or None")
-    scale = 1 / math.sqrt(inputs.q.shape[-1]) if qk_scale is None else _check_number(qk_scale, "qk_scale")
+    scale = 1 / math.sqrt(q.shape[-1]) if qk_scale is None else _check_number(qk_scale, "qk_scale")
     delta_eps = _check_number(delta_eps, "delta_eps")
     if delta_eps < 0:
         raise ValueError(f"delta_eps: got {delta_eps}, wanted a number of at least 0")
-    name, numbers = _check_solver(solver, cg_numbers)
-    demanded = solver is not None or cg_numbers[-1]
-    return Call(inputs, (causal, window, *max_seqlens, scale, delta_eps, name, numbers, demanded), layout)
+    name, solver_numbers = _check_solver(solver, numbers)
+    return Settings(
+        causal=causal,
+        window=window,
+        at_lengths=False,
+        max_seqlen_q=0,
+        max_seqlen_k=0,
+        scale=scale,
+        delta_eps=delta_eps,
+        solver=name,
+        solver_numbers=tuple(solver_numbers),
+        solver_demanded=solver is not None or numbers.cg_use_preconditioner,
+        backend=backend,
+    )
 
 
 def _check_layout(layout: str) -> None:
@@ -359,6 +298,34 @@ def _check_seqlens(seqlens_k: Tensor | None, q: Tensor, k: Tensor) -> Tensor | N
     if seqlens_k.shape != q.shape[:1]:
         raise ValueError(f"seqlens_k: got shape {tuple(seqlens_k.shape)}, wanted (B,) = {tuple(q.shape[:1])}")
     return seqlens_k
+
+
+def _check_edges(
+    q: Tensor, both: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Where packed sequences begin, of queries and of keys: ``both`` (cu_seqlens), or one tensor for each."""
+    apart = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    if both is not None:
+        for name, value in apart.items():
+            if value is not None:
+                raise ValueError(f"{name}: got it together with cu_seqlens, wanted cu_seqlens alone or both others")
+        edges = _check_cu_seqlens(both, q, "cu_seqlens")
+        return edges, edges
+    if all(value is None for value in apart.values()):
+        raise ValueError(
+            "cu_seqlens: got None, wanted a tensor of (sequences + 1,) int32, where each sequence begins and the "
+            "last one ends; or cu_seqlens_q and cu_seqlens_k"
+        )
+    for name, value in apart.items():
+        if value is None:
+            raise ValueError(f"{name}: got None, wanted a tensor of (sequences + 1,) int32, or cu_seqlens for both")
+    of_q, of_k = (_check_cu_seqlens(value, q, name) for name, value in apart.items())
+    if of_q.shape != of_k.shape:
+        raise ValueError(
+            f"cu_seqlens_k: got shape {tuple(of_k.shape)}, wanted {tuple(of_q.shape)}, that of cu_seqlens_q: the "
+            f"two tell of the same sequences"
+        )
+    return of_q, of_k
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor | None, t: Tensor, name: str) -> Tensor:
@@ -538,18 +505,18 @@ def _check_number(value: float, name: str, wanted: str = "a number") -> float:
     return float(value)
 
 
-def _check_solver(solver: str | Solver | None, cg_numbers: tuple[float, float, int, bool]) -> tuple[str, list[float]]:
+def _check_solver(solver: str | Solver | None, numbers: _Numbers) -> tuple[str, Sequence[float]]:
     """The solver as a name and numbers, from either way of asking for one."""
-    atol, rtol, max_iters, preconditioned = cg_numbers
-    check_tolerances(atol, rtol, max_iters, prefix="cg_")
-    if not isinstance(preconditioned, bool):
+    check_tolerances(numbers.cg_atol, numbers.cg_rtol, numbers.cg_max_iters, prefix="cg_")
+    if not isinstance(numbers.cg_use_preconditioner, bool):
         raise TypeError(
-            f"cg_use_preconditioner: got {preconditioned!r}, wanted True or False; for a preconditioner by name or "
-            f"object try solver=flashlla.PCG(preconditioner=...)"
+            f"cg_use_preconditioner: got {numbers.cg_use_preconditioner!r}, wanted True or False; for a preconditioner "
+            f"by name or object try solver=flashlla.PCG(preconditioner=...)"
         )
     if solver is None:
-        return ("pcg" if preconditioned else "cg"), [float(atol), float(rtol), float(max_iters)]
-    for (name, default), value in zip(_CG_DEFAULTS.items(), cg_numbers):
+        name = "pcg" if numbers.cg_use_preconditioner else "cg"
+        return name, (float(numbers.cg_atol), float(numbers.cg_rtol), float(numbers.cg_max_iters))
+    for name, value, default in zip(numbers._fields, numbers, _Numbers()):
         if value != default:
             raise ValueError(
                 f"{name}: got {value} together with solver={solver!r}, wanted one of the two. Try "

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import flashlla
-from flashlla.autograd import backward_op, forward_op, which_op
-from flashlla.problem import Inputs
+from flashlla.autograd import BACKWARD, FORWARD, WHICH, AdjointArguments
+from flashlla.library import Operator
+from flashlla.problem import Arguments, Inputs, Settings, describe
 from flashlla.solvers import Gram
 
 # torch.compile's default backend builds C++; without a compiler the graph is still traced, differentiated and run.
@@ -17,8 +18,19 @@ compiled_whole = functools.partial(
     torch.compile, fullgraph=True, backend="inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
 )
 TIGHT = flashlla.CG(rtol=1e-26, max_iters=200)
-# Of the operators, all but tensors and backend.
-SETTINGS = (True, None, 0, 0, 0.3, 1e-12, "cg", [1e-12, 1e-12, 32.0], True)
+SETTINGS = Settings(
+    causal=True,
+    window=None,
+    at_lengths=False,
+    max_seqlen_q=0,
+    max_seqlen_k=0,
+    scale=0.3,
+    delta_eps=1e-12,
+    solver="cg",
+    solver_numbers=(1e-12, 1e-12, 32.0),
+    solver_demanded=True,
+    backend=None,
+)
 
 
 def inputs(length=33, dtype=torch.float64):
@@ -32,6 +44,20 @@ def loss(q, k, v, ridge):
     return flashlla.lla_attention(q, k, v, ridge_lambda=ridge, solver=TIGHT).sin().sum()
 
 
+def opcheck(operator: Operator, arguments) -> None:
+    torch.library.opcheck(operator.op, operator.takes.flat(arguments))
+
+
+def opcheck_both_directions(q, k, v, ridge, backend):
+    arguments = Arguments(Inputs(q, k, v, ridge), SETTINGS._replace(backend=backend))
+    opcheck(FORWARD, arguments)
+    with torch.no_grad():
+        found = FORWARD(arguments)
+    inputs = Inputs(*(t.detach() for t in (q, k, v, ridge)))
+    opcheck(BACKWARD, AdjointArguments(found.o, inputs, found.residuals, arguments.settings))
+    return arguments
+
+
 def assert_same_gradients(compiled, eager, arguments):
     for a, b in zip(
         torch.autograd.grad(compiled(*arguments), arguments), torch.autograd.grad(eager(*arguments), arguments)
@@ -43,12 +69,8 @@ def assert_same_gradients(compiled, eager, arguments):
 def test_opcheck(backend):
     q, k, v, ridge = inputs(9)
     ridge = ridge.expand(2, 3, 9).contiguous()
-    torch.library.opcheck(forward_op, (q, k, v, ridge, None, None, None, *SETTINGS, backend))
-    torch.library.opcheck(which_op, (q, k, v, ridge, None, None, None, *SETTINGS, backend))
-    with torch.no_grad():
-        o, *residuals, _, _, _, _ = forward_op(q, k, v, ridge, None, None, None, *SETTINGS, backend)
-    o, q, k, v, *residuals = (t.detach() for t in (o, q, k, v, *residuals))
-    torch.library.opcheck(backward_op, (o, q, k, v, ridge.detach(), None, None, None, *residuals, *SETTINGS, backend))
+    arguments = opcheck_both_directions(q, k, v, ridge, backend)
+    opcheck(WHICH, arguments)
 
 
 def test_all_outputs_are_where_the_inputs_are():
@@ -56,14 +78,15 @@ def test_all_outputs_are_where_the_inputs_are():
     q, k, v, ridge = (t.detach() for t in inputs(9))
     ridge = ridge.expand(2, 3, 9).contiguous()
     q, k, v, ridge = (t.to("meta") for t in (q, k, v, ridge))
-    o, *residuals, _, _, _, _ = found = forward_op(q, k, v, ridge, None, None, None, *SETTINGS, None)
-    found += backward_op(o, q, k, v, ridge, None, None, None, *residuals, *SETTINGS, None)
-    assert {t.device.type for t in found} == {"meta"}
+    arguments = Arguments(Inputs(q, k, v, ridge), SETTINGS)
+    found = FORWARD(arguments)
+    gradients = BACKWARD(AdjointArguments(found.o, arguments.inputs, found.residuals, SETTINGS))
+    assert {t.device.type for t in (*FORWARD.gives.flat(found), *gradients)} == {"meta"}
 
 
 def test_what_no_cuda_graph_can_hold_says_so(monkeypatch):
     """As the operators look at a backend while a graph is captured."""
-    problem = flashlla.autograd.describe(Inputs(*inputs(9)), *SETTINGS)
+    problem = describe(Arguments(Inputs(*inputs(9)), SETTINGS))
     problem = dataclasses.replace(problem, device=torch.device("cuda"))
     for capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda answer=capturing: answer)
@@ -174,8 +197,4 @@ def test_layouts_are_those_of_the_fakes(backend):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 9, 3, 4, generator=generator).transpose(1, 2).requires_grad_() for _ in range(3))
     ridge = torch.ones(1, 3, 9)
-    torch.library.opcheck(forward_op, (q, k, v, ridge, None, None, None, *SETTINGS, backend))
-    with torch.no_grad():
-        o, *residuals, _, _, _, _ = forward_op(q, k, v, ridge, None, None, None, *SETTINGS, backend)
-    o, q, k, v, *residuals = (t.detach() for t in (o, q, k, v, *residuals))
-    torch.library.opcheck(backward_op, (o, q, k, v, ridge, None, None, None, *residuals, *SETTINGS, backend))
+    opcheck_both_directions(q, k, v, ridge, backend)

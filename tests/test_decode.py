@@ -13,9 +13,9 @@ from torch import Tensor
 
 import flashlla
 from flashlla import lla_attention, lla_decode
-from flashlla.autograd import decode_op, decode_out_op
+from flashlla.api import prepared
+from flashlla.autograd import DECODE, DECODE_OUT, OutArguments
 from flashlla.backends.base import Backend
-from flashlla.validation import prepare_decode
 from tests.support.budget import Excess, allowance, evaluate, spreads_of
 from tests.support.decoding import CASES, NAN, Decoding, paged
 from tests.support.helpers import BACKENDS, DEVICES, DTYPES, interpreted, normal, problem_of, skip_if_refused, turn
@@ -244,10 +244,11 @@ def test_opcheck(backend: str, name: str) -> None:
         k, v, keywords["block_table"] = paged(k, v, case.page)
     if case.layout == "bshd":
         q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-    arguments = prepare_decode(q, k, v, **keywords, **case.options()).arguments
-    torch.library.opcheck(decode_op, (*arguments, backend))
-    out = decode_op(*arguments, backend)
-    torch.library.opcheck(decode_out_op, (*arguments, backend, torch.empty_like(out)))
+    options = {**keywords, **case.options(), "backend": backend}
+    arguments = prepared(lla_decode, "test_opcheck", q, k, v, **options).arguments
+    torch.library.opcheck(DECODE.op, DECODE.takes.flat(arguments))
+    into = OutArguments(*arguments, torch.empty_like(DECODE(arguments).o))
+    torch.library.opcheck(DECODE_OUT.op, DECODE_OUT.takes.flat(into))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashlla.autograd import describe, forward
+from flashlla.api import lla_attention, prepared
+from flashlla.autograd import forward
 from flashlla.backends.naive import Naive, whole
-from flashlla.problem import Residuals
-from flashlla.validation import prepare
+from flashlla.problem import Residuals, describe
 
 __all__ = ["lla_backward_naive", "lla_forward_naive"]
 
@@ -49,13 +49,25 @@ def lla_forward_naive(
         >>> q, k, v = torch.randn(3, 1, 20, 8).unbind(0)
         >>> o, rho, denom, m = lla_forward_naive(q, k, v, 8**-0.5, 10.0, 1e-12)
     """
-    call = prepare(q, k, v, ridge_lambda, qk_scale, delta_eps, solver="direct")
-    o, lse, _, z, k_mean, omega, *_ = forward(*call.arguments, "naive")
+    call = prepared(
+        lla_attention,
+        "lla_forward_naive",
+        q,
+        k,
+        v,
+        ridge_lambda=ridge_lambda,
+        qk_scale=qk_scale,
+        delta_eps=delta_eps,
+        solver="direct",
+        backend="naive",
+    )
+    found = forward(call.arguments)
     with torch.no_grad():
-        spike = 1 + ((k_mean - call.inputs.q) * z).sum(-1, keepdim=True)  # (B, 1, S, 1)
-        omega = omega.unsqueeze(-1)
-        rho, denom, m = z / spike, omega / spike + delta_eps, lse.unsqueeze(-1) - omega.log()
-    return call.restore(o), call.restore(rho), call.restore(denom), call.restore(m)
+        z, d = found.residuals.probe, found.residuals.k_mean - call.arguments.inputs.q
+        spike = 1 + (d * z).sum(-1, keepdim=True)  # (B, 1, S, 1)
+        omega = found.report.omega.unsqueeze(-1)
+        rho, denom, m = z / spike, omega / spike + delta_eps, found.residuals.lse.unsqueeze(-1) - omega.log()
+    return call.restore(found.o), call.restore(rho), call.restore(denom), call.restore(m)
 
 
 def lla_backward_naive(
@@ -92,8 +104,10 @@ def lla_backward_naive(
         >>> o, rho, denom, m = lla_forward_naive(q, k, v, None, 10.0, 1e-12)
         >>> dq, dk, dv = lla_backward_naive(q, k, v, rho, denom, m, grad_o, None, 10.0)
     """
-    call = prepare(q, k, v, ridge_lambda, qk_scale, solver="direct")
-    problem, inputs = describe(call.inputs, *call.settings), call.inputs
+    call = prepared(
+        lla_attention, "lla_backward_naive", q, k, v, ridge_lambda=ridge_lambda, qk_scale=qk_scale, solver="direct"
+    )
+    problem, inputs = describe(call.arguments), call.arguments.inputs
     if problem.empty:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     with torch.no_grad():

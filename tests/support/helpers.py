@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 import flashlla
-from flashlla.autograd import describe
+from flashlla.api import prepared
 from flashlla.backends.base import Backend
 from flashlla.covariance import Systems
 from flashlla.dispatch import all_backends
-from flashlla.problem import Inputs, Problem
-from flashlla.validation import prepare_for
+from flashlla.problem import Inputs, Problem, describe
 from tests.support.interpreter import hasten
 
 BACKENDS = [pytest.param(backend, id=backend.name) for backend in all_backends()]
@@ -59,8 +58,8 @@ def problem_of(
     q: Tensor, k: Tensor, v: Tensor, op: Callable[..., Any] | None = None, **keywords: Any
 ) -> tuple[Problem, Inputs]:
     """What a backend is called with."""
-    call = prepare_for(op, "problem_of", q, k, v, keywords)
-    return describe(call.inputs, *call.settings, decoding=call.decoding), call.inputs
+    arguments = prepared(op, "problem_of", q, k, v, **keywords).arguments
+    return describe(arguments), arguments.inputs
 
 
 def differentiable(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ class Operator(Generic[A, G]):
         writes: str | None = None,
     ) -> None:
         self.name, self.takes, self.gives = f"flashlla::{name}", Row(takes), Row(gives)
-        self._batch, self._place = batch, 0 if batched else None
+        self.run, self._batch, self._place = run, batch, 0 if batched else None
         arguments = self.takes.schema
         if writes is not None:
             arguments = arguments.replace(f"Tensor {writes}", f"Tensor(a!) {writes}")

@@ -83,7 +83,11 @@ def prepare(
     elif layout == "bshd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     inputs = Inputs(
-        q, k, v, ridge_lambda=_check_ridge(ridge_lambda, q, layout), seqlens_k=_check_seqlens(seqlens_k, q, k)
+        q=q,
+        k=k,
+        v=v,
+        ridge_lambda=_check_ridge(ridge_lambda, q, layout),
+        seqlens_k=_check_seqlens(seqlens_k, q, k),
     )
     numbers = _Numbers(cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
     settings = _check_settings(q, qk_scale, delta_eps, numbers, solver, backend, causal, window)
@@ -120,9 +124,9 @@ def prepare_varlen(
         q, k, v, layout = *(t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)), "thd"
     cu_seqlens_q, cu_seqlens_k = _check_edges(q, cu_seqlens, cu_seqlens_q, cu_seqlens_k)
     inputs = Inputs(
-        q,
-        k,
-        v,
+        q=q,
+        k=k,
+        v=v,
         ridge_lambda=_check_ridge(ridge_lambda, q, layout),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
@@ -169,9 +173,9 @@ def prepare_decode(
     if seqlens_k is None:
         raise TypeError("seqlens_k: got None, wanted a tensor of (B,) integers: the keys in use, the new ones counted")
     inputs = Inputs(
-        q,
-        k,
-        v,
+        q=q,
+        k=k,
+        v=v,
         ridge_lambda=_check_ridge(ridge_lambda, q, layout),
         seqlens_k=_check_seqlens(seqlens_k, q, k),
         block_table=block_table,

@@ -3,8 +3,8 @@
 The operators are opaque to torch.compile; ``forward``, ``backward`` and ``decode`` are three of them as functions that
 torch.func transforms too. The choice of a backend is made inside the operator, at run time and in the caller's
 context. It is no output: all of these are on the inputs' device, so that CUDA graphs hold whole steps. To the backward
-operator, which may run on another thread, it goes as a name; of a forward pass that was traced and did not run, the
-demand goes instead. Who asks which it was is told by a number on the CPU.
+operator, which may run on another thread, it goes as a name; a traced forward pass, which has not run, hands on the
+caller's demand instead. ``which`` returns the choice as a number on the CPU.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ from flashlla.problem import (
     Report,
     Residuals,
     Settings,
-    accumulator,
     describe,
+    empty_forward,
+    empty_gradients,
     empty_output,
+    keyless_forward,
+    zero_gradients,
 )
 from flashlla.records import Row
 from flashlla.values import check_values
@@ -63,7 +66,7 @@ class Decoded(NamedTuple):
     o: Tensor  # (B, Hq, Sq, Dv)
 
 
-class Nothing(NamedTuple):
+class NoOutputs(NamedTuple):
     pass
 
 
@@ -77,13 +80,13 @@ class _Saved(NamedTuple):
 _SAVED = Row(_Saved)
 
 
-class _Ran(threading.local):
+class _LastBackend(threading.local):
     """The name of the backend that the last forward pass of this thread ran on; None if it was traced."""
 
     name: str | None = None
 
 
-_ran = _Ran()
+_last_backend = _LastBackend()
 
 
 # Forward and backward.
@@ -93,9 +96,9 @@ def _run_forward(arguments: Arguments) -> Forward:
     problem, inputs = describe(arguments), arguments.inputs
     check_values(problem, inputs)
     chosen = dispatch.choose(problem, arguments.settings.backend)
-    _ran.name = chosen.name
+    _last_backend.name = chosen.name
     if problem.empty:
-        return _nothing_seen(_allocate_forward(arguments))
+        return keyless_forward(inputs.q, inputs.v)
     with _no_autocast(problem):
         o, residuals, report = _no_capture(chosen, problem).forward(problem, inputs)
     warn_if_stopped_early(problem, inputs, report)
@@ -103,70 +106,45 @@ def _run_forward(arguments: Arguments) -> Forward:
     return Forward(o, Residuals(*(t.contiguous() for t in residuals)), Report(*(t.contiguous() for t in report)))
 
 
-def _nothing_seen(found: Forward) -> Forward:
-    """What queries have that see no key."""
-    for t in (found.o, *found.residuals, *found.report):
-        t.zero_()
-    found.report.converged.fill_(True)
-    return found
-
-
-def _allocate_forward(arguments: Arguments) -> Forward:
-    """Uninitialised outputs."""
-    q, v = arguments.inputs.q, arguments.inputs.v
-    dtype, rows = accumulator(q.dtype), q.shape[:-1]
-    row = lambda dtype: q.new_empty(rows, dtype=dtype)
-    vector = lambda: q.new_empty(q.shape, dtype=dtype)
-    return Forward(
-        empty_output(q, v),
-        Residuals(lse=row(dtype), guard=row(dtype), probe=vector(), k_mean=vector()),
-        Report(omega=row(dtype), iterations=row(torch.int32), residual=row(dtype), converged=row(torch.bool)),
-    )
-
-
 def _trace_forward(arguments: Arguments) -> Forward:
-    _ran.name = None
-    return _allocate_forward(arguments)
+    _last_backend.name = None
+    return empty_forward(arguments.inputs.q, arguments.inputs.v)
 
 
 def _run_backward(arguments: AdjointArguments) -> Gradients:
     inputs, settings = arguments.inputs, arguments.settings
     problem = describe(Arguments(inputs, settings))
     if problem.empty:
-        return Gradients(*(t.zero_() for t in _allocate_gradients(arguments)))
+        return zero_gradients(inputs)
     if settings.backend in (None, dispatch.AUTO):
         chosen = dispatch.choose(problem, settings.backend)
     else:
         chosen = dispatch.backend_named(settings.backend)
     with _no_autocast(problem):
-        found = _no_capture(chosen, problem).backward(problem, inputs, arguments.residuals, arguments.grad_o)
-    return found._replace(ridge_lambda=found.ridge_lambda.contiguous())
+        gradients = _no_capture(chosen, problem).backward(problem, inputs, arguments.residuals, arguments.grad_o)
+    return gradients._replace(ridge_lambda=gradients.ridge_lambda.contiguous())
 
 
-def _allocate_gradients(arguments: AdjointArguments) -> Gradients:
-    """Uninitialised gradients."""
-    q, k, v, ridge_lambda = arguments.inputs[:4]
-    return Gradients(
-        torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), ridge_lambda.new_empty(ridge_lambda.shape)
-    )
+def _trace_backward(arguments: AdjointArguments) -> Gradients:
+    return empty_gradients(arguments.inputs)
 
 
 def _save(ctx: Any, arguments: Arguments, outputs: Forward) -> None:
     ctx.save_for_backward(*arguments.inputs, *outputs.residuals)
     settings = arguments.settings
-    ctx.settings = settings if _ran.name is None else settings._replace(backend=_ran.name)
+    ctx.settings = settings if _last_backend.name is None else settings._replace(backend=_last_backend.name)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, gradients: Forward) -> Arguments:
     """The gradients of a call's arguments: None of those that have none."""
-    nothing: Any = None
-    none = Settings(*(nothing,) * len(Settings._fields))
+    none: Any = None
+    of_settings = Settings(*(none,) * len(Settings._fields))
     if gradients.o is None:
-        return Arguments(Inputs(nothing, nothing, nothing, nothing), none)
+        return Arguments(Inputs(none, none, none, none), of_settings)
     inputs, residuals = _SAVED.record(ctx.saved_tensors)
     found = backward(AdjointArguments(gradients.o, inputs, residuals, ctx.settings))
-    return Arguments(Inputs(found.q, found.k, found.v, found.ridge_lambda), none)
+    return Arguments(Inputs(found.q, found.k, found.v, found.ridge_lambda), of_settings)
 
 
 # Which backend.
@@ -177,7 +155,7 @@ def _run_which(arguments: Arguments) -> Choice:
 
 
 def _choice(backend: Backend) -> Choice:
-    return Choice(torch.tensor(dispatch.serial(backend), device="cpu"))
+    return Choice(torch.tensor(dispatch.number_of(backend), device="cpu"))
 
 
 def _trace_which(arguments: Arguments) -> Choice:
@@ -188,15 +166,15 @@ def _trace_which(arguments: Arguments) -> Choice:
 
 
 def _run_decode(arguments: Arguments) -> Decoded:
-    decoded = _allocate_decoded(arguments)
-    _write_decoded(arguments, decoded.o)
-    return decoded
+    o = empty_output(arguments.inputs.q, arguments.inputs.v)
+    _write_decoded(arguments, o)
+    return Decoded(o)
 
 
-def _run_decode_out(arguments: OutArguments) -> Nothing:
+def _run_decode_out(arguments: OutArguments) -> NoOutputs:
     _write_decoded(Arguments(arguments.inputs, arguments.settings), arguments.out)
     torch.autograd.graph.increment_version(arguments.out)  # who saved it for a backward pass shall notice
-    return Nothing()
+    return NoOutputs()
 
 
 def _write_decoded(arguments: Arguments, out: Tensor) -> None:
@@ -210,12 +188,12 @@ def _write_decoded(arguments: Arguments, out: Tensor) -> None:
         _no_capture(chosen, problem).decode(problem, inputs, out)
 
 
-def _allocate_decoded(arguments: Arguments) -> Decoded:
+def _trace_decode(arguments: Arguments) -> Decoded:
     return Decoded(empty_output(arguments.inputs.q, arguments.inputs.v))
 
 
-def _trace_decode_out(arguments: OutArguments) -> Nothing:
-    return Nothing()
+def _trace_decode_out(arguments: OutArguments) -> NoOutputs:
+    return NoOutputs()
 
 
 # Inside the operators.
@@ -342,14 +320,14 @@ def _refuse_to_batch(size: int, dims: Any, arguments: Any) -> NoReturn:
 # The operators. torch.ops is opaque to an editor: what runs is named here.
 FORWARD = Operator("forward", Arguments, Forward, run=_run_forward, fake=_trace_forward, batch=_batch_forward)
 BACKWARD = Operator(
-    "backward", AdjointArguments, Gradients, run=_run_backward, fake=_allocate_gradients, batch=_batch_backward
+    "backward", AdjointArguments, Gradients, run=_run_backward, fake=_trace_backward, batch=_batch_backward
 )
 WHICH = Operator("which", Arguments, Choice, run=_run_which, fake=_trace_which, batch=_batch_which, batched=False)
-DECODE = Operator("decode", Arguments, Decoded, run=_run_decode, fake=_allocate_decoded, batch=_refuse_to_batch)
+DECODE = Operator("decode", Arguments, Decoded, run=_run_decode, fake=_trace_decode, batch=_refuse_to_batch)
 DECODE_OUT = Operator(
     "decode_out",
     OutArguments,
-    Nothing,
+    NoOutputs,
     run=_run_decode_out,
     fake=_trace_decode_out,
     batch=_refuse_to_batch,
@@ -372,9 +350,9 @@ def backward(arguments: AdjointArguments) -> Gradients:
 
 def which(arguments: Arguments) -> Tensor:
     """The number of the backend that :func:`forward` has just run ``arguments`` on."""
-    if torch.compiler.is_compiling() or _ran.name is None:
+    if torch.compiler.is_compiling() or _last_backend.name is None:
         return WHICH(arguments).number
-    return _choice(dispatch.backend_named(_ran.name)).number
+    return _choice(dispatch.backend_named(_last_backend.name)).number
 
 
 def decode(arguments: Arguments) -> Tensor:

@@ -81,8 +81,8 @@ def register_backend(backend: Backend, *, before: str | None = None) -> None:
         names = [b.name for b in _backends]
         if not backend.name or backend.name in (*names, AUTO):
             raise ValueError(f"backend: got the name {backend.name!r}, wanted a new one (taken: {', '.join(names)})")
-        at = len(names) if before is None else names.index(_known(before, "before", names))
-        _backends.insert(at, backend)
+        index = len(names) if before is None else names.index(_known(before, "before", names))
+        _backends.insert(index, backend)
         _numbered.append(backend)
 
 
@@ -103,13 +103,13 @@ def backend_named(name: str) -> Backend:
     return next(b for b in _backends if b.name == name)
 
 
-def serial(backend: Backend) -> int:
+def number_of(backend: Backend) -> int:
     """A number for ``backend`` that later registrations do not change."""
     return next(i for i, b in enumerate(_numbered) if b is backend)
 
 
 def backend_numbered(number: int) -> Backend:
-    """The inverse of :func:`serial`."""
+    """The inverse of :func:`number_of`."""
     return _numbered[number]
 
 

@@ -29,9 +29,9 @@ class Operator(Generic[A, G]):
     """An operator of torch.library, called with a record and giving one.
 
     name: in torch.ops.flashlla. takes, gives: the kinds of records. run: what it does. fake: outputs like those of
-    ``run``, uninitialised, while torch traces. batch: its rule under torch.vmap, of the dimension's size, its place in
-    each argument and the arguments; the outputs have it first, or, not ``batched``, have none. writes: the argument
-    that ``run`` writes to, if any.
+    ``run``, uninitialised, for when torch traces. batch(size, dims, arguments): the rule of torch.vmap, for a dimension
+    of ``size`` at ``dims`` of the arguments. Outputs have that dimension first, or, with batched=False, not at all.
+    writes: the argument that ``run`` writes to, if any.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class Operator(Generic[A, G]):
         self._function: Any = None
 
     def __call__(self, arguments: A) -> G:
-        return self._gave(self.op(*self.takes.flat(arguments)))
+        return self._unpack(self.op(*self.takes.flat(arguments)))
 
     def differentiable(self, arguments: A) -> G:
         """The same with the derivative that :meth:`differentiate` gave it."""
         call = self._function.apply if _differentiates() else self.op
-        return self._gave(call(*self.takes.flat(arguments)))
+        return self._unpack(call(*self.takes.flat(arguments)))
 
     def differentiate(
         self,
@@ -80,7 +80,7 @@ class Operator(Generic[A, G]):
         operator, all others a Function around it, which eager mode calls in half the time and torch.func knows."""
 
         def save_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            save(ctx, self.takes.record(inputs), self._gave(output))
+            save(ctx, self.takes.record(inputs), self._unpack(output))
 
         def derivative_rows(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
             return self.takes.flat(derivative(ctx, self.gives.record(gradients)))
@@ -96,7 +96,7 @@ class Operator(Generic[A, G]):
         members = {name: staticmethod(rule) for name, rule in rules.items()}
         self._function = type(self.name.replace("::", "_"), (torch.autograd.Function,), members)
 
-    def _gave(self, row: Any) -> G:
+    def _unpack(self, row: Any) -> G:
         """The record of what ``op`` has returned: torch has a lone tensor for a row of one, and None for none."""
         if self.gives.size == 0:
             row = ()

@@ -34,7 +34,7 @@ def resolution(dtype: torch.dtype) -> float:
 
 
 def largest_key(dtype: torch.dtype, head_dim: int) -> float:
-    """A larger one, whose products with other queries overflow in sums of ``dtype``, is as good as infinite."""
+    """Keys beyond this count as infinite: their products with queries may overflow in sums of ``dtype``."""
     return float(torch.finfo(dtype).max ** 0.5 / (4 * head_dim))
 
 
@@ -96,10 +96,10 @@ class Arguments(NamedTuple):
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query sees. Under every mask they are one run of neighbours.
+    """Which keys a query sees. Under every mask they are contiguous.
 
-    causal: no key beyond the query's own place, the last query's being the last key. window: no more than the latest
-    so many of those. padded: sequences have lengths of their own, ``Inputs.seqlens_k``, and no keys beyond them; where
+    causal: no key beyond the query's own place, the last query's being the last key. window: only the last ``window``
+    of those. padded: sequences have lengths of their own, ``Inputs.seqlens_k``, and no keys beyond them; where
     the causal diagonal lies does not depend on them, but for at_lengths (decoding): there the last query's place is
     the last key of that length. packed: all sequences lie in one row, one behind the other, and ``Inputs.cu_seqlens_q``
     and ``cu_seqlens_k`` tell where each begins; a query sees keys of its own sequence.
@@ -115,16 +115,16 @@ class Mask:
         """The keys that some of ``queries`` may see, whatever the sequences' lengths."""
         if self.at_lengths:
             return range(k_len)
-        shift = k_len - q_len
-        stop = min(k_len, max(0, queries.stop + shift)) if self.causal else k_len
-        start = 0 if self.window is None else min(stop, max(0, queries.start + 1 + shift - self.window))
+        diagonal = k_len - q_len
+        stop = min(k_len, max(0, queries.stop + diagonal)) if self.causal else k_len
+        start = 0 if self.window is None else min(stop, max(0, queries.start + 1 + diagonal - self.window))
         return range(start, stop)
 
     def hides_within(self, queries: range, keys: range, q_len: int, k_len: int) -> bool:
         """Whether some of ``queries`` may not see some of ``keys``, which are their span."""
-        shift = k_len - q_len
-        late = self.causal and queries.start + 1 + shift < keys.stop
-        early = self.window is not None and queries.stop + shift - self.window > keys.start
+        diagonal = k_len - q_len
+        late = self.causal and queries.start + 1 + diagonal < keys.stop
+        early = self.window is not None and queries.stop + diagonal - self.window > keys.start
         return self.padded or late or early
 
 
@@ -191,50 +191,40 @@ class Problem:
         return KeySpans(start, torch.minimum(stop, torch.as_tensor(last, device=device)))
 
 
+class _Shapes(NamedTuple):
+    """What a Problem says of a call's tensors."""
+
+    q: torch.Size
+    k: torch.Size
+    v_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    padded: bool
+    sequences: int | None
+    pages: int | None
+
+
 def describe(arguments: Arguments) -> Problem:
     """The Problem of a call; one object for all calls that are alike, as those of a training loop are."""
     inputs, settings = arguments
-    return _describe(
-        inputs.q.shape,
-        inputs.k.shape,
-        inputs.v.shape[-1],
-        inputs.q.dtype,
-        inputs.q.device,
-        inputs.seqlens_k is not None,
-        None if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.shape[0] - 1,
-        None if inputs.block_table is None else inputs.block_table.shape[1],
-        settings.causal,
-        settings.window,
-        settings.at_lengths,
-        settings.max_seqlen_q,
-        settings.max_seqlen_k,
-        settings.scale,
-        settings.delta_eps,
-        solvers.decode(settings.solver, settings.solver_numbers),
-        settings.solver_demanded,
+    shapes = _Shapes(
+        q=inputs.q.shape,
+        k=inputs.k.shape,
+        v_dim=inputs.v.shape[-1],
+        dtype=inputs.q.dtype,
+        device=inputs.q.device,
+        padded=inputs.seqlens_k is not None,
+        sequences=None if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.shape[0] - 1,
+        pages=None if inputs.block_table is None else inputs.block_table.shape[1],
     )
+    # A list, inside an operator, is no key; what solver it means, a registry may say anew.
+    solver = solvers.from_spelling(settings.solver, settings.solver_numbers)
+    return _describe(shapes, settings._replace(solver_numbers=(), backend=None), solver)
 
 
 @functools.lru_cache(maxsize=1024)
-def _describe(
-    q: torch.Size,
-    k: torch.Size,
-    v_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    padded: bool,
-    sequences: int | None,
-    pages: int | None,
-    causal: bool,
-    window: int | None,
-    at_lengths: bool,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    delta_eps: float,
-    solver: Solver,
-    solver_demanded: bool,
-) -> Problem:
+def _describe(shapes: _Shapes, settings: Settings, solver: Solver) -> Problem:
+    q, k, pages = shapes.q, shapes.k, shapes.pages
     k_len = k[2] if pages is None else k[2] * pages
     return Problem(
         batch=q[0],
@@ -243,24 +233,24 @@ def _describe(
         q_len=q[2],
         k_len=k_len,
         head_dim=q[3],
-        v_dim=v_dim,
-        dtype=dtype,
-        device=device,
-        scale=scale,
-        delta_eps=delta_eps,
+        v_dim=shapes.v_dim,
+        dtype=shapes.dtype,
+        device=shapes.device,
+        scale=settings.scale,
+        delta_eps=settings.delta_eps,
         solver=solver,
-        solver_demanded=solver_demanded,
+        solver_demanded=settings.solver_demanded,
         mask=Mask(
-            causal=causal,
+            causal=settings.causal,
             # No larger than makes a difference, so that sums with it do not overflow.
-            window=None if window is None else min(window, max(1, k_len)),
-            padded=padded,
-            at_lengths=at_lengths,
-            packed=sequences is not None,
+            window=None if settings.window is None else min(settings.window, max(1, k_len)),
+            padded=shapes.padded,
+            at_lengths=settings.at_lengths,
+            packed=shapes.sequences is not None,
         ),
-        sequences=sequences or 0,
-        max_seqlen_q=min(max_seqlen_q, q[2]),
-        max_seqlen_k=min(max_seqlen_k, k_len),
+        sequences=shapes.sequences or 0,
+        max_seqlen_q=min(settings.max_seqlen_q, q[2]),
+        max_seqlen_k=min(settings.max_seqlen_k, k_len),
         page_size=None if pages is None else k[2],
     )
 
@@ -307,6 +297,42 @@ class Gradients(NamedTuple):
     k: Tensor  # as k
     v: Tensor  # as v
     ridge_lambda: Tensor  # (B, Hq, Sq), accumulator dtype
+
+
+def empty_forward(q: Tensor, v: Tensor) -> Forward:
+    """Uninitialised outputs of a forward pass."""
+    dtype, rows = accumulator(q.dtype), q.shape[:-1]
+    row = lambda dtype: q.new_empty(rows, dtype=dtype)
+    vector = lambda: q.new_empty(q.shape, dtype=dtype)
+    return Forward(
+        empty_output(q, v),
+        Residuals(lse=row(dtype), guard=row(dtype), probe=vector(), k_mean=vector()),
+        Report(omega=row(dtype), iterations=row(torch.int32), residual=row(dtype), converged=row(torch.bool)),
+    )
+
+
+def keyless_forward(q: Tensor, v: Tensor) -> Forward:
+    """Outputs of queries that see no key."""
+    outputs = empty_forward(q, v)
+    for t in (outputs.o, *outputs.residuals, *outputs.report):
+        t.zero_()
+    outputs.report.converged.fill_(True)
+    return outputs
+
+
+def empty_gradients(inputs: Inputs) -> Gradients:
+    """Uninitialised outputs of a backward pass."""
+    return Gradients(
+        q=torch.empty_like(inputs.q),
+        k=torch.empty_like(inputs.k),
+        v=torch.empty_like(inputs.v),
+        ridge_lambda=inputs.ridge_lambda.new_empty(inputs.ridge_lambda.shape),  # dense where the ridge is expanded
+    )
+
+
+def zero_gradients(inputs: Inputs) -> Gradients:
+    """Gradients where no query sees a key."""
+    return Gradients(*(t.zero_() for t in empty_gradients(inputs)))
 
 
 def empty_output(q: Tensor, v: Tensor) -> Tensor:

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from flashlla.problem import SUPPORTED_DTYPES, Arguments, Inputs, Settings, accumulator
-from flashlla.solvers import CG, Solver, encode
+from flashlla.solvers import CG, Solver, to_spelling
 from flashlla.solvers.cg import check_tolerances
 
 # Asked once: torch.compile cannot trace the question before torch 2.12.
 _AUTOCAST = frozenset(d for d in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(d))
-# New tokens a sequence that decoding takes; keys a page is a multiple of.
-MOST_NEW, PAGE = 16, 16
-# By layout: three dimensions, four, and what may help where heads would fit if they were tokens and tokens heads.
+# The most new tokens of a sequence that decoding takes.
+MOST_NEW = 16
+# The size of a page, in keys, is a multiple of this.
+PAGE_MULTIPLE = 16
+# By layout: its form in three and in four dimensions, and the hint where heads and tokens look swapped.
 _FORMS = {
     "bhsd": ("(B, S, D)", "(B, H, S, D)", "for tensors (B, S, H, D) pass layout='bshd'"),
     "bshd": ("(B, S, D)", "(B, S, H, D)", "for tensors (B, H, S, D) pass layout='bhsd'"),
@@ -47,7 +49,7 @@ class Call(NamedTuple):
         return t.transpose(1, 2) if self.layout == "bshd" else t
 
 
-class _Numbers(NamedTuple):
+class _CGArguments(NamedTuple):
     """The ``cg_*`` arguments."""
 
     cg_atol: float = CG.atol
@@ -89,8 +91,8 @@ def prepare(
         ridge_lambda=_check_ridge(ridge_lambda, q, layout),
         seqlens_k=_check_seqlens(seqlens_k, q, k),
     )
-    numbers = _Numbers(cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
-    settings = _check_settings(q, qk_scale, delta_eps, numbers, solver, backend, causal, window)
+    cg = _CGArguments(cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
+    settings = _check_settings(q, qk_scale, delta_eps, cg, solver, backend, causal, window)
     return Call(Arguments(inputs, settings), layout)
 
 
@@ -131,8 +133,8 @@ def prepare_varlen(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )
-    numbers = _Numbers(cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
-    settings = _check_settings(q, qk_scale, delta_eps, numbers, solver, backend, causal, window)._replace(
+    cg = _CGArguments(cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
+    settings = _check_settings(q, qk_scale, delta_eps, cg, solver, backend, causal, window)._replace(
         max_seqlen_q=_check_max_seqlen(max_seqlen_q, max_seqlen, "max_seqlen_q", cu_seqlens_q),
         max_seqlen_k=_check_max_seqlen(max_seqlen_k, max_seqlen, "max_seqlen_k", cu_seqlens_k),
     )
@@ -180,7 +182,7 @@ def prepare_decode(
         seqlens_k=_check_seqlens(seqlens_k, q, k),
         block_table=block_table,
     )
-    settings = _check_settings(q, qk_scale, delta_eps, _Numbers(), solver or "direct", backend, True, window)
+    settings = _check_settings(q, qk_scale, delta_eps, _CGArguments(), solver or "direct", backend, True, window)
     settings = settings._replace(at_lengths=True, solver_demanded=solver is not None)
     return Call(Arguments(inputs, settings), layout)
 
@@ -211,7 +213,7 @@ def _check_settings(
     q: Tensor,
     qk_scale: float | None,
     delta_eps: float,
-    numbers: _Numbers,
+    cg: _CGArguments,
     solver: str | Solver | None,
     backend: str | None,
     causal: bool,
@@ -225,7 +227,7 @@ def _check_settings(
     delta_eps = _check_number(delta_eps, "delta_eps")
     if delta_eps < 0:
         raise ValueError(f"delta_eps: got {delta_eps}, wanted a number of at least 0")
-    name, solver_numbers = _check_solver(solver, numbers)
+    name, solver_numbers = _check_solver(solver, cg)
     return Settings(
         causal=causal,
         window=window,
@@ -236,7 +238,7 @@ def _check_settings(
         delta_eps=delta_eps,
         solver=name,
         solver_numbers=tuple(solver_numbers),
-        solver_demanded=solver is not None or numbers.cg_use_preconditioner,
+        solver_demanded=solver is not None or cg.cg_use_preconditioner,
         backend=backend,
     )
 
@@ -364,8 +366,8 @@ def _check_block_table(block_table: Tensor, q: Tensor, k: Tensor) -> Tensor:
     pages, _, size, _ = k.shape
     if pages == 0:
         raise ValueError("k_cache: got no pages, wanted at least one")
-    if size == 0 or size % PAGE:
-        raise ValueError(f"k_cache: got pages of {size} keys, wanted a multiple of {PAGE}")
+    if size == 0 or size % PAGE_MULTIPLE:
+        raise ValueError(f"k_cache: got pages of {size} keys, wanted a multiple of {PAGE_MULTIPLE}")
     return block_table.contiguous()
 
 
@@ -509,18 +511,18 @@ def _check_number(value: float, name: str, wanted: str = "a number") -> float:
     return float(value)
 
 
-def _check_solver(solver: str | Solver | None, numbers: _Numbers) -> tuple[str, Sequence[float]]:
+def _check_solver(solver: str | Solver | None, cg: _CGArguments) -> tuple[str, Sequence[float]]:
     """The solver as a name and numbers, from either way of asking for one."""
-    check_tolerances(numbers.cg_atol, numbers.cg_rtol, numbers.cg_max_iters, prefix="cg_")
-    if not isinstance(numbers.cg_use_preconditioner, bool):
+    check_tolerances(cg.cg_atol, cg.cg_rtol, cg.cg_max_iters, prefix="cg_")
+    if not isinstance(cg.cg_use_preconditioner, bool):
         raise TypeError(
-            f"cg_use_preconditioner: got {numbers.cg_use_preconditioner!r}, wanted True or False; for a preconditioner "
+            f"cg_use_preconditioner: got {cg.cg_use_preconditioner!r}, wanted True or False; for a preconditioner "
             f"by name or object try solver=flashlla.PCG(preconditioner=...)"
         )
     if solver is None:
-        name = "pcg" if numbers.cg_use_preconditioner else "cg"
-        return name, (float(numbers.cg_atol), float(numbers.cg_rtol), float(numbers.cg_max_iters))
-    for name, value, default in zip(numbers._fields, numbers, _Numbers()):
+        name = "pcg" if cg.cg_use_preconditioner else "cg"
+        return name, (float(cg.cg_atol), float(cg.cg_rtol), float(cg.cg_max_iters))
+    for name, value, default in zip(cg._fields, cg, _CGArguments()):
         if value != default:
             raise ValueError(
                 f"{name}: got {value} together with solver={solver!r}, wanted one of the two. Try "
@@ -532,4 +534,4 @@ def _check_solver(solver: str | Solver | None, numbers: _Numbers) -> tuple[str, 
         raise TypeError(
             f"solver: got {type(solver).__name__}, wanted 'cg', 'pcg', 'direct' or a flashlla.Solver object"
         )
-    return encode(solver)
+    return to_spelling(solver)

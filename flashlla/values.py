@@ -25,39 +25,43 @@ def check_values(problem: Problem, inputs: Inputs) -> None:
         _check_lengths(inputs.seqlens_k, problem.k_len)
     if inputs.block_table is not None:
         _check_pages(inputs.block_table, inputs.k.shape[0])
-    both = inputs.cu_seqlens_q is inputs.cu_seqlens_k  # given as cu_seqlens
+    shared = inputs.cu_seqlens_q is inputs.cu_seqlens_k  # given as cu_seqlens
     for name, edges, packed, max_seqlen in (
         ("q", inputs.cu_seqlens_q, inputs.q, problem.max_seqlen_q),
         ("k", inputs.cu_seqlens_k, inputs.k, problem.max_seqlen_k),
     ):
         if edges is not None:
-            _check_edges("cu_seqlens" if both else f"cu_seqlens_{name}", edges.tolist(), name, packed, max_seqlen)
+            _check_cu_seqlens(
+                "cu_seqlens" if shared else f"cu_seqlens_{name}", edges.tolist(), name, packed, max_seqlen
+            )
 
 
 def _check_ridge(ridge_lambda: Tensor) -> None:
-    if at := _first(ridge_lambda <= 0):
-        batch, head, query = at
+    if place := _first(ridge_lambda <= 0):
+        batch, head, query = place
         raise ValueError(
-            f"ridge_lambda: got {ridge_lambda[at].item()} at batch {batch}, head {head}, query {query}, wanted above 0"
+            f"ridge_lambda: got {ridge_lambda[place].item()} at batch {batch}, head {head}, query {query}, "
+            f"wanted above 0"
         )
 
 
 def _check_lengths(seqlens_k: Tensor, room: int) -> None:
-    if at := _first((seqlens_k < 0) | (seqlens_k > room)):
+    if place := _first((seqlens_k < 0) | (seqlens_k > room)):
         raise ValueError(
-            f"seqlens_k: got {seqlens_k[at].item()} at sequence {at[0]}, wanted 0 to {room}, the keys there is room for"
+            f"seqlens_k: got {seqlens_k[place].item()} at sequence {place[0]}, wanted 0 to {room}, the keys there is "
+            f"room for"
         )
 
 
 def _check_pages(block_table: Tensor, pages: int) -> None:
-    if at := _first((block_table < 0) | (block_table >= pages)):
+    if place := _first((block_table < 0) | (block_table >= pages)):
         raise ValueError(
-            f"block_table: got page {block_table[at].item()} at sequence {at[0]}, place {at[1]}, wanted 0 to "
+            f"block_table: got page {block_table[place].item()} at sequence {place[0]}, place {place[1]}, wanted 0 to "
             f"{pages - 1}; fill the places not in use with 0"
         )
 
 
-def _check_edges(name: str, edges: list[int], of: str, packed: Tensor, max_seqlen: int) -> None:
+def _check_cu_seqlens(name: str, edges: list[int], of: str, packed: Tensor, max_seqlen: int) -> None:
     """``packed``: (1, H, T, D), which the caller calls ``of``."""
     if edges[0] != 0:
         raise ValueError(

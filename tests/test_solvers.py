@@ -18,7 +18,7 @@ from flashlla import CG, PCG, Direct, Preconditioner, Solution, Solver
 from flashlla.backends.triton import Triton, TritonPCG
 from flashlla.covariance import Systems
 from flashlla.problem import resolution
-from flashlla.solvers import Gram, decode, encode, spelling
+from flashlla.solvers import Gram, from_spelling, spelling, to_spelling
 from tests.support.cases import DATA
 from tests.support.helpers import make_indefinite, normal, problem_of
 from tests.support.systems import D, M, each_row, matrices, systems_of
@@ -313,16 +313,18 @@ OWN = {
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_solver_of_the_package_is_carried_as_a_name_and_numbers(name: str) -> None:
-    own = encode(OWN[name])
+    own = to_spelling(OWN[name])
     assert own.name == name
     assert all(type(number) is float for number in own.numbers)
-    assert decode(*own) == OWN[name]
-    assert repr(decode(*own)) == repr(OWN[name])
-    assert encode(decode(name, [])) == encode(type(OWN[name])() if name != "pcg_gram" else PCG(preconditioner="gram"))
+    assert from_spelling(*own) == OWN[name]
+    assert repr(from_spelling(*own)) == repr(OWN[name])
+    assert to_spelling(from_spelling(name, [])) == to_spelling(
+        type(OWN[name])() if name != "pcg_gram" else PCG(preconditioner="gram")
+    )
 
 
 def test_a_preconditioner_object_goes_by_its_name() -> None:
-    assert encode(PCG(preconditioner=Gram())) == encode(PCG(preconditioner="gram"))
+    assert to_spelling(PCG(preconditioner=Gram())) == to_spelling(PCG(preconditioner="gram"))
 
 
 @dataclass(frozen=True)
@@ -342,7 +344,7 @@ class HalvedGram(Gram):
 @pytest.mark.parametrize("solver", [HalvedCG(max_iters=9), PCG(preconditioner=HalvedGram())])
 def test_a_subclass_is_another_solver_and_carried_as_an_object(solver: Solver) -> None:
     assert spelling(solver) is None
-    assert decode(*encode(solver)) is solver
+    assert from_spelling(*to_spelling(solver)) is solver
     problem, _ = problem_of(*(normal(1, 9, 4, seed=i, dtype=torch.float32) for i in range(3)), solver=solver)
     assert problem.solver is solver
     for kernels in (Triton(), TritonPCG()):

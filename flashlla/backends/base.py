@@ -71,19 +71,19 @@ def plain_cache(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs]:
         last = int(seqlens_k.max())
         if problem.mask.window is not None:
             first = max(0, int(seqlens_k.min()) - problem.q_len + 1 - problem.mask.window)
-    begin = 0  # where k and v do
+    gathered_from = 0  # the place of the first key that k and v hold
     if table is not None:
         size = k.shape[2]
         table = table[:, first // size : -(-last // size)].long().clamp(0, k.shape[0] - 1)
         k, v = (t[table].transpose(1, 2).flatten(2, 3) for t in (k, v))  # of (B, pages, Hkv, page size, D)
-        begin = first // size * size
-    seen = slice(first - begin, last - begin)
+        gathered_from = first // size * size
+    seen = slice(first - gathered_from, last - gathered_from)
     problem = dataclasses.replace(problem, k_len=last - first, page_size=None)
     return problem, inputs._replace(k=k[:, :, seen], v=v[:, :, seen], seqlens_k=seqlens_k - first, block_table=None)
 
 
 def warn_if_stopped_early(problem: Problem, inputs: Inputs, report: Report) -> None:
-    """Say so where a solver did, on the CPU: elsewhere to look would wait for the device."""
+    """Warn where a solver stopped early, on the CPU: elsewhere to look would wait for the device."""
     if problem.device.type != "cpu" or not (early := ~report.converged).any():
         return
     _, _, poison = isolate(problem, inputs)

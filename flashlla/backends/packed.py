@@ -19,28 +19,23 @@ from flashlla.problem import (
     Gradients,
     Inputs,
     Problem,
-    Report,
     Residuals,
-    accumulator,
-    empty_output,
+    keyless_forward,
     sequence_bounds,
+    zero_gradients,
 )
 
 
 def forward(one: Callable[[Problem, Inputs], Forward], problem: Problem, inputs: Inputs) -> Forward:
     """The sequences' results side by side, ``one`` making that of a sequence. Tokens of no sequence have zeros."""
-    dtype, q = accumulator(problem.dtype), inputs.q
-    number = lambda dtype=dtype: q.new_zeros(q.shape[:-1], dtype=dtype)  # one a query
-    vector = lambda: q.new_zeros(q.shape, dtype=dtype)
-    o = empty_output(q, inputs.v).zero_()
-    residuals = Residuals(number(), number(), vector(), vector())
-    report = Report(number(), number(torch.int32), number(), ~number(torch.bool))
+    found = keyless_forward(inputs.q, inputs.v)
     for sequence in _sequences(problem, inputs):
         with sequence.named():
             part = one(sequence.problem, sequence.inputs)
-        for whole, piece in zip((o, *residuals, *report), (part.o, *part.residuals, *part.report), strict=True):
+        found.o[:, :, sequence.queries] = part.o
+        for whole, piece in zip((*found.residuals, *found.report), (*part.residuals, *part.report), strict=True):
             whole[:, :, sequence.queries] = piece
-    return Forward(o, residuals, report)
+    return found
 
 
 def backward(
@@ -51,8 +46,7 @@ def backward(
     grad_o: Tensor,
 ) -> Gradients:
     """The same for gradients."""
-    q, k, v, ridge = inputs.q, inputs.k, inputs.v, inputs.ridge_lambda
-    found = Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), ridge.new_zeros(ridge.shape))
+    found = zero_gradients(inputs)
     for sequence in _sequences(problem, inputs):
         queries, keys = sequence.queries, sequence.keys
         own = Residuals(*(t[:, :, queries] for t in residuals))

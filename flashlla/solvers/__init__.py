@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Sequence
 from threading import Lock
 
@@ -71,8 +72,8 @@ def spelling(solver: Solver) -> Spelling | None:
     return solver.spelled() if type(solver) in _OWN_CLASSES else None
 
 
-def encode(solver: str | Solver) -> Spelling:
-    """``solver`` as a name and numbers; the inverse of :func:`decode`. Names are looked up there, not here."""
+def to_spelling(solver: str | Solver) -> Spelling:
+    """``solver`` as a name and numbers; the inverse of :func:`from_spelling`. Names are looked up there, not here."""
     if isinstance(solver, str):
         return Spelling(solver, [])
     if (own := spelling(solver)) is not None:
@@ -102,7 +103,7 @@ def _name_object(solver: Solver) -> str:
         return _unnamed[solver]
 
 
-def decode(name: str, numbers: Sequence[float]) -> Solver:
+def from_spelling(name: str, numbers: Sequence[float]) -> Solver:
     """The solver that goes by ``name``, with ``numbers`` instead of its own if there are any."""
     try:
         solver = _named[name]
@@ -111,4 +112,9 @@ def decode(name: str, numbers: Sequence[float]) -> Solver:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(f"solver: got {name!r}{hint}, wanted one of {', '.join(known)} or a Solver object") from None
-    return solver.with_numbers(*numbers) if numbers else solver
+    return _with_numbers(solver, tuple(numbers)) if numbers else solver
+
+
+@functools.lru_cache(maxsize=256)
+def _with_numbers(solver: Solver, numbers: tuple[float, ...]) -> Solver:
+    return solver.with_numbers(*numbers)

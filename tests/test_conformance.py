@@ -64,7 +64,7 @@ def test_against_oracle(backend: Backend, device: str, solver: str, dtype: torch
     assert o.dtype == dtype
     assert o.device.type == device
     gradients = {name: _gradient(leaf) for name, leaf in leaves.items() if name != "grad_o"}
-    allowed = budget(case.name, dtype, iterative=solver != "direct", truncates=interpreted(backend))
+    allowed = budget(case, dtype, iterative=solver != "direct", truncates=interpreted(backend))
     worst = allowed.worst(o, gradients)
     over = {name: str(excess) for name, excess in worst.items() if not excess.ratio <= 1}
     assert not over, f"error over budget: {over}"
@@ -136,6 +136,6 @@ def test_nothing_asked_for(backend: Backend) -> None:
         o = flashlla.lla_attention(q, k, v, ridge_lambda=case.ridge_lambda)
     o.backward(leaves["grad_o"])
     assert q.grad is None
-    exact = budget(case.name, torch.float32, iterative=True)
+    exact = budget(case, torch.float32, iterative=True)
     assert exact.worst(o, {"q": torch.zeros_like(q), "k": torch.zeros_like(k), "v": v.grad})["v"].ratio <= 1
     assert exact.worst(o, {"q": torch.zeros_like(q), "k": torch.zeros_like(k), "v": v.grad})["o"].ratio <= 1

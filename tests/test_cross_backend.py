@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from flashlla.backends.base import Backend
-from flashlla.problem import Inputs, Problem, Residuals, accumulator
+from flashlla.backends.naive import Naive
+from flashlla.problem import Inputs, Problem, accumulator
 from flashlla.solvers import CG
 from tests.support.budget import ALLOWANCE, OPERAND, Excess, budget
 from tests.support.cases import BY_NAME, LAYOUTS
@@ -48,7 +50,7 @@ def test_backward_of_anothers_forward(forward: Backend, backward: Backend, dtype
     _skip_unless_both(problem, forward, backward)
     o, residuals, _ = forward.forward(problem, inputs)
     gradients = backward.backward(problem, inputs, residuals, grad_o)
-    allowed = budget(name, dtype, iterative=True)
+    allowed = budget(BY_NAME[name], dtype, iterative=True)
     found = allowed.worst(
         o, {"q": gradients.q, "k": gradients.k, "v": gradients.v, "ridge_lambda": gradients.ridge_lambda}
     )
@@ -70,7 +72,8 @@ def test_residuals_have_one_layout(backend: Backend, dtype: torch.dtype, name: s
     shapes = [rows, rows, (*rows, problem.head_dim), (*rows, problem.head_dim)]
     assert [tuple(t.shape) for t in residuals] == shapes
     assert all(t.dtype == accumulator(dtype) for t in residuals)
-    exact = _residuals(problem, inputs)
+    wide = (t.double() for t in inputs[:4])
+    exact = Naive().forward(replace(problem, dtype=torch.float64), Inputs(*wide, *inputs[4:])).residuals
     q, k = inputs.q.double().norm(dim=-1).amax(), inputs.k.double().norm(dim=-1).amax()
     # Logits err by roundings of |s| |q| |k|, weights by that much of themselves, a mean of keys by that much of a key.
     logit = 1 + abs(problem.scale) * float(q * k)
@@ -80,22 +83,6 @@ def test_residuals_have_one_layout(backend: Backend, dtype: torch.dtype, name: s
     # The probe and the guard: as the output and its gradient show, which the budget judges; here that they are theirs.
     assert Excess.of(residuals.probe, exact.probe, 0.1 * exact.probe.norm(dim=-1) + 0.1).ratio <= 1
     assert (residuals.guard.double() - exact.guard).abs().max() <= 0.01
-
-
-def _residuals(problem: Problem, inputs: Inputs) -> Residuals:
-    """By their definitions, in float64."""
-    q, k, _, ridge = (t.double() for t in inputs[:4])
-    visible = torch.ones(problem.q_len, problem.k_len, dtype=torch.bool).tril(problem.k_len - problem.q_len)
-    logits = (problem.scale * (q @ k.mT)).masked_fill(~visible, -torch.inf)
-    p = logits.softmax(-1)
-    k_mean = p @ k
-    centred = k.unsqueeze(-3) - k_mean.unsqueeze(-2)
-    a = (p.unsqueeze(-1) * centred).mT @ centred + ridge[..., None, None] * torch.eye(problem.head_dim).double()
-    d = k_mean - q
-    z = torch.linalg.solve(a, d)
-    omega = (logits - logits.amax(-1, keepdim=True)).exp().sum(-1)
-    guard = 1 / (1 + problem.delta_eps * (1 + (d * z).sum(-1)) / omega)
-    return Residuals(logits.logsumexp(-1), guard, z, k_mean)
 
 
 def test_cases_have_their_heads_apart() -> None:

@@ -16,9 +16,11 @@ from flashlla import lla_attention, lla_decode
 from flashlla.api import prepared
 from flashlla.autograd import DECODE, DECODE_OUT, OutArguments
 from flashlla.backends.base import Backend
-from tests.support.budget import Excess, allowance, evaluate, spreads_of
+from flashlla.backends.naive import Naive
+from tests.support.budget import Excess, allowance, spreads
 from tests.support.decoding import CASES, NAN, Decoding, paged
 from tests.support.helpers import BACKENDS, DEVICES, DTYPES, interpreted, normal, problem_of, skip_if_refused, turn
+from tests.support.rounding import Rounding, disturbed
 
 
 def expected(case: Decoding, dtype: torch.dtype) -> Tensor:
@@ -68,14 +70,16 @@ def spread(case: Decoding) -> dict[str, Tensor]:
     """What the error budget knows of the output's rows: tests/support/budget.py."""
     q, k, v, keywords = case.make(torch.float64)
     k, v = (t.nan_to_num().repeat_interleave(case.heads // case.key_heads, 1) for t in (k, v))
-    rows = q.shape[:-1]
-    ridge = torch.as_tensor(keywords["ridge_lambda"], dtype=torch.float64).expand(rows)
-    lengths = keywords["seqlens_k"][:, None, None, None]
-    own, j = lengths - case.new + torch.arange(case.new)[:, None], torch.arange(case.room)
-    visible = (j <= own) & (j < lengths) & (j > own - (case.window or case.room))
-    grad_o, scale = torch.zeros(*rows, case.value_dim, dtype=torch.float64), case.scale or case.dim**-0.5
-    run = lambda rounding, seed: [evaluate(q, k, v, ridge, grad_o, scale, 1e-12, visible, rounding, seed)[0]]
-    return {kind: of[0] for kind, of in spreads_of(run, [expected(case, torch.float64)]).items()}
+    ridge = torch.as_tensor(keywords["ridge_lambda"], dtype=torch.float64).expand(q.shape[:-1])
+
+    def run(rounding: Rounding, draws: int) -> list[list[Tensor]]:
+        many = [t.repeat(1, draws, *(1,) * (t.dim() - 2)) for t in (q, k, v, ridge)]
+        options = {"seqlens_k": keywords["seqlens_k"], "window": case.window, "qk_scale": case.scale}
+        problem, inputs = problem_of(*many[:3], lla_decode, ridge_lambda=many[3], **options)
+        o = disturbed(lambda: Naive().forward(problem, inputs).o, rounding, many)
+        return [[one] for one in o.split(case.heads, 1)]
+
+    return {kind: of[0] for kind, of in spreads(run, [expected(case, torch.float64)]).items()}
 
 
 @pytest.mark.usefixtures("poisoned_memory")

@@ -52,7 +52,7 @@ def test_float32_where_digits_are_scarce(name: str) -> None:
     o = lla_attention(*case.arrange(leaves), **keywords, cg_atol=0.0, cg_rtol=0.0, cg_max_iters=1000, backend="triton")
     o.backward(leaves["grad_o"])
     gradients = {n: leaf.grad for n, leaf in leaves.items() if n != "grad_o"}
-    for n, excess in budget(name, torch.float32, iterative=True).worst(o, gradients).items():
+    for n, excess in budget(case, torch.float32, iterative=True).worst(o, gradients).items():
         assert excess.ratio <= 1, f"{n}: {excess}"
 
 

@@ -2,15 +2,15 @@
 
 A case has no dtype and no device: ``case.make(dtype, device)`` gives its numbers, rounded to a dtype, and
 ``case.arrange(leaves)`` the views of them that ``case.op``, the function of the package, is called with. To add a case,
-add a line to ``CASES``. A new argument of the function goes into ``Case.options`` and, where it changes shapes or which
-keys a query sees, into ``Case.shapes`` and ``Case.visible``; the oracle follows them.
+add a line to ``CASES``. A new argument of the function becomes a field; it goes into ``Case.keywords`` and, where it
+changes shapes or which keys a query sees, into ``Case.shapes`` and ``Case.visible``, which the oracle follows.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -163,7 +163,6 @@ class Case:
     key_heads, keys, value_dim: of k and v, where they are not those of q.
     causal, window: as in ``lla_attention``. seqlens: of seqlens_k; keys beyond hold NaN.
     packed, packed_keys: lengths of packed sequences, of keys where they are others; tokens behind them hold NaN.
-    options: further keyword arguments.
     """
 
     name: str
@@ -186,7 +185,6 @@ class Case:
     seqlens: tuple[int, ...] | None = None
     packed: tuple[int, ...] | None = None
     packed_keys: tuple[int, ...] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert LAYOUTS[self.layout].lacking != 1 or self.heads == 1, f"{self.name}: {self.layout} has no heads"
@@ -270,7 +268,7 @@ class Case:
     def keywords(self, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
         """The other arguments of the function, but the solver and the backend."""
         ridge = leaves.get("ridge_lambda", self.ridge_lambda)
-        found = {"ridge_lambda": ridge, "qk_scale": self.scale, "delta_eps": self.delta_eps, **self.options}
+        found = {"ridge_lambda": ridge, "qk_scale": self.scale, "delta_eps": self.delta_eps}
         if self.seqlens is not None:
             found["seqlens_k"] = torch.tensor(self.seqlens, dtype=torch.int32, device=leaves["grad_o"].device)
         if not self.causal or self.window is not None:

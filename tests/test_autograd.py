@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import flashlla
 from flashlla import lla_attention
 from flashlla.backends.base import Backend
-from tests.support.helpers import BACKENDS, normal, qkv, skip_if_refused
+from tests.support.helpers import every_backend, normal, qkv, skip_if_refused
 
 
 def test_a_second_derivative_is_refused():
@@ -38,7 +38,7 @@ def test_forward_mode_is_refused(differentiate):
         differentiate(lambda q: lla_attention(q, k, v).sum())(q)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_only_what_is_wanted(backend: Backend) -> None:
     """One differentiable input of the four at a time gets the gradient that it gets together with the others."""
     leaves = [normal(1, 2, 9, 4, seed=i, dtype=torch.float32) for i in range(3)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from flashlla.problem import Inputs, Problem, accumulator
 from flashlla.solvers import CG
 from tests.support.budget import ALLOWANCE, OPERAND, Excess, budget
 from tests.support.cases import BY_NAME, LAYOUTS
-from tests.support.helpers import BACKENDS, DTYPES, interpreted, problem_of
+from tests.support.helpers import BACKENDS, DTYPES, interpreted, problem_of, table
 
 # Several heads, odd lengths, a strong guard, keys far from the origin; all with q, k and v apart, as (B, H, S, D).
 NAMES = ("length_7", "guard_large", "offset", "one_token_weak")
@@ -24,6 +26,7 @@ CASES = [BY_NAME[name] for name in (*NAMES, *PACKED)]
 SOLVER = CG(atol=0.0, rtol=0.0, max_iters=1000)
 
 
+@functools.cache
 def _call(name: str, dtype: torch.dtype) -> tuple[Problem, Inputs, Tensor]:
     case = BY_NAME[name]
     assert case.layout in ("bhsd", "transposed")
@@ -32,22 +35,19 @@ def _call(name: str, dtype: torch.dtype) -> tuple[Problem, Inputs, Tensor]:
     return problem, inputs, leaves["grad_o"]
 
 
-def _skip_unless_both(problem: Problem, *backends: Backend) -> None:
-    for backend in backends:
-        if reason := backend.unavailable() or backend.unsupported(problem):
-            pytest.skip(f"{backend.name}: {reason}")
+def takes(*row: Any) -> bool:
+    """Whether the backends, which come before a dtype and a case's name, can; in the interpreter float32 alone."""
+    *backends, dtype, name = row
+    if any(map(interpreted, backends)) and (dtype != torch.float32 or name == "offset"):
+        return False
+    problem, *_ = _call(name, dtype)
+    return not any(backend.unsupported(problem) for backend in backends)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("name", [*NAMES, *PACKED])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backward", BACKENDS)
-@pytest.mark.parametrize("forward", BACKENDS)
+@table("forward backward dtype name", BACKENDS, BACKENDS, DTYPES, [*NAMES, *PACKED], when=takes)
 def test_backward_of_anothers_forward(forward: Backend, backward: Backend, dtype: torch.dtype, name: str) -> None:
     problem, inputs, grad_o = _call(name, dtype)
-    if any(map(interpreted, (forward, backward))) and (dtype != torch.float32 or name == "offset"):
-        pytest.skip("too many for the interpreter")
-    _skip_unless_both(problem, forward, backward)
     o, residuals, _ = forward.forward(problem, inputs)
     gradients = backward.backward(problem, inputs, residuals, grad_o)
     allowed = budget(BY_NAME[name], dtype, iterative=True)
@@ -59,14 +59,9 @@ def test_backward_of_anothers_forward(forward: Backend, backward: Backend, dtype
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@table("backend dtype name", BACKENDS, DTYPES, NAMES, when=takes)
 def test_residuals_have_one_layout(backend: Backend, dtype: torch.dtype, name: str) -> None:
     problem, inputs, _ = _call(name, dtype)
-    if interpreted(backend) and (dtype != torch.float32 or name == "offset"):
-        pytest.skip("too many for the interpreter")
-    _skip_unless_both(problem, backend)
     _, residuals, _ = backend.forward(problem, inputs)
     rows = (problem.batch, problem.q_heads, problem.q_len)
     shapes = [rows, rows, (*rows, problem.head_dim), (*rows, problem.head_dim)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +18,20 @@ from flashlla.backends.base import Backend
 from flashlla.backends.naive import Naive
 from tests.support.budget import Excess, allowance, spreads
 from tests.support.decoding import CASES, NAN, Decoding, paged
-from tests.support.helpers import BACKENDS, DEVICES, DTYPES, interpreted, normal, problem_of, skip_if_refused, turn
+from tests.support.helpers import (
+    BACKENDS,
+    DEVICES,
+    DTYPES,
+    called,
+    every_backend,
+    interpreted,
+    normal,
+    problem_of,
+    refusal,
+    skip_if_refused,
+    table,
+    turn,
+)
 from tests.support.rounding import Rounding, disturbed
 
 
@@ -51,18 +63,20 @@ def expected(case: Decoding, dtype: torch.dtype) -> Tensor:
     return torch.cat(found)
 
 
-def call(
-    case: Decoding, backend: Backend, dtype: torch.dtype, run: Callable[..., Any] = lla_decode, device: str = "cpu"
-) -> Any:
+def arguments(case: Decoding, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], dict[str, Any]]:
+    """q, k_cache and v_cache as they are passed, and the keywords."""
     q, k, v, keywords = case.make(dtype)
     if case.page is not None:
         k, v, keywords["block_table"] = paged(k, v, case.page)
     if case.layout == "bshd":
         q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-    q, k, v = (t.to(device) for t in (q, k, v))
     keywords = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in keywords.items()}
-    skip_if_refused(backend, q, k, v, op=lla_decode, **keywords, **case.options())
-    return run(q, k, v, keywords.pop("seqlens_k"), **keywords, **case.options(), backend=backend.name)
+    return [t.to(device) for t in (q, k, v)], {**keywords, **case.options()}
+
+
+def call(case: Decoding, backend: Backend, dtype: torch.dtype, device: str = "cpu", **more: Any) -> Tensor:
+    tensors, keywords = arguments(case, dtype, device)
+    return lla_decode(*tensors, **keywords, **more, backend=backend.name)
 
 
 @functools.cache
@@ -82,16 +96,26 @@ def spread(case: Decoding) -> dict[str, Tensor]:
     return {kind: of[0] for kind, of in spreads(run, [expected(case, torch.float64)]).items()}
 
 
+def takes(backend: Backend, device: str, case: Decoding, dtype: torch.dtype) -> bool:
+    """What is run: all that a backend does not refuse, in the interpreter in one dtype each."""
+    if interpreted(backend) and dtype != turn(backend, CASES.index(case)):
+        return False
+    tensors, keywords = arguments(case, dtype, device)
+    return refusal(backend, *tensors, op=lla_decode, **keywords) is None
+
+
+def quick(backend: Backend, device: str, case: Decoding, dtype: torch.dtype) -> bool:
+    """One case of each feature in float32, one of them in each dtype; in the interpreter the smallest."""
+    if interpreted(backend):
+        return case.name in ("plain", "pages_16")
+    return (case.quick and dtype == torch.float32) or case.name == "plain"
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.filterwarnings("error::flashlla.ConvergenceWarning", "error::flashlla.FallbackWarning")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@table("backend device case dtype", BACKENDS, DEVICES, CASES, DTYPES, when=takes, quick=quick)
 def test_the_last_rows_of_a_full_forward(backend: Backend, device: str, case: Decoding, dtype: torch.dtype) -> None:
-    if interpreted(backend) and dtype != turn(backend, CASES.index(case)):
-        pytest.skip("too many for the interpreter: one dtype each")
-    o = call(case, backend, dtype, device=device).cpu()
+    o = call(case, backend, dtype, device).cpu()
     wanted = expected(case, dtype)
     if case.layout == "bshd":
         assert o.is_contiguous()
@@ -105,22 +129,35 @@ def test_the_last_rows_of_a_full_forward(backend: Backend, device: str, case: De
     assert not o[unseen].any(), "a new token before the first key has an output of 0"
 
 
-@pytest.mark.parametrize("name", ["plain", "values_wide", "bshd", "pages_bshd", "nothing_yet"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_out_is_written_and_returned(backend: Backend, name: str) -> None:
-    case = next(c for c in CASES if c.name == name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Decoding("plain", lengths=(9, 4), room=12, dim=8, value_dim=8),
+        Decoding("values_wide", lengths=(9,), room=12, dim=4, value_dim=20, new=2),
+        Decoding("bshd", lengths=(9, 4), room=12, dim=8, value_dim=4, layout="bshd", key_heads=1, new=2),
+        Decoding(
+            "pages_bshd", lengths=(9, 4), page=16, room=16, dim=8, value_dim=12, layout="bshd", ridge="full", new=2
+        ),
+        Decoding("nothing_yet", lengths=(0, 0), room=12, dim=8, value_dim=8),
+    ],
+    ids=called,
+)
+@every_backend
+def test_out_is_written_and_returned(backend: Backend, case: Decoding) -> None:
+    tensors, keywords = arguments(case, torch.float32)
+    skip_if_refused(backend, *tensors, op=lla_decode, **keywords)
     fresh = call(case, backend, torch.float32)
     wide = torch.full((*fresh.shape[:-1], 2 * fresh.shape[-1]), 7.0)
     for out in (torch.full_like(fresh, NAN), wide[..., ::2], torch.full_like(fresh.mT, NAN).contiguous().mT):
         version = out._version
-        got = call(case, backend, torch.float32, lambda *a, out=out, **o: lla_decode(*a, out=out, **o))
+        got = call(case, backend, torch.float32, out=out)
         assert got is out
         assert torch.equal(out, fresh)
         assert out._version > version
     assert (wide[..., 1::2] == 7).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_nothing_unseen_matters(backend: Backend) -> None:
     """Slots beyond the length, keys before the window, pages not in use: whatever they hold, the bits stay."""
     case = Decoding("", lengths=(40, 9), new=2, window=6, page=16, room=64, heads=4, key_heads=2)
@@ -143,9 +180,9 @@ def test_nothing_unseen_matters(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("where", ["q", "k", "v"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_nan_stays_in_its_sequence_and_head(backend: Backend, where: str) -> None:
-    case = Decoding("", lengths=(40, 17), new=3, window=9, heads=4, key_heads=2)
+    case = Decoding("", lengths=(20, 17), room=20, dim=8, value_dim=8, new=3, window=9, heads=4, key_heads=2)
     q, k, v, keywords = case.make(torch.float32)
     lengths = keywords["seqlens_k"]
     run = lambda: lla_decode(q, k, v, lengths, ridge_lambda=1.0, window=9, backend=backend.name)
@@ -162,7 +199,7 @@ def test_nan_stays_in_its_sequence_and_head(backend: Backend, where: str) -> Non
     torch.testing.assert_close(spoilt[~bad], clean[~bad])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_numbers_that_only_the_device_sees(backend: Backend) -> None:
     """Lengths and pages out of range are taken as the nearest that there are."""
     case = Decoding("", lengths=(64, 0), new=2, page=16, room=64)
@@ -243,15 +280,10 @@ def test_out_tells_who_saved_it_that_it_has_changed() -> None:
 @pytest.mark.parametrize("name", ["values_wide", "bshd", "pages_bshd"])
 def test_opcheck(backend: str, name: str) -> None:
     case = next(c for c in CASES if c.name == name)
-    q, k, v, keywords = case.make(torch.float32)
-    if case.page is not None:
-        k, v, keywords["block_table"] = paged(k, v, case.page)
-    if case.layout == "bshd":
-        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-    options = {**keywords, **case.options(), "backend": backend}
-    arguments = prepared(lla_decode, "test_opcheck", q, k, v, **options).arguments
-    torch.library.opcheck(DECODE.op, DECODE.takes.flat(arguments))
-    into = OutArguments(*arguments, torch.empty_like(DECODE(arguments).o))
+    tensors, keywords = arguments(case, torch.float32)
+    asked = prepared(lla_decode, "test_opcheck", *tensors, **keywords, backend=backend).arguments
+    torch.library.opcheck(DECODE.op, DECODE.takes.flat(asked))
+    into = OutArguments(*asked, torch.empty_like(DECODE(asked).o))
     torch.library.opcheck(DECODE_OUT.op, DECODE_OUT.takes.flat(into))
 
 
@@ -287,7 +319,7 @@ def test_verify_and_explain() -> None:
     k, v, table = paged(k, v, 16)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     report = flashlla.verify(q, k, v, op=lla_decode, block_table=table, **keywords, **case.options())
-    assert len(report.row) == 2 * 6 * 4
+    assert len(report.row) == 2 * 4 * 2
     assert report.error.max() < 1e-4
     assert "output error" in str(report)
     assert "residual" not in str(report)

@@ -17,7 +17,7 @@ from flashlla import CG, PCG, Direct
 from flashlla.backends.base import Backend
 from flashlla.backends.naive import Naive
 from tests.support.budget import Excess, allowance, spreads
-from tests.support.helpers import BACKENDS, interpreted, problem_of, skip_if_refused
+from tests.support.helpers import IN_PYTORCH, called, problem_of, taking
 from tests.support.rounding import EXACT, Rounding, disturbed
 
 _FILE = Path(__file__).parent / "data" / "lla_f64.npz"
@@ -48,9 +48,6 @@ def _run(case: str, backend: Backend, solver: str, dtype: torch.dtype) -> dict[s
         "solver": SOLVERS[solver],
     }
     q, k, v = (leaves[name] for name in INPUTS[:3])
-    skip_if_refused(backend, q, k, v, **keywords)
-    if interpreted(backend) and solver != "cg":
-        pytest.skip("too many for the interpreter")
     o, info = flashlla.lla_attention(q, k, v, **keywords, backend=backend.name, return_info=True)
     o.backward(data["grad_o"].to(dtype))
     assert info.converged.all()
@@ -82,7 +79,7 @@ def _evaluate(case: str, rounding: Rounding = EXACT, draws: int = 1) -> list[lis
 
 @pytest.mark.parametrize("case", GOLDEN)
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", taking(torch.float64), ids=called)
 def test_float64(backend: Backend, solver: str, case: str, figure: Callable[[str], None]) -> None:
     got = _run(case, backend, solver, torch.float64)
     errors = {name: _relative(t, GOLDEN[case][name]) for name, t in got.items() if name in GOLDEN[case]}
@@ -93,7 +90,7 @@ def test_float64(backend: Backend, solver: str, case: str, figure: Callable[[str
 
 @pytest.mark.parametrize("case", GOLDEN)
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("backend", [param for param in BACKENDS if param.id in ("naive", "chunked")])
+@pytest.mark.parametrize("backend", IN_PYTORCH, ids=called)
 def test_float32(backend: Backend, solver: str, case: str, figure: Callable[[str], None]) -> None:
     """Within 1e-5 of float64 on the same rounded inputs: a promise of the two that compute in PyTorch. Where a weak
     ridge lets the rounding of one intermediate cost more, and for other backends, the error budget says what is owed.

@@ -13,7 +13,17 @@ import flashlla
 from flashlla import lla_attention
 from flashlla.backends.base import Backend
 from tests.support import kernels
-from tests.support.helpers import BACKENDS, interpreted, normal, qkv, skip_if_refused
+from tests.support.helpers import (
+    BACKENDS,
+    IN_PYTORCH,
+    called,
+    every_backend,
+    interpreted,
+    normal,
+    qkv,
+    skip_if_refused,
+    table,
+)
 
 B, H, S, D = 2, 2, 21, 8
 BAD = (1, 0)  # the sequence and head that something is wrong in
@@ -38,14 +48,15 @@ def run(backend: Backend, given: dict[str, Tensor], **options: Any) -> dict[str,
     return {"o": o.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("where", NAMES)
-@pytest.mark.parametrize("backend", BACKENDS)
+def worth_it(backend: Backend, where: str, value: float) -> bool:
+    """A ridge below zero is refused; in the interpreter one value each."""
+    if interpreted(backend):
+        return value == math.inf if where in ("q", "v") else math.isnan(value)
+    return where != "ridge_lambda" or value != -math.inf
+
+
+@table("backend where value", BACKENDS, NAMES, [math.nan, math.inf, -math.inf], when=worth_it)
 def test_nothing_reaches_another_head_or_an_earlier_row(backend: Backend, where: str, value: float) -> None:
-    if where == "ridge_lambda" and value < 0:
-        pytest.skip("a ridge below zero is refused")
-    if interpreted(backend) and not (value > 0 if where in ("q", "v") else math.isnan(value)):
-        pytest.skip("too many for the interpreter")
     clean, given = run(backend, inputs()), inputs()
     given[where][(*BAD, AT)] = value
     spoilt = run(backend, given)
@@ -71,7 +82,7 @@ def test_nothing_reaches_another_head_or_an_earlier_row(backend: Backend, where:
 
 
 @pytest.mark.parametrize("where", NAMES)
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.id in ("naive", "chunked")])
+@pytest.mark.parametrize("backend", IN_PYTORCH, ids=called)
 def test_gradients_are_nan_where_a_bad_query_sees(backend: Backend, where: str) -> None:
     clean, given = run(backend, inputs()), inputs()
     given[where][(*BAD, AT)] = float("nan")
@@ -88,13 +99,15 @@ def test_gradients_are_nan_where_a_bad_query_sees(backend: Backend, where: str) 
             torch.testing.assert_close(spoilt[name][BAD][AT + 1 :], clean[name][BAD][AT + 1 :])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("change", ["other", "large", "nan"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@table(
+    "backend change dtype",
+    BACKENDS,
+    ["other", "large", "nan"],
+    [torch.float64, torch.float32, torch.bfloat16],
+    when=lambda backend, change, dtype: not interpreted(backend) or (dtype == torch.float32 and change != "other"),
+)
 def test_later_tokens_never_change_earlier_output(backend: Backend, change: str, dtype: torch.dtype) -> None:
     """Bit for bit under naive; elsewhere to rounding, which 1e4 times larger tokens would show."""
-    if interpreted(backend) and (dtype != torch.float32 or change == "other"):
-        pytest.skip("too many for the interpreter")
     # Under, at and over the edge of a block or tile of queries.
     length, cuts = (70, (33,)) if interpreted(backend) else (150, (1, 64, 77, 128, 149))
     q, k, v = (normal(1, 2, length, D, seed=i, dtype=dtype) for i in range(3))
@@ -116,7 +129,7 @@ def test_later_tokens_never_change_earlier_output(backend: Backend, change: str,
             assert not torch.equal(after[:, :, cut:], before[:, :, cut:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_bad_numbers_everywhere_are_no_error(backend: Backend) -> None:
     q, k, v = (torch.full((1, 1, 5, 4), float("nan"), dtype=DTYPE) for _ in range(3))
     skip_if_refused(backend, q, k, v)
@@ -126,7 +139,7 @@ def test_bad_numbers_everywhere_are_no_error(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("where", ["q", "k", "v", "grad_o"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_nothing_leaves_a_window(backend: Backend, where: str) -> None:
     """A key is seen by the queries of its window, and a query's gradient goes to the keys of its window."""
     window = 4

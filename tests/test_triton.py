@@ -11,59 +11,8 @@ import torch
 
 import flashlla
 from flashlla import CG, PCG, Direct, lla_attention
-from tests.support.budget import budget
-from tests.support.cases import BY_NAME, DATA
-from tests.support.helpers import differentiable
-from tests.support.kernels import check, interpreted, make, step
-
-
-# The interpreter truncates to bfloat16 where devices round: 3.3e-3 of these limits is that.
-@interpreted
-@pytest.mark.parametrize(
-    ("dtype", "length", "dim", "ridge", "limit"),
-    [
-        (torch.float32, 1, 8, 1.0, 2e-6),
-        (torch.float32, 37, 16, 0.1, 4e-5),
-        (torch.float32, 70, 3, 10.0, 1e-5),
-        (torch.float16, 7, 16, 0.2, 1.5e-2),
-        (torch.float16, 100, 24, 1.0, 4e-3),
-        (torch.bfloat16, 65, 16, 0.2, 1.2e-2),
-        (torch.bfloat16, 63, 40, 10.0, 5e-3),
-    ],
-)
-@pytest.mark.usefixtures("poisoned_memory")
-def test_every_gradient_against_the_oracle(
-    dtype: torch.dtype, length: int, dim: int, ridge: float, limit: float
-) -> None:
-    tensors = make((1, 2, length, dim), dtype)
-    ridges = ridge * torch.linspace(0.5, 2, length)
-    want = step([t.double() for t in tensors], ridges, backend="naive")
-    check(step(tensors, ridges, backend="triton"), want, limit, small=1e-3)
-
-
-@interpreted
-@pytest.mark.parametrize("name", ["offset", "scale_large", "sharp", "ridge_weak"])
-def test_float32_where_digits_are_scarce(name: str) -> None:
-    """Keys far from the origin; weights so sharp that the adjoint's right-hand side is a difference of large sums; and
-    probes so long that what k_mean is off by shows in z.k_mean."""
-    case = BY_NAME[name]
-    leaves = differentiable(case.make(torch.float32))
-    keywords = case.keywords(leaves)
-    o = lla_attention(*case.arrange(leaves), **keywords, cg_atol=0.0, cg_rtol=0.0, cg_max_iters=1000, backend="triton")
-    o.backward(leaves["grad_o"])
-    gradients = {n: leaf.grad for n, leaf in leaves.items() if n != "grad_o"}
-    for n, excess in budget(case, torch.float32, iterative=True).worst(o, gradients).items():
-        assert excess.ratio <= 1, f"{n}: {excess}"
-
-
-@interpreted
-def test_queries_with_fewer_keys_than_dimensions() -> None:
-    """What they solve for lies among the keys seen, where A is large; beside them A is a weak ridge, and magnifies."""
-    tensors = make((1, 2, 7, 64), torch.float16)
-    want = step([t.double() for t in tensors], 0.1, backend="naive")
-    got = step(tensors, 0.1, backend="triton")
-    for name, limit in (("o", 2e-2), ("dq", 4e-3), ("dk", 8e-2), ("dv", 2e-2), ("dridge", 4e-2)):
-        assert (got[name].double() - want[name]).norm() <= limit * want[name].norm(), name
+from tests.support.cases import DATA
+from tests.support.kernels import interpreted, make
 
 
 @interpreted

@@ -11,7 +11,7 @@ from torch import Tensor
 import flashlla
 from flashlla import lla_attention
 from flashlla.backends.base import Backend
-from tests.support.helpers import BACKENDS, interpreted, normal, skip_if_refused
+from tests.support.helpers import BACKENDS, interpreted, normal, skip_if_refused, table
 
 N, B, H, S, D = 3, 2, 2, 11, 4
 
@@ -34,12 +34,14 @@ ARRANGEMENTS = {
 }
 
 
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@table(
+    "backend arrangement",
+    BACKENDS,
+    ARRANGEMENTS,
+    when=lambda backend, arrangement: not interpreted(backend) or arrangement in ("queries", "not_in_front"),
+)
 def test_vmap_is_one_call_after_another(backend: Backend, arrangement: str) -> None:
     in_dims, shapes = ARRANGEMENTS[arrangement]
-    if interpreted(backend) and arrangement not in ("queries", "not_in_front"):
-        pytest.skip("too many for the interpreter")
 
     def attention(q: Tensor, k: Tensor, v: Tensor, ridge: Tensor) -> Tensor:
         if arrangement == "ridge":

@@ -97,7 +97,10 @@ def budget(case: Case, dtype: torch.dtype, iterative: bool, truncates: bool = Fa
     iterative: for a solver that stops at a tolerance. truncates: where results are cut to bfloat16, not rounded, as
     Triton's interpreter does.
     """
-    return _budget(reference_of(case, dtype), _spreads(case), dtype, iterative, truncates)
+    exact = reference_of(case, dtype)
+    (naive,) = evaluations(case, case.make(dtype), EXACT)
+    known = {**_spreads(case), "oracle": apart(naive, [exact.o, *exact.gradients.values()])}
+    return _budget(exact, known, dtype, iterative, truncates)
 
 
 def budget_of(
@@ -144,7 +147,7 @@ def _spreads(case: Case) -> dict[str, list[Tensor]]:
 
 def spreads_of(case: Case, leaves: Mapping[str, Tensor], exact: Reference) -> dict[str, list[Tensor]]:
     """For the output and each gradient, row by row, the error that a unit of each kind of disturbance makes; and how
-    far the naive backend and the ``exact`` results, both in float64, are apart at most."""
+    far the two references are apart."""
     results = [exact.o, *exact.gradients.values()]
     return spreads(lambda rounding, draws: evaluations(case, leaves, rounding, draws), results)
 
@@ -157,8 +160,13 @@ def spreads(run: Callable[[Rounding, int], list[list[Tensor]]], exact: list[Tens
         draws = run(replace(EXACT, **{kind: _DISTURBANCE}), _DRAWS)
         squares = [torch.stack([row_norm(draw[i] - base[i]).square() for draw in draws]) for i in range(len(base))]
         found[kind] = [_smooth(s.mean(0).sqrt()) / _DISTURBANCE for s in squares]
-    found["oracle"] = [row_norm(mine - its).amax() for mine, its in zip(base, exact, strict=True)]
+    found["oracle"] = apart(base, exact)
     return found
+
+
+def apart(naive: list[Tensor], exact: list[Tensor]) -> list[Tensor]:
+    """How far the two references, both in float64, are apart at most: what the exact one may itself be off by."""
+    return [row_norm(mine - its).amax() for mine, its in zip(naive, exact, strict=True)]
 
 
 def evaluations(case: Case, leaves: Mapping[str, Tensor], rounding: Rounding, draws: int = 1) -> list[list[Tensor]]:

@@ -163,6 +163,9 @@ class Case:
     key_heads, keys, value_dim: of k and v, where they are not those of q.
     causal, window: as in ``lla_attention``. seqlens: of seqlens_k; keys beyond hold NaN.
     packed, packed_keys: lengths of packed sequences, of keys where they are others; tokens behind them hold NaN.
+    scarce: float32 has no digits to spare: keys far from the origin; weights so sharp that the adjoint's right-hand
+    side is a difference of large sums; probes so long that what k_mean is off by shows in z.k_mean.
+    quick: the one that stands for its feature where time is short.
     """
 
     name: str
@@ -185,6 +188,8 @@ class Case:
     seqlens: tuple[int, ...] | None = None
     packed: tuple[int, ...] | None = None
     packed_keys: tuple[int, ...] | None = None
+    scarce: bool = False
+    quick: bool = False
 
     def __post_init__(self) -> None:
         assert LAYOUTS[self.layout].lacking != 1 or self.heads == 1, f"{self.name}: {self.layout} has no heads"
@@ -291,11 +296,11 @@ def _edges(lengths: tuple[int, ...]) -> list[int]:
 
 CASES = (
     # lengths
-    Case("one_token", length=1, dim=8),
+    Case("one_token", length=1, dim=8, quick=True),
     Case("one_token_weak", batch=2, heads=3, length=1, dim=16, ridge_lambda=0.1, ridge="per_head_and_token"),
     Case("two_tokens", length=2, dim=4, ridge_lambda=0.1),
     Case("length_7", batch=2, heads=2, length=7, dim=16, ridge_lambda=0.1),
-    Case("length_17", batch=2, length=17, dim=8, layout="bsd"),
+    Case("length_17", batch=2, length=17, dim=8, layout="bsd", quick=True),
     Case("length_63", heads=2, length=63, dim=16, ridge_lambda=0.1),
     Case("length_64", length=64, dim=64, ridge_lambda=10.0, layout="bsd"),
     Case("length_111", length=111, dim=16, ridge_lambda=10.0),
@@ -304,59 +309,59 @@ CASES = (
     Case("length_193_wide", length=193, dim=64, ridge_lambda=0.1),
     # head dims
     Case("dim_1", heads=2, length=63, dim=1, ridge_lambda=0.1),
-    Case("dim_3", batch=2, length=33, dim=3, ridge_lambda=0.1, layout="bsd"),
+    Case("dim_3", batch=2, length=33, dim=3, ridge_lambda=0.1, layout="bsd", quick=True),
     Case("dim_60", length=111, dim=60),
     Case("dim_64", heads=2, length=63, dim=64, ridge_lambda=0.1),
     Case("dim_100", length=63, dim=100),
     # data
-    Case("offset", length=64, dim=16, data="offset"),
+    Case("offset", length=64, dim=16, data="offset", scarce=True, quick=True),
     Case("offset_wide", length=111, dim=64, data="offset"),
     Case("correlated", heads=2, length=129, dim=16, data="correlated", ridge_lambda=0.1),
     Case("power_law", length=111, dim=16, data="power_law", ridge_lambda=0.1),
-    Case("sharp", length=63, dim=16, data="sharp", ridge_lambda=0.1),
+    Case("sharp", length=63, dim=16, data="sharp", ridge_lambda=0.1, scarce=True, quick=True),
     # ridge
     Case("ridge_scalar", length=17, dim=8, ridge="scalar"),
-    Case("ridge_per_head", batch=2, heads=3, length=17, dim=8, ridge="per_head"),
+    Case("ridge_per_head", batch=2, heads=3, length=17, dim=8, ridge="per_head", quick=True),
     Case("ridge_per_token", heads=2, length=50, dim=16, ridge="per_token"),
     Case("ridge_per_token_flat", batch=2, length=50, dim=16, ridge="per_sequence_and_token", layout="bsd"),
-    Case("ridge_per_sequence", batch=2, heads=2, length=17, dim=8, ridge="per_sequence_and_token"),
+    Case("ridge_per_sequence", batch=2, heads=2, length=17, dim=8, ridge="per_sequence_and_token", quick=True),
     Case("ridge_strong", length=63, dim=16, ridge_lambda=1e4, ridge="per_head_and_token"),
-    Case("ridge_weak", length=63, dim=8, ridge_lambda=1e-3),
+    Case("ridge_weak", length=63, dim=8, ridge_lambda=1e-3, scarce=True),
     # scale and guard
     Case("scale_tiny", length=63, dim=8, scale=1e-9, ridge_lambda=0.1),
-    Case("scale_large", length=33, dim=8, scale=1.5),
-    Case("scale_negative", length=33, dim=8, scale=-0.3),
+    Case("scale_large", length=33, dim=8, scale=1.5, scarce=True),
+    Case("scale_negative", length=33, dim=8, scale=-0.3, quick=True),
     Case("guard", batch=2, length=33, dim=8, delta_eps=1e-3, ridge_lambda=0.1, layout="bsd"),
-    Case("guard_large", heads=2, length=17, dim=8, delta_eps=1.0),
+    Case("guard_large", heads=2, length=17, dim=8, delta_eps=1.0, quick=True),
     # layouts
-    Case("transposed", batch=2, heads=3, length=17, dim=16, layout="transposed"),
+    Case("transposed", batch=2, heads=3, length=17, dim=16, layout="transposed", quick=True),
     Case("transposed_flat", batch=2, length=17, dim=16, layout="bsd_transposed"),
-    Case("sliced", batch=2, heads=2, length=17, dim=8, layout="sliced"),
-    Case("packed", batch=2, heads=3, length=17, dim=16, layout="packed"),
-    Case("shared_keys", batch=2, heads=3, length=17, dim=8, layout="shared_keys"),
+    Case("sliced", batch=2, heads=2, length=17, dim=8, layout="sliced", quick=True),
+    Case("packed", batch=2, heads=3, length=17, dim=16, layout="packed", quick=True),
+    Case("shared_keys", batch=2, heads=3, length=17, dim=8, layout="shared_keys", quick=True),
     Case("shared_queries", batch=3, heads=2, length=17, dim=8, layout="shared_queries"),
-    Case("expanded_grad", batch=2, heads=2, length=17, dim=8, expanded_grad=True),
+    Case("expanded_grad", batch=2, heads=2, length=17, dim=8, expanded_grad=True, quick=True),
     # which keys are seen
-    Case("all_keys", heads=2, length=33, dim=16, causal=False, ridge_lambda=0.1),
+    Case("all_keys", heads=2, length=33, dim=16, causal=False, ridge_lambda=0.1, quick=True),
     Case("all_keys_long", length=300, dim=8, causal=False),
-    Case("more_keys", heads=2, length=17, keys=63, dim=8, ridge_lambda=0.1),
+    Case("more_keys", heads=2, length=17, keys=63, dim=8, ridge_lambda=0.1, quick=True),
     Case("fewer_keys", batch=2, length=63, keys=17, dim=8, ridge_lambda=0.1),
     Case("one_query", batch=2, heads=2, length=1, keys=63, dim=16),
     Case("one_key", length=17, keys=1, dim=8),
     Case("all_of_more_keys", length=17, keys=40, dim=8, causal=False),
     Case("window_1", length=17, dim=8, window=1),
-    Case("window_7", heads=2, length=63, dim=16, window=7, ridge_lambda=0.1),
+    Case("window_7", heads=2, length=63, dim=16, window=7, ridge_lambda=0.1, quick=True),
     Case("window_64", length=300, dim=8, window=64),
     Case("window_wider", length=17, dim=8, window=100),
     Case("window_more_keys", length=33, keys=63, dim=8, window=20),
     Case("window_fewer_keys", length=63, keys=17, dim=8, window=5),
-    Case("padded", batch=3, heads=2, length=33, dim=8, seqlens=(33, 17, 0), ridge_lambda=0.1),
+    Case("padded", batch=3, heads=2, length=33, dim=8, seqlens=(33, 17, 0), ridge_lambda=0.1, quick=True),
     Case("padded_window", batch=2, length=63, dim=8, seqlens=(40, 63), window=9),
     Case("padded_all_keys", batch=2, length=17, keys=33, dim=8, seqlens=(20, 1), causal=False),
     # heads and dims
-    Case("heads_shared_3", batch=2, heads=6, key_heads=2, length=33, dim=8, ridge_lambda=0.1),
+    Case("heads_shared_3", batch=2, heads=6, key_heads=2, length=33, dim=8, ridge_lambda=0.1, quick=True),
     Case("heads_shared_8", heads=8, key_heads=1, length=63, dim=16, ridge="per_head_and_token"),
-    Case("values_narrow", heads=2, length=33, dim=16, value_dim=5),
+    Case("values_narrow", heads=2, length=33, dim=16, value_dim=5, quick=True),
     Case("values_wide", length=63, dim=8, value_dim=60, layout="transposed"),
     Case(
         "everything",
@@ -375,13 +380,15 @@ CASES = (
     ),
     # packed sequences
     Case("varlen", heads=2, length=111, dim=16, packed=(63, 1, 0, 47), ridge_lambda=0.1),
-    Case("varlen_thd", heads=2, length=63, dim=8, packed=(17, 1, 0, 33), layout="thd"),  # and a tail of 12
+    Case("varlen_thd", heads=2, length=63, dim=8, packed=(17, 1, 0, 33), layout="thd", quick=True),  # and a tail of 12
     Case("varlen_one", length=17, dim=8, packed=(17,), layout="thd"),
     Case("varlen_tokens", heads=3, length=7, dim=8, packed=(1,) * 7, ridge="per_head_and_token"),
     Case("varlen_all_keys", heads=2, length=63, dim=16, packed=(20, 43), causal=False, ridge_lambda=0.1),
-    Case("varlen_window", length=63, dim=8, packed=(5, 40, 18), window=7, layout="thd"),
+    Case("varlen_window", length=63, dim=8, packed=(5, 40, 18), window=7, layout="thd", quick=True),
     Case("varlen_keys", heads=2, length=40, keys=63, dim=8, packed=(1, 30, 0, 9), packed_keys=(17, 20, 5, 21)),
-    Case("varlen_no_keys", length=33, keys=20, dim=8, packed=(9, 20, 4), packed_keys=(0, 12, 8), causal=False),
+    Case(
+        "varlen_no_keys", length=33, keys=20, dim=8, packed=(9, 20, 4), packed_keys=(0, 12, 8), causal=False, quick=True
+    ),
     Case("varlen_ridge_head", heads=3, length=33, dim=8, packed=(16, 17), ridge="per_head", layout="thd"),
     Case("varlen_heads_3", heads=6, key_heads=2, length=63, dim=60, packed=(20, 43), layout="thd"),
     Case("varlen_heads_8", heads=8, key_heads=1, length=63, dim=16, packed=(1, 62), ridge="per_head_and_token"),
@@ -408,6 +415,11 @@ CASES = (
     # odd sizes, small
     Case("length_300_narrow", length=300, dim=5, ridge_lambda=0.1),
     Case("dim_60_short", length=63, dim=60),
+    Case("fewer_keys_than_dims", heads=2, length=7, dim=64, ridge_lambda=0.1),
+    Case("length_70", heads=2, length=70, dim=3, ridge_lambda=10.0, ridge="per_token"),
+    Case("length_100", heads=2, length=100, dim=24, ridge="per_token"),
+    Case("length_65", heads=2, length=65, dim=16, ridge_lambda=0.2, ridge="per_token"),
+    Case("dim_40", heads=2, length=63, dim=40, ridge_lambda=10.0, ridge="per_token"),
 )
 
 BY_NAME = {case.name: case for case in CASES}

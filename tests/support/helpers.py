@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -18,15 +19,9 @@ from flashlla.dispatch import all_backends
 from flashlla.problem import Inputs, Problem, describe
 from tests.support.interpreter import hasten
 
-BACKENDS = [pytest.param(backend, id=backend.name) for backend in all_backends()]
-DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
-DTYPES = [
-    pytest.param(dtype, id=str(dtype).removeprefix("torch."))
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-]
-
-
-DTYPE_ORDER = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = [backend for backend in all_backends() if backend.unavailable() is None]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def interpreted(backend: Backend) -> bool:
@@ -36,8 +31,34 @@ def interpreted(backend: Backend) -> bool:
 
 def turn(backend: Backend, at: int) -> torch.dtype | None:
     """The dtype whose turn it is at case number ``at``; None at every other case, which are those of a sibling."""
-    sibling = [param.id for param in BACKENDS].index(backend.name)
-    return DTYPE_ORDER[at // 2 % len(DTYPE_ORDER)] if (at + sibling) % 2 else None
+    order = (torch.float32, torch.bfloat16, torch.float16)
+    return order[at // 2 % len(order)] if (at + BACKENDS.index(backend)) % 2 else None
+
+
+def called(value: object) -> str:
+    """What a value is called in the name of a test."""
+    return str(getattr(value, "name", value)).removeprefix("torch.")
+
+
+def table(
+    names: str, *axes: Iterable[Any], when: Callable[..., object], quick: Callable[..., object] = lambda *_: False
+) -> pytest.MarkDecorator:
+    """A test for every combination of ``axes`` that ``when`` lets through: what cannot run is not collected.
+
+    quick: which of them take part in `make quick`. Those whose device is "cuda" need a GPU.
+    """
+    rows = []
+    for values in itertools.product(*axes):
+        if when(*values):
+            marks = [pytest.mark.gpu] if "cuda" in values else []
+            marks += [pytest.mark.quick] if quick(*values) else []
+            rows.append(pytest.param(*values, id="-".join(map(called, values)), marks=marks))
+    assert rows, f"no combination of {names} is let through"
+    return pytest.mark.parametrize(names.split(), rows)
+
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=called)
+IN_PYTORCH = [backend for backend in BACKENDS if backend.name in ("naive", "chunked")]
 
 
 if any(interpreted(backend) and backend.unavailable() is None for backend in all_backends()):
@@ -47,6 +68,12 @@ if any(interpreted(backend) and backend.unavailable() is None for backend in all
 def refusal(backend: Backend, q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> str | None:
     """Why ``backend`` cannot take the call (of ``op`` among the keywords); None where it can."""
     return flashlla.explain(q, k, v, **keywords, backend=backend.name).reasons[backend.name]
+
+
+def taking(dtype: torch.dtype, **keywords: Any) -> list[Backend]:
+    """The backends that take a plain call in ``dtype`` on the CPU."""
+    q = torch.zeros(1, 4, 4, dtype=dtype)
+    return [backend for backend in BACKENDS if refusal(backend, q, q, q, **keywords) is None]
 
 
 def skip_if_refused(backend: Backend, q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> None:

@@ -36,6 +36,7 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 10
 SPILLS, SPILLS_CUT = 0.10, 0.30
 # Waits a matrix instruction (see `waits`): 1 where the assembler has put them one after the other.
 WAITS = 0.9
+DECODING = Mask(padded=True, at_lengths=True)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 POINTERS = {
     torch.float16: "*fp16",
@@ -81,13 +82,15 @@ def decodings(head_dim: int, dtype: torch.dtype, plain: bool) -> None:
     width = configs.padded(head_dim)
     full = torch.get_float32_matmul_precision() == "highest"
     large = configs.large(configs.capability(q.device))
-    usual = decode.tuning(width, width, dtype != torch.float32, full, large)
+    usual = configs.decode_config(width, width, dtype != torch.float32, full, large)
+    plain_call = Problem(2, 6, 2, 1, 4096, head_dim, head_dim, dtype, q.device, 0.3, 1e-12, CG(), mask=DECODING)
     for page in (0,) if plain else (0, 16, 256):
         cache = meta(*((32, 2, page) if page else (2, 2, 4096)), head_dim, dtype=dtype)
         table = meta(2, 4096 // page) if page else None
         for pieces in (1, 4):
-            tuned = usual._replace(pieces=pieces)
-            decode.decode(q, cache, cache, meta(2), ridge, 0.3, 1e-12, None, table, torch.empty_like(q), tuned)
+            problem = dataclasses.replace(plain_call, page_size=page or None)
+            inputs = Inputs(q, cache, cache, ridge, meta(2), block_table=table)
+            decode.decode(problem, inputs, torch.empty_like(q), usual._replace(pieces=pieces))
 
 
 def step_launches(
@@ -110,20 +113,26 @@ def step_launches(
             vectors = torch.empty(inputs.q.shape, device="meta")
             launch.backward(problem, inputs, Residuals(rows, rows, vectors, vectors), inputs.q, preconditioner)
         decodings(head_dim, dtype, plain)
-    given = lambda arguments: tuple(x is None for x in arguments)
-    return list({(x.kernel.__name__, given(x.arguments), str(sorted(x.settings.items()))): x for x in found}.values())
+    return list({(x.kernel.__name__, _absent(x.arguments), str(sorted(x.settings.items()))): x for x in found}.values())
+
+
+def _absent(argument: Any) -> Any:
+    """Whether it is None; of a record, of each member."""
+    return tuple(map(_absent, argument)) if isinstance(argument, tuple) else argument is None
 
 
 def variant(launch: Launch) -> str:
     """What the call asks for beyond the plain one, as far as the kernel knows of it."""
     settings = launch.settings
     given = {param.name: value for param, value in zip(launch.kernel.params, launch.arguments)}
-    training = "cu_seqlens_q" in given  # to decode lengths always are there, and the window is a number
-    found = ["packed"] if given.get("cu_seqlens_q") is not None else []
-    found += [name for name in ("seqlens_k", "window") if training and given.get(name) is not None]
+    found = []
+    if (seqlens := given.get("seqlens")) is not None:  # to decode lengths always are there, and the window is a number
+        found += [] if seqlens.cu_q is None else ["packed"]
+        found += [] if seqlens.k is None else ["seqlens_k"]
+        found += [] if given.get("window") is None else ["window"]
     found += [f"page {settings['PAGE']}"] if settings.get("PAGE") else []
     found += ["merged"] if settings.get("MERGED") else []
-    found += [] if settings.get("CAUSAL", True) else ["full"]
+    found += [] if settings["SHAPE"].CAUSAL else ["full"]
     return " ".join(found + (["group"] if settings.get("GROUP", 1) > 1 else []))
 
 
@@ -133,30 +142,36 @@ def compiled(launch: Launch, architecture: int) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from flashlla.backends.triton.launch import COMPILER
+    from flashlla.backends.triton.runtime import COMPILER
 
     kernel, settings = launch.kernel, launch.settings
     options: dict[str, Any] = {
         name: settings[name] for name in ("num_warps", "num_stages", "maxnreg") if name in settings
     }
-    constants: dict[str, Any] = {n: v for n, v in settings.items() if n not in options}
-    options.update(COMPILER)
-    signature, attributes = {}, {}
-    for index, param in enumerate(kernel.params):
-        if param.name in constants:
-            signature[param.name] = "constexpr"
-            continue
-        value = launch.arguments[index]
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def described(value: Any, path: tuple[int, ...], specialized: bool) -> Any:
+        """The type of an argument; of a record the types of its members."""
+        if isinstance(value, tuple):
+            members = [described(member, (*path, i), True) for i, member in enumerate(value)]
+            return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
         if value is None:
-            signature[param.name], constants[param.name] = "constexpr", None
-            continue
+            constants[path] = None
+            return "constexpr"
+        if specialized and (isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)):
+            attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, torch.Tensor):
-            signature[param.name] = POINTERS[value.dtype]
+            return POINTERS[value.dtype]
+        return "fp32" if isinstance(value, float) else "i32"
+
+    signature = {}
+    for index, param in enumerate(kernel.params):
+        if param.name in settings:
+            signature[param.name], constants[(index,)] = "constexpr", settings[param.name]
         else:
-            signature[param.name] = "fp32" if isinstance(value, float) else "i32"
-        divisible = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if divisible and not param.do_not_specialize:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[param.name] = described(launch.arguments[index], (index,), not param.do_not_specialize)
+    options.update(COMPILER)
     source = ASTSource(kernel, signature, constants, attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return {"shared": binary.metadata.shared, **resources(binary.asm["cubin"])}

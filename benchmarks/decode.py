@@ -22,9 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import launches, needs, record
 from benchmarks.exact import output, relative
 from benchmarks.timing import copy_bandwidth, microseconds
+from flashlla.problem import Inputs, Mask, Problem
+from flashlla.solvers import CG
 
 if TYPE_CHECKING:
-    from flashlla.backends.triton.decode import Tuning
+    from flashlla.backends.triton.configs import DecodeConfig
 
 HEADS = 8
 RIDGE = 0.1
@@ -60,11 +62,14 @@ class Case:
     def label(self) -> str:
         return f"B {self.batch:<2} L {self.length:<5} D {self.dim:<3}"
 
-    def ours(self, cache: tuple[Tensor, Tensor], tuned: Tuning | None = None) -> Tensor:
+    def ours(self, cache: tuple[Tensor, Tensor], config: DecodeConfig | None = None) -> Tensor:
         from flashlla.backends.triton.decode import decode
 
-        scale = self.dim**-0.5
-        return decode(self.q, *cache, self.lengths, self.ridge, scale, 1e-12, None, None, self.out, tuned)
+        problem = Problem(
+            self.batch, HEADS, HEADS, 1, self.length, self.dim, self.dim, self.q.dtype, self.q.device, self.dim**-0.5,
+            1e-12, CG(), mask=Mask(padded=True, at_lengths=True),
+        )  # fmt: skip
+        return decode(problem, Inputs(self.q, *cache, self.ridge, self.lengths), self.out, config)
 
     def error(self) -> float:
         """Of up to two sequences."""
@@ -76,11 +81,11 @@ class Case:
         """Microseconds of ``call``, given one cache after the other."""
         return microseconds([partial(call, cache) for cache in self.caches])
 
-    def launches(self, tuned: Tuning | None = None) -> dict[str, list[Callable[[], None]]]:
+    def launches(self, config: DecodeConfig | None = None) -> dict[str, list[Callable[[], None]]]:
         """The launches of each kernel, one for each cache."""
         with launches.recorded() as found:
             for cache in self.caches:
-                self.ours(cache, tuned)
+                self.ours(cache, config)
         calls: dict[str, list[Callable[[], None]]] = {}
         for launch in found:
             name = launch.kernel.__name__.removeprefix("decode_").removesuffix("_kernel")
@@ -124,30 +129,30 @@ def speed(rate: float) -> list[dict[str, Any]]:
 
 def variants(rate: float) -> list[dict[str, Any]]:
     """One kernel timed under each of a few settings, the others as they are."""
-    from flashlla.backends.triton.decode import tuning
+    from flashlla.backends.triton.configs import decode_config
 
     lines = []
 
-    def show(case: Case, kernel: str, tuned: Tuning) -> None:
+    def show(case: Case, kernel: str, config: DecodeConfig) -> None:
         line: dict[str, Any] = {"batch": case.batch, "length": case.length, "dim": case.dim, "kernel": kernel}
-        line |= tuned._asdict()
+        line |= config._asdict()
         try:
             if kernel == "all":
-                line["us"] = case.each(lambda cache: case.ours(cache, tuned))
-                parts = {name: microseconds(calls) for name, calls in case.launches(tuned).items()}
+                line["us"] = case.each(lambda cache: case.ours(cache, config))
+                parts = {name: microseconds(calls) for name, calls in case.launches(config).items()}
                 line["kernels_us"] = parts
             else:
-                line["us"] = microseconds(case.launches(tuned)[kernel])
+                line["us"] = microseconds(case.launches(config)[kernel])
             outcome = f"{line['us']:8.1f} us " + " ".join(f"{n} {t:.1f}" for n, t in line.get("kernels_us", {}).items())
         except Exception as error:  # what does not compile or fit is no choice
             line["failed"] = outcome = f"{type(error).__name__}: {str(error)[:80]}"
         lines.append(line)
-        settings = " ".join(f"{n} {x}" for n, x in tuned._asdict().items())
+        settings = " ".join(f"{n} {x}" for n, x in config._asdict().items())
         print(f"{case.label}  {kernel:<8} {outcome}  [{settings}]", flush=True)
 
     for batch, length, dim in ((32, 4096, 128), (1, 4096, 128)):
         case = Case(batch, length, dim)
-        usual = tuning(dim, dim, True, True)
+        usual = decode_config(dim, dim, True, True)
         for tile, warps, stages, pieces in MOMENTS:
             show(case, "moments", usual._replace(tile=tile, warps=warps, stages=stages, pieces=pieces))
         for pieces in PIECES[batch]:

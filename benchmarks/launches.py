@@ -22,7 +22,7 @@ class Launch(NamedTuple):
 @contextlib.contextmanager
 def recorded(carried_out: bool = True) -> Iterator[list[Launch]]:
     """Fills the list with every launch made meanwhile; unless ``carried_out``, none reaches the device."""
-    from flashlla.backends.triton import decode, launch
+    from flashlla.backends.triton import decode, launch, runtime
 
     found: list[Launch] = []
 
@@ -31,14 +31,13 @@ def recorded(carried_out: bool = True) -> Iterator[list[Launch]]:
     ) -> None:
         found.append(Launch(kernel, name, grid, device, arguments, settings))
         if carried_out:
-            original(kernel, name, grid, device, *arguments, **settings)
+            runtime.launch(kernel, name, grid, device, *arguments, **settings)
 
-    original = launch.launch
     with mock.patch.object(launch, "launch", note), mock.patch.object(decode, "launch", note):
         yield found
 
 
 def repeat(made: Launch) -> None:
-    from flashlla.backends.triton.launch import launch
+    from flashlla.backends.triton.runtime import launch
 
     launch(made.kernel, made.name, made.grid, made.device, *made.arguments, **made.settings)

@@ -19,7 +19,9 @@ pytest.importorskip("triton")
 hasten()
 
 from flashlla.backends.triton import configs  # noqa: E402 (after hasten)
-from flashlla.backends.triton import decode as kernels  # noqa: E402
+from flashlla.backends.triton.decode import decode  # noqa: E402
+from flashlla.problem import Inputs, Mask, Problem  # noqa: E402
+from flashlla.solvers import Direct  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -73,14 +75,24 @@ class Call:
             out = torch.empty(*self.q.shape[:3], self.v.shape[-1], dtype=self.q.dtype, device=DEVICE)
         d, v_dim = configs.padded(self.q.shape[-1]), configs.padded(self.v.shape[-1])
         full = torch.get_float32_matmul_precision() == "highest"
-        tuned = kernels.tuning(d, v_dim, self.q.dtype != torch.float32, full)._replace(pieces=pieces)
+        tuned = configs.decode_config(d, v_dim, self.q.dtype != torch.float32, full)._replace(pieces=pieces)
         tuned = tuned._replace(tile=tile or tuned.tile)
-        ridge = self.ridge.expand(self.q.shape[:3])
-        result = kernels.decode(
-            self.q, k, v, self.lengths, ridge, self.factor, self.delta_eps, self.window, table, out, tuned
-        )
-        assert result is out
+        assert self.decoded(k, v, table, out, tuned) is out
         return out
+
+    def decoded(
+        self, k: Tensor, v: Tensor, table: Tensor | None, out: Tensor, config: configs.DecodeConfig | None = None
+    ) -> Tensor:
+        """What the kernels make of caches ``k`` and ``v``."""
+        k_len = k.shape[2] * (1 if table is None else table.shape[1])
+        problem = Problem(
+            *self.q.shape[:2], k.shape[1], self.q.shape[2], k_len, self.q.shape[3], v.shape[3], self.q.dtype,
+            self.q.device, self.factor, self.delta_eps, Direct(),
+            mask=Mask(window=self.window, padded=True, at_lengths=True),
+            page_size=None if table is None else k.shape[2],
+        )  # fmt: skip
+        ridge = self.ridge.expand(self.q.shape[:3])
+        return decode(problem, Inputs(self.q, k, v, ridge, self.lengths, block_table=table), out, config)
 
     def exact(self) -> Tensor:
         """The definition, in float64."""
@@ -201,12 +213,11 @@ def test_pages_out_of_range_stay_in_their_sequence() -> None:
     table = torch.tensor([[1, 10**6], [2, 3]], dtype=torch.int32, device=DEVICE)
     k, v = (paged(t, torch.arange(4, device=DEVICE).view(2, 2), 16, 0.0) for t in (call.k, call.v))
     out = torch.empty(2, 1, 1, 8, device=DEVICE)
-    ridge = call.ridge.expand(2, 1, 1)
-    kernels.decode(call.q, k, v, call.lengths, ridge, call.factor, 0.0, None, table, out)
+    call.decoded(k, v, table, out)
     assert error(out[1], call.exact()[1]) <= LIMITS[torch.float32]
     assert out.isfinite().all()
     table[0] = torch.tensor([-7, 3])
-    kernels.decode(call.q, k, v, call.lengths, ridge, call.factor, 0.0, None, table, out)
+    call.decoded(k, v, table, out)
     assert error(out[1], call.exact()[1]) <= LIMITS[torch.float32]
 
 
@@ -294,11 +305,9 @@ def test_numbers_that_are_not_finite_reach_those_who_see_them(bad: float, which:
 
 def test_more_warps_than_the_device_is_counted_in() -> None:
     call = make(1, 1, 1, 1, 70, 16, 16, torch.bfloat16)
-    usual = kernels.tuning(16, 16, True, True)
+    usual = configs.decode_config(16, 16, True, True)
     out = torch.empty_like(call.q)
-    kernels.decode(
-        call.q, call.k, call.v, call.lengths, call.ridge, call.factor, 0.0, None, None, out, usual._replace(warps=16)
-    )
+    call.decoded(call.k, call.v, None, out, usual._replace(warps=16))
     assert error(out, call.exact()) <= LIMITS[torch.bfloat16]
 
 
@@ -330,7 +339,7 @@ def test_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scratch memory for one pair of sequence and head at a time."""
     call = make(2, 2, 2, 1, 40, 8, 8, torch.float16, lengths=[40, 22])
     whole = call.run(2)
-    monkeypatch.setattr(kernels, "SCRATCH", 1)
+    monkeypatch.setattr(configs, "DECODE_SCRATCH", 1)
     assert torch.equal(call.run(2), whole)
 
 
@@ -345,10 +354,10 @@ def test_tf32() -> None:
 
 
 def test_pieces_fill_the_device_and_no_more() -> None:
-    assert kernels.pieces_of(8, 64, 132) == 16
-    assert kernels.pieces_of(8, 1, 132) == 1
-    assert kernels.pieces_of(256, 64, 132) == 1
-    assert kernels.pieces_of(8192, 256, 132) == 1
+    assert configs.decode_pieces(8, 64, 132) == 16
+    assert configs.decode_pieces(8, 1, 132) == 1
+    assert configs.decode_pieces(256, 64, 132) == 1
+    assert configs.decode_pieces(8192, 256, 132) == 1
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
@@ -357,8 +366,7 @@ def test_a_graph_stays_right_while_everything_changes() -> None:
     table = torch.randperm(48, device=DEVICE).to(torch.int32).view(3, 16)
     k, v = (paged(t, table, 16, 0.0) for t in (call.k, call.v))
     out = torch.empty(3, 4, 1, 64, dtype=torch.bfloat16, device=DEVICE)
-    ridge = call.ridge.expand(3, 4, 1)
-    go = lambda: kernels.decode(call.q, k, v, call.lengths, ridge, call.factor, 1e-12, None, table, out)
+    go = lambda: call.decoded(k, v, table, out)
     go()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

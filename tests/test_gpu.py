@@ -359,17 +359,17 @@ def test_float32_follows_the_matmul_precision() -> None:
 
 
 def test_autotune_is_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashlla.backends.triton import launch
+    from flashlla.backends.triton import runtime
 
-    monkeypatch.setattr(launch, "_tuned", {})
+    monkeypatch.setattr(runtime, "_tuned", {})
     tensors, lam = make((1, 2, 128, 32)), ridges(1.0, 128)
     plain = step(tensors, lam, backend="triton")
-    assert not launch._tuned
+    assert not runtime._tuned
     monkeypatch.setenv("FLASHLLA_AUTOTUNE", "1")
     tuned = step(tensors, lam, backend="triton")
-    assert launch._tuned
+    assert runtime._tuned
     for name in NAMES:
         assert (tuned[name].double() - plain[name].double()).norm() <= 5e-3 * plain[name].double().norm(), name
-    keys = set(launch._tuned)
+    keys = set(runtime._tuned)
     step(make((1, 2, 300, 32)), ridges(1.0, 300), backend="triton")
-    assert set(launch._tuned) == keys  # no key holds the length
+    assert set(runtime._tuned) == keys  # no key holds the length

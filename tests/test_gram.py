@@ -19,9 +19,9 @@ from tests.support.kernels import check, interpreted, make, step
 @pytest.mark.parametrize("causal", [True, False])
 def test_gram(monkeypatch: pytest.MonkeyPatch, causal: bool, dtype: torch.dtype) -> None:
     """Fewer iterations for correlated keys, forward and backward the same."""
-    from flashlla.backends.triton import gram
+    from flashlla.backends.triton import configs
 
-    monkeypatch.setattr(gram, "SEGMENT", 64)
+    monkeypatch.setattr(configs, "SEGMENT", 64)
     q, k = (torch.from_numpy(t).to(dtype) for t in DATA["correlated"](np.random.default_rng(0), (1, 1, 150, 12)))
     tensors = [q, k, *make((1, 1, 150, 12), dtype)[2:]]
     options = {"causal": causal, "qk_scale": 12**-0.5 if causal else 0.05}
@@ -39,9 +39,9 @@ def test_gram(monkeypatch: pytest.MonkeyPatch, causal: bool, dtype: torch.dtype)
 @interpreted
 @pytest.mark.parametrize("data", ["iid", "power_law", "sharp"])
 def test_gram_is_left_off_where_it_would_not_help(monkeypatch: pytest.MonkeyPatch, data: str) -> None:
-    from flashlla.backends.triton import gram
+    from flashlla.backends.triton import configs
 
-    monkeypatch.setattr(gram, "SEGMENT", 128)
+    monkeypatch.setattr(configs, "SEGMENT", 128)
     q, k = (torch.from_numpy(t).bfloat16() for t in DATA[data](np.random.default_rng(0), (1, 1, 256, 12)))
     v = make((1, 1, 256, 12), torch.bfloat16)[2]
     plain, o = (
@@ -53,9 +53,9 @@ def test_gram_is_left_off_where_it_would_not_help(monkeypatch: pytest.MonkeyPatc
 
 @interpreted
 def test_gram_is_left_off_where_queries_see_no_more_keys_than_dims(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashlla.backends.triton import gram
+    from flashlla.backends.triton import configs
 
-    monkeypatch.setattr(gram, "SEGMENT", 64)
+    monkeypatch.setattr(configs, "SEGMENT", 64)
     q, k = (torch.from_numpy(t).float() for t in DATA["correlated"](np.random.default_rng(0), (1, 1, 150, 12)))
     v = make((1, 1, 150, 12), torch.float32)[2]
     plain, o = (
@@ -68,9 +68,9 @@ def test_gram_is_left_off_where_queries_see_no_more_keys_than_dims(monkeypatch: 
 @interpreted
 @pytest.mark.parametrize("spoilt", ["query", "ridge"])
 def test_one_bad_number_leaves_gram_to_the_others(monkeypatch: pytest.MonkeyPatch, spoilt: str) -> None:
-    from flashlla.backends.triton import gram
+    from flashlla.backends.triton import configs
 
-    monkeypatch.setattr(gram, "SEGMENT", 64)
+    monkeypatch.setattr(configs, "SEGMENT", 64)
     q, k = (torch.from_numpy(t).float() for t in DATA["correlated"](np.random.default_rng(0), (1, 1, 150, 12)))
     v, grad = make((1, 1, 150, 12), torch.float32)[2:]
     ridge = torch.full((150,), 0.02)
@@ -90,9 +90,9 @@ def test_one_bad_number_leaves_gram_to_the_others(monkeypatch: pytest.MonkeyPatc
 @interpreted
 def test_gram_of_keys_of_few_dims_and_a_ridge_of_almost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its matrix is singular but for the ridge, which has no digits in it."""
-    from flashlla.backends.triton import gram
+    from flashlla.backends.triton import configs
 
-    monkeypatch.setattr(gram, "SEGMENT", 64)
+    monkeypatch.setattr(configs, "SEGMENT", 64)
     q, k, v = (t.float() for t in make((1, 1, 150, 32), torch.float32)[:3])
     k = 3 * k[..., :3] @ torch.linspace(-1, 1, 96).view(3, 32)
     o, info = lla_attention(

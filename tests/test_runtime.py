@@ -33,13 +33,13 @@ class _Kernel:
 
 
 def test_a_kernel_is_launched_at_once_only_where_triton_would_compile_nothing_else() -> None:
-    from flashlla.backends.triton import launch
+    from flashlla.backends.triton import runtime
 
     kernel, x = _Kernel(), torch.zeros(40)
     cpu = torch.device("cpu")
 
     def how(x: torch.Tensor | None = x, n: int = 7, scale: float = 0.5, block: int = 64, warps: int = 4) -> str:
-        launch.launch(kernel, "solve", (3,), cpu, x, n, scale, BLOCK=block, num_warps=warps)
+        runtime.launch(kernel, "solve", (3,), cpu, x, n, scale, BLOCK=block, num_warps=warps)
         return kernel.launches[-1][0]
 
     assert how() == "compile"

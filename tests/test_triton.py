@@ -30,9 +30,9 @@ def test_what_is_refused_and_why() -> None:
 @interpreted
 def test_gram_is_the_default_of_long_sequences_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashlla.backends import triton
-    from flashlla.backends.triton import gram
+    from flashlla.backends.triton import configs
 
-    monkeypatch.setattr(gram, "SEGMENT", 64)
+    monkeypatch.setattr(configs, "SEGMENT", 64)
     monkeypatch.setattr(triton, "GRAM_LEAST_KEYS", 149)
     q, k = (torch.from_numpy(t).bfloat16() for t in DATA["correlated"](np.random.default_rng(0), (1, 1, 150, 12)))
     v = make((1, 1, 150, 12), torch.bfloat16)[2]

@@ -117,12 +117,7 @@ class Triton(Backend):
 
         if out is None:
             out = empty_output(inputs.q, inputs.v)
-        assert inputs.seqlens_k is not None
-        k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in inputs[1:3])
-        return decode(
-            inputs.q, k, v, inputs.seqlens_k, inputs.ridge_lambda, problem.scale, problem.delta_eps,
-            problem.mask.window, inputs.block_table, out,
-        )  # fmt: skip
+        return decode(problem, inputs, out)
 
 
 class TritonPCG(Triton):

@@ -19,19 +19,23 @@ from flashlla.backends.triton.primitives import (
     inverse_or_zero,
     inverse_power,
     keys_of,
-    load_rows,
+    load_numbers,
+    load_queries,
+    load_ridge,
     load_tile,
+    load_vectors,
     outside,
     place,
     power_of_two,
-    queries_of,
-    query_in,
-    ridge_in,
+    query_in_units,
+    ridge_in_units,
     rounded,
-    rows_of,
     sees_some,
+    store_numbers,
+    store_queries,
     store_rows,
     store_tile,
+    store_vectors,
     sweep_keys,
     sweep_queries,
     units_of,
@@ -42,68 +46,61 @@ from flashlla.backends.triton.primitives import (
 
 @triton.jit
 def moments_body(
-    state, rows, keys, j, k_len, seen,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    state, rows, keys, j, k_len, seen, SHAPE: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j w_ij g_ij k_j, of sum_j w_ij g_ij as rounded for it and unrounded, and of sum_j w_ij; g_ij from
     g_near."""
     acc, weighed, total, whole = state
     q, do, g_near, NEAR, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
-    k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
-    v = load_tile(v_base, v_stride, j, k_len, V_DIM, N, do.shape[1], CUT)  # (N, V)
-    w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
+    k = load_tile(k_base, k_stride, j, k_len, SHAPE.HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
+    v = load_tile(v_base, v_stride, j, k_len, SHAPE.V_DIM, N, do.shape[1], CUT)  # (N, V)
+    w = weights(q, k, factor, shift, seen, SHAPE.TF32, CUT)  # (M, N)
     whole += tl.sum(w, 1)
-    g = dot(do, tl.trans(v), zeros(do, tl.trans(v)), PRECISION)
+    g = dot(do, tl.trans(v), zeros(do, tl.trans(v)), SHAPE.TF32)
     if NEAR:
         g -= g_near[:, None]
     w = w * g
     total += tl.sum(w, 1)
-    w = rounded(w, k, PRECISION)
-    return dot(w, k, acc, PRECISION), weighed + tl.sum(w.to(tl.float32), 1), total, whole
+    w = rounded(w, k, SHAPE.TF32)
+    return dot(w, k, acc, SHAPE.TF32), weighed + tl.sum(w.to(tl.float32), 1), total, whole
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def moments_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, units, lse_ptr, k_mean_ptr, g_near_ptr, lse2_out, t_out, t_size_out, g_mean_out,
-    q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    cu_seqlens_q, cu_seqlens_k, seqlens_k, window,
-    n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    q_in, k_in, v_in, do_ptr, units, lse_ptr, k_mean_ptr, g_near_ptr, lse2_out, t_out, t_size_out, g_mean_out,
+    seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """g_mean, t of (3.1) as a direction of unit length and its length, and lse2: lse in base 2, without the rounding
     it came with.
 
     g_near (B H, S): where g_mean is about, so that t is no small difference of large sums; None for 0.
     """
-    at = place(
-        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
-        cu_seqlens_q, cu_seqlens_k, seqlens_k, BLOCK_M, CAUSAL, False,
-    )  # fmt: skip
-    if outside(at, at.q_len, cu_seqlens_q):
+    at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False)
+    if outside(at, at.q_len, seqlens.cu_q):
         return
+    D: tl.constexpr = SHAPE.BLOCK_D
+    V: tl.constexpr = SHAPE.BLOCK_V
     q_unit, k_unit, _ = units_of(units, at, n_heads, group)
-    i = at.start
-    q_base = queries_of(q_ptr, q_stride_b, q_stride_h, q_stride_s, at)
-    k_base = keys_of(k_ptr, k_stride_b, k_stride_h, k_stride_s, at)
-    v_base = keys_of(v_ptr, v_stride_b, v_stride_h, v_stride_s, at)
-    q = load_tile(q_base, q_stride_s, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
-    do = load_tile(rows_of(do_ptr, at, V_DIM), V_DIM, i, at.q_len, V_DIM, BLOCK_M, BLOCK_V, True)  # (M, V)
-    shift = load_rows(rows_of(lse_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) * LOG2E - WEIGHT_BITS
+    k_base = keys_of(k_in, at)
+    v_base = keys_of(v_in, at)
+    q = load_queries(q_in, at, SHAPE.HEAD_DIM, BLOCK_M, D)  # (M, D)
+    do = load_vectors(do_ptr, at, SHAPE.V_DIM, BLOCK_M, V)  # (M, V)
+    shift = load_numbers(lse_ptr, at, BLOCK_M, 0.0) * LOG2E - WEIGHT_BITS
     factor = scale * LOG2E * q_unit * k_unit
     nothing = tl.zeros([BLOCK_M], tl.float32)
     NEAR: tl.constexpr = g_near_ptr is not None
     g_near = nothing
     if NEAR:
-        g_near = load_rows(rows_of(g_near_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
+        g_near = load_numbers(g_near_ptr, at, BLOCK_M, 0.0)
     acc, weighed, total, whole = sweep_keys(
         moments_body,
-        (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), nothing, nothing, nothing),
-        (q, do, g_near, NEAR, shift, factor), (k_base, k_stride_s, v_base, v_stride_s), at, window,
-        HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+        (tl.zeros([BLOCK_M, D], tl.float32), nothing, nothing, nothing),
+        (q, do, g_near, NEAR, shift, factor), (k_base, k_in.stride_s, v_base, v_in.stride_s), at, window,
+        SHAPE, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    k_mean = load_tile(rows_of(k_mean_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    k_mean = load_vectors(k_mean_ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
     k_mean = k_mean * inverse_power(k_unit)
     # By the weights' own sum: g - g_mean is then exactly zero for a lone key, and lse that of these very weights.
     own = inverse_or_zero(whole)
@@ -113,84 +110,76 @@ def moments_kernel(
     halves = tl.abs(weighed) * own * tl.sqrt(tl.sum(k_mean * k_mean, 1))
     t_size = tl.where(t_size < 1e-6 * halves, 0.0, t_size)
     t = t * inverse_or_zero(t_size)[:, None]
-    store_tile(rows_of(t_out, at, HEAD_DIM), HEAD_DIM, i, at.q_len, t, HEAD_DIM)
-    store_rows(rows_of(t_size_out, at, 1), i, at.q_len, t_size)
-    store_rows(rows_of(g_mean_out, at, 1), i, at.q_len, total * own + g_near)
-    lse2 = load_rows(rows_of(lse_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) * LOG2E
-    store_rows(rows_of(lse2_out, at, 1), i, at.q_len, lse2 + (tl.log2(whole) - WEIGHT_BITS))
+    store_vectors(t_out, at, t, SHAPE.HEAD_DIM)
+    store_numbers(t_size_out, at, t_size)
+    store_numbers(g_mean_out, at, total * own + g_near)
+    lse2 = load_numbers(lse_ptr, at, BLOCK_M, 0.0) * LOG2E
+    store_numbers(lse2_out, at, lse2 + (tl.log2(whole) - WEIGHT_BITS))
 
 
 @triton.jit
 def dq_body(
-    state, rows, keys, j, k_len, seen,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    state, rows, keys, j, k_len, seen, SHAPE: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j dl_ij k_j and of sum_j dl_ij; in float32 of sum_j w_ij (1 - a_ij) and of sum_j w_ij, too."""
     acc, total, answers, whole = state
     q, z, do, y_neg, minus_size, rest, e_mean, push, shift, factor = rows
     k_base, k_stride, v_base, v_stride = keys
-    k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
-    v = load_tile(v_base, v_stride, j, k_len, V_DIM, N, do.shape[1], CUT)  # (N, V)
-    w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N)
+    k = load_tile(k_base, k_stride, j, k_len, SHAPE.HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
+    v = load_tile(v_base, v_stride, j, k_len, SHAPE.V_DIM, N, do.shape[1], CUT)  # (N, V)
+    w = weights(q, k, factor, shift, seen, SHAPE.TF32, CUT)  # (M, N)
     # 1 - a of (2.2)
-    not_a = dot(z, tl.trans(k), zeros(z, tl.trans(k)), PRECISION) * minus_size[:, None] + rest[:, None]
+    not_a = dot(z, tl.trans(k), zeros(z, tl.trans(k)), SHAPE.TF32) * minus_size[:, None] + rest[:, None]
     if k.dtype == tl.float32:
         answers += tl.sum(w * not_a, 1)
         whole += tl.sum(w, 1)
-    e = dot(do, tl.trans(v), zeros(do, tl.trans(v)), PRECISION)
-    e = dot(y_neg, tl.trans(k), e, PRECISION) - e_mean[:, None]  # (3.2)
-    dl = rounded(w * (not_a * e + push[:, None]), k, PRECISION)
-    return dot(dl, k, acc, PRECISION), total + tl.sum(dl.to(tl.float32), 1), answers, whole
+    e = dot(do, tl.trans(v), zeros(do, tl.trans(v)), SHAPE.TF32)
+    e = dot(y_neg, tl.trans(k), e, SHAPE.TF32) - e_mean[:, None]  # (3.2)
+    dl = rounded(w * (not_a * e + push[:, None]), k, SHAPE.TF32)
+    return dot(dl, k, acc, SHAPE.TF32), total + tl.sum(dl.to(tl.float32), 1), answers, whole
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, "rows_len"])
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, z_ptr, units, origin_ptr, do_unit_ptr, z_size_ptr, z_y_ptr, lse2_ptr,
-    k_mean_ptr, ridge_ptr, g_mean_ptr, dq_out, dridge_out, rows_out, top_out, rows_len, rows_stride,
-    q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    ridge_stride_b, ridge_stride_h, ridge_stride_s, dq_stride_b, dq_stride_h, dq_stride_s,
-    cu_seqlens_q, cu_seqlens_k, seqlens_k, window,
-    n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    q_in, k_in, v_in, do_in, y_neg_ptr, z_in, units, origin_ptr, z_y_ptr, lse2_ptr, k_mean_ptr, ridge_in, g_mean_ptr,
+    dq_out, dridge_out, rows_out, rows_len, top_out,
+    seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq by (3.3) and dlambda by (3.6); and what dk and dv need of each query, rows_out (5, B Hq, rows_len): whole
     tiles, queries beyond the last with a weight of 0; and top_out (B Hkv,), zeros before, what bounds their weights."""
-    at = place(
-        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
-        cu_seqlens_q, cu_seqlens_k, seqlens_k, BLOCK_M, CAUSAL, False,
-    )  # fmt: skip
-    if outside(at, at.q_len, cu_seqlens_q):
+    at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False)
+    if outside(at, at.q_len, seqlens.cu_q):
         return
+    D: tl.constexpr = SHAPE.BLOCK_D
+    V: tl.constexpr = SHAPE.BLOCK_V
     q_unit, k_unit, v_unit = units_of(units, at, n_heads, group)
     i = at.start
-    q_base = queries_of(q_ptr, q_stride_b, q_stride_h, q_stride_s, at)
-    k_base = keys_of(k_ptr, k_stride_b, k_stride_h, k_stride_s, at)
-    v_base = keys_of(v_ptr, v_stride_b, v_stride_h, v_stride_s, at)
-    q = load_tile(q_base, q_stride_s, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
-    do = load_tile(rows_of(do_ptr, at, V_DIM), V_DIM, i, at.q_len, V_DIM, BLOCK_M, BLOCK_V, True)  # (M, V)
-    y_neg = load_tile(rows_of(y_neg_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    k_mean = load_tile(rows_of(k_mean_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    k_base = keys_of(k_in, at)
+    v_base = keys_of(v_in, at)
+    q = load_queries(q_in, at, SHAPE.HEAD_DIM, BLOCK_M, D)  # (M, D)
+    do = load_vectors(do_in.ptr, at, SHAPE.V_DIM, BLOCK_M, V)  # (M, V)
+    y_neg = load_vectors(y_neg_ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
+    k_mean = load_vectors(k_mean_ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
     k_mean = k_mean * inverse_power(k_unit)
-    z = load_tile(rows_of(z_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    z = load_vectors(z_in.ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
     row = i + tl.arange(0, BLOCK_M)
-    ridge_base = queries_of(ridge_ptr, ridge_stride_b, ridge_stride_h, ridge_stride_s, at)
-    ridge = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=row < at.q_len, other=1.0)  # (M,)
-    lse2 = load_rows(rows_of(lse2_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
-    g_mean = load_rows(rows_of(g_mean_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
-    do_unit = load_rows(rows_of(do_unit_ptr, at, 1), i, at.q_len, BLOCK_M, 1.0)
-    z_size = load_rows(rows_of(z_size_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) * k_unit
+    ridge = load_ridge(ridge_in, row, at, 1.0)  # (M,)
+    lse2 = load_numbers(lse2_ptr, at, BLOCK_M, 0.0)
+    g_mean = load_numbers(g_mean_ptr, at, BLOCK_M, 0.0)
+    do_unit = load_numbers(do_in.unit, at, BLOCK_M, 1.0)
+    z_size = load_numbers(z_in.unit, at, BLOCK_M, 0.0) * k_unit
 
     z_wide = z.to(tl.float32)
     a_mean = z_size * tl.sum(z_wide * k_mean, 1)
     y_wide, do_wide = y_neg.to(tl.float32), do.to(tl.float32)
     e_mean = g_mean + tl.sum(y_wide * k_mean, 1)
-    z_y = load_rows(rows_of(z_y_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
-    push = ridge_in(ridge, k_unit) * z_y
+    z_y = load_numbers(z_y_ptr, at, BLOCK_M, 0.0)
+    push = ridge_in_units(ridge, k_unit) * z_y
     # p a^2 sums to z.C z <= d.z and p e^2 to no more than the variance of g, so both sums bound their terms.
-    d = k_mean - query_in(q, q_unit, k_unit, origin_ptr, at, HEAD_DIM)
+    d = k_mean - query_in_units(q, q_unit, k_unit, origin_ptr, at, SHAPE.HEAD_DIM)
     spread = 1 + tl.sqrt(tl.maximum(z_size * tl.sum(d * z_wide, 1), 0.0))  # >= p |1 - a|
-    ROOM: tl.constexpr = 32 if BLOCK_V > 64 else (16 if BLOCK_V > 16 else 8)  # >= |v|
+    ROOM: tl.constexpr = 32 if V > 64 else (16 if V > 16 else 8)  # >= |v|
     e_top = ROOM * tl.sqrt(tl.sum(do_wide * do_wide, 1))  # >= p |e|
     dl_top = spread * e_top + tl.abs(push)
     gain = tl.minimum(power_of_two((1 / (dl_top + 1e-30)) * TOP), WEIGHT * WEIGHT)
@@ -199,23 +188,22 @@ def dq_kernel(
     nothing = tl.zeros([BLOCK_M], tl.float32)
     acc, total, answers, whole = sweep_keys(
         dq_body,
-        (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), nothing, nothing, nothing),
+        (tl.zeros([BLOCK_M, D], tl.float32), nothing, nothing, nothing),
         (q, z, do, y_neg, -z_size, 1 + a_mean, e_mean, push, lse2 - tl.log2(gain), factor),
-        (k_base, k_stride_s, v_base, v_stride_s), at, window, HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+        (k_base, k_in.stride_s, v_base, v_in.stride_s), at, window, SHAPE, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     # The sum of dl is zero but for rounding, which k_mean takes out of keys far from the origin.
-    k_mean = load_tile(rows_of(k_mean_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    k_mean = load_vectors(k_mean_ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
     k_mean = k_mean * inverse_power(k_unit)
-    y_wide = load_tile(rows_of(y_neg_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    y_wide = load_vectors(y_neg_ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
     y_wide = y_wide.to(tl.float32)
     dq = (acc - k_mean * total[:, None]) * (scale * k_unit * inverse_power(gain))[:, None] - y_wide * inverse_power(
         k_unit
     )
     unit = do_unit * v_unit
-    dq_base = queries_of(dq_out, dq_stride_b, dq_stride_h, dq_stride_s, at)
-    store_tile(dq_base, dq_stride_s, i, at.q_len, dq * unit[:, None], HEAD_DIM)
+    store_queries(dq_out, at, dq * unit[:, None], SHAPE.HEAD_DIM)
     dridge = unit * (z_y * inverse_power(k_unit) * inverse_power(k_unit))
-    store_rows(rows_of(dridge_out, at, 1), i, at.q_len, dridge)
+    store_numbers(dridge_out, at, dridge)
 
     if q.dtype == tl.float32:  # weights times 1 - a sum to 1 (output_kernel)
         a_mean -= tl.where(whole > 0, answers / tl.where(whole > 0, whole, 1.0) - 1, 0.0)
@@ -224,126 +212,114 @@ def dq_kernel(
     top = tl.where(top < float("inf"), top, 0.0)  # a row of NaN must not decide for the others
     # Any NaN of this query must reach the weights of dk_kernel's products, where keys see it; and no others.
     shift = lse2 - tl.log2(do_unit) + 0.0 * (a_mean + e_mean + push + z_size)
-    some = sees_some(row, at, window, CAUSAL)
+    some = sees_some(row, at, window, SHAPE.CAUSAL)
     shift = tl.where(some, shift, float("inf"))
-    base = handed_on(rows_out, at, at.q_head, heads, rows_len, cu_seqlens_q)
+    base = handed_on(rows_out.ptr, at, at.q_head, heads, rows_len, seqlens.cu_q)
     store_rows(base, i, rows_len, shift)
-    store_rows(base + rows_stride, i, rows_len, finite_or_zero(z_size))
-    store_rows(base + 2 * rows_stride, i, rows_len, finite_or_zero(1 + a_mean))
-    store_rows(base + 3 * rows_stride, i, rows_len, finite_or_zero(e_mean))
-    store_rows(base + 4 * rows_stride, i, rows_len, finite_or_zero(push * (scale * q_unit * k_unit)))
+    store_rows(base + rows_out.stride, i, rows_len, finite_or_zero(z_size))
+    store_rows(base + 2 * rows_out.stride, i, rows_len, finite_or_zero(1 + a_mean))
+    store_rows(base + 3 * rows_out.stride, i, rows_len, finite_or_zero(e_mean))
+    store_rows(base + 4 * rows_out.stride, i, rows_len, finite_or_zero(push * (scale * q_unit * k_unit)))
     # The largest of several numbers is the same in any order.
     tl.atomic_max(top_out + at.k_head, tl.max(tl.where(some, top, 0.0), 0))
 
 
 @triton.jit
 def dk_body(
-    state, keys, rows, i, q_len, seen,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, CUT: tl.constexpr
+    state, keys, rows, i, q_len, seen, SHAPE: tl.constexpr, M: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of the sums over queries in (3.4) and (3.5). Weights stand transposed, (N, M): keys are their rows."""
     dk, dv = state
     k, v, factor, kappa, gain_bits = keys
     q_base, q_stride, z_base, do_base, y_neg_base, rows_base, rows_stride = rows
-    q = load_tile(q_base, q_stride, i, q_len, HEAD_DIM, M, k.shape[1], True)  # (M, D), as z and y_neg
-    z = load_tile(z_base, HEAD_DIM, i, q_len, HEAD_DIM, M, k.shape[1], True)
-    do = load_tile(do_base, V_DIM, i, q_len, V_DIM, M, v.shape[1], True)  # (M, V)
-    y_neg = load_tile(y_neg_base, HEAD_DIM, i, q_len, HEAD_DIM, M, k.shape[1], True)
+    q = load_tile(q_base, q_stride, i, q_len, SHAPE.HEAD_DIM, M, k.shape[1], True)  # (M, D), as z and y_neg
+    z = load_tile(z_base, SHAPE.HEAD_DIM, i, q_len, SHAPE.HEAD_DIM, M, k.shape[1], True)
+    do = load_tile(do_base, SHAPE.V_DIM, i, q_len, SHAPE.V_DIM, M, v.shape[1], True)  # (M, V)
+    y_neg = load_tile(y_neg_base, SHAPE.HEAD_DIM, i, q_len, SHAPE.HEAD_DIM, M, k.shape[1], True)
     row_ptrs = rows_base + i + tl.arange(0, M)
     shift = tl.load(row_ptrs) - gain_bits  # (M,), as the next four
     z_size = tl.load(row_ptrs + rows_stride)
     rest = tl.load(row_ptrs + 2 * rows_stride)
     e_mean = tl.load(row_ptrs + 3 * rows_stride)
     push = tl.load(row_ptrs + 4 * rows_stride)
-    w = tl.exp2(dot(k, tl.trans(q), zeros(k, tl.trans(q)), PRECISION) * factor - shift[None, :])  # (N, M)
+    w = tl.exp2(dot(k, tl.trans(q), zeros(k, tl.trans(q)), SHAPE.TF32) * factor - shift[None, :])  # (N, M)
     if CUT:
         w = tl.where(seen, w, 0.0)
     # 1 - a of (2.2)
-    not_a = rest[None, :] - dot(k, tl.trans(z), zeros(k, tl.trans(z)), PRECISION) * z_size[None, :]
-    e = dot(v, tl.trans(do), zeros(v, tl.trans(do)), PRECISION)
-    e = dot(k, tl.trans(y_neg), e, PRECISION) - e_mean[None, :]  # (3.2)
+    not_a = rest[None, :] - dot(k, tl.trans(z), zeros(k, tl.trans(z)), SHAPE.TF32) * z_size[None, :]
+    e = dot(v, tl.trans(do), zeros(v, tl.trans(do)), SHAPE.TF32)
+    e = dot(k, tl.trans(y_neg), e, SHAPE.TF32) - e_mean[None, :]  # (3.2)
     w_value = w * not_a
     w_logit = w * (not_a * (e * kappa) + push[None, :])
     w_probe = w * e * -z_size[None, :]
-    w_value = rounded(w_value, k, PRECISION)
-    dv = dot(w_value, do, dv, PRECISION)  # (N, V), (3.5)
-    dk = dot(w_value, y_neg, dk, PRECISION)  # (N, D), (3.4), and the next two
-    dk = dot(rounded(w_logit, k, PRECISION), q, dk, PRECISION)
-    dk = dot(rounded(w_probe, k, PRECISION), z, dk, PRECISION)
+    w_value = rounded(w_value, k, SHAPE.TF32)
+    dv = dot(w_value, do, dv, SHAPE.TF32)  # (N, V), (3.5)
+    dk = dot(w_value, y_neg, dk, SHAPE.TF32)  # (N, D), (3.4), and the next two
+    dk = dot(rounded(w_logit, k, SHAPE.TF32), q, dk, SHAPE.TF32)
+    dk = dot(rounded(w_probe, k, SHAPE.TF32), z, dk, SHAPE.TF32)
     return dk, dv
 
 
 @triton.jit
 def one_head(
-    state, k, v, at, window, member, gain, units, k_unit, q_ptr, z_ptr, do_ptr, y_neg_ptr, rows_ptr, rows_len,
-    rows_stride, q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_seqlens_q, scale,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    state, k, v, at, window, member, gain, units, k_unit, q_in, z_ptr, do_ptr, y_neg_ptr, rows_in, rows_len, heads,
+    q_len, seqlens, scale,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``state`` (dk, dv) of a tile of keys after the queries of one head, the ``member``-th of its group."""
     kappa = scale * tl.load(units + at.q_head + member) * k_unit
-    q_base = q_ptr + at.sequence.to(tl.int64) * q_stride_b + (at.head + member).to(tl.int64) * q_stride_h
-    q_base += at.q_first.to(tl.int64) * q_stride_s
+    q_base = q_in.ptr + at.sequence.to(tl.int64) * q_in.stride_b + (at.head + member).to(tl.int64) * q_in.stride_h
+    q_base += at.q_first.to(tl.int64) * q_in.stride_s
     row = at.q_row + member * q_len.to(tl.int64)
     rows = (
-        q_base, q_stride_s, z_ptr + row * HEAD_DIM, do_ptr + row * V_DIM, y_neg_ptr + row * HEAD_DIM,
-        handed_on(rows_ptr, at, at.q_head + member, heads, rows_len, cu_seqlens_q), rows_stride,
+        q_base, q_in.stride_s,
+        z_ptr + row * SHAPE.HEAD_DIM, do_ptr + row * SHAPE.V_DIM, y_neg_ptr + row * SHAPE.HEAD_DIM,
+        handed_on(rows_in.ptr, at, at.q_head + member, heads, rows_len, seqlens.cu_q), rows_in.stride,
     )  # fmt: skip
     return sweep_queries(
-        dk_body, state, (k, v, kappa * LOG2E, kappa, tl.log2(gain)), rows, at, window,
-        HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+        dk_body, state, (k, v, kappa * LOG2E, kappa, tl.log2(gain)), rows, at, window, SHAPE, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, "rows_len"])
 def dk_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, y_neg_ptr, z_ptr, units, rows_ptr, top_ptr, dk_out, dv_out, rows_len,
-    rows_stride,
-    q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
-    cu_seqlens_q, cu_seqlens_k, seqlens_k, window,
-    n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    q_in, k_in, v_in, do_ptr, y_neg_ptr, z_ptr, units, rows_in, rows_len, top_ptr, dk_out, dv_out,
+    seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
+    GROUP: tl.constexpr, SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk by (3.4) and dv by (3.5), one program a tile of keys: every sum has one order, call after call.
 
     GROUP query heads share the keys; their sums follow one another.
     """
-    at = place(
-        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
-        cu_seqlens_q, cu_seqlens_k, seqlens_k, BLOCK_N, CAUSAL, True,
-    )  # fmt: skip
-    if outside(at, at.k_len, cu_seqlens_k):
+    at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_N, SHAPE.CAUSAL, True)
+    if outside(at, at.k_len, seqlens.cu_k):
         return
+    D: tl.constexpr = SHAPE.BLOCK_D
+    V: tl.constexpr = SHAPE.BLOCK_V
     _, k_unit, v_unit = units_of(units, at, n_heads, group)
     j = at.start
-    k_base = keys_of(k_ptr, k_stride_b, k_stride_h, k_stride_s, at)
-    v_base = keys_of(v_ptr, v_stride_b, v_stride_h, v_stride_s, at)
-    k = load_tile(k_base, k_stride_s, j, at.k_stop, HEAD_DIM, BLOCK_N, BLOCK_D, True)  # (N, D)
-    v = load_tile(v_base, v_stride_s, j, at.k_stop, V_DIM, BLOCK_N, BLOCK_V, True)  # (N, V)
+    k_base = keys_of(k_in, at)
+    v_base = keys_of(v_in, at)
+    k = load_tile(k_base, k_in.stride_s, j, at.k_stop, SHAPE.HEAD_DIM, BLOCK_N, D, True)  # (N, D)
+    v = load_tile(v_base, v_in.stride_s, j, at.k_stop, SHAPE.V_DIM, BLOCK_N, V, True)  # (N, V)
     # As large as the weights of these heads' queries can be without overflow.
     gain = power_of_two((1 / tl.maximum(tl.load(top_ptr + at.k_head), 1e-30)) * TOP)
-    state = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    state = tl.zeros([BLOCK_N, D], tl.float32), tl.zeros([BLOCK_N, V], tl.float32)
     if GROUP == 1:
         dk, dv = one_head(
-            state, k, v, at, window, 0, gain, units, k_unit, q_ptr, z_ptr, do_ptr, y_neg_ptr, rows_ptr, rows_len,
-            rows_stride, q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_seqlens_q, scale,
-            HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+            state, k, v, at, window, 0, gain, units, k_unit, q_in, z_ptr, do_ptr, y_neg_ptr, rows_in, rows_len, heads,
+            q_len, seqlens, scale, SHAPE, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         dk, dv = state
         for member in tl.range(0, GROUP):
             dk, dv = one_head(
-                (dk, dv), k, v, at, window, member, gain, units, k_unit, q_ptr, z_ptr, do_ptr, y_neg_ptr, rows_ptr,
-                rows_len, rows_stride, q_stride_b, q_stride_h, q_stride_s, heads, q_len, cu_seqlens_q, scale,
-                HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+                (dk, dv), k, v, at, window, member, gain, units, k_unit, q_in, z_ptr, do_ptr, y_neg_ptr, rows_in,
+                rows_len, heads, q_len, seqlens, scale, SHAPE, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     unit = inverse_power(gain)
     there = (j + tl.arange(0, BLOCK_N) < at.k_stop)[:, None]  # beyond, zero weights met nothing that was masked
     dk = tl.where(there, dk * (unit * v_unit * inverse_power(k_unit)), 0.0)
     dv = tl.where(there, dv * unit, 0.0)
-    dk_base = keys_of(dk_out, dk_stride_b, dk_stride_h, dk_stride_s, at)
-    store_tile(dk_base, dk_stride_s, j, at.k_len, dk, HEAD_DIM)
-    dv_base = keys_of(dv_out, dv_stride_b, dv_stride_h, dv_stride_s, at)
-    store_tile(dv_base, dv_stride_s, j, at.k_len, dv, V_DIM)
+    store_tile(keys_of(dk_out, at), dk_out.stride_s, j, at.k_len, dk, SHAPE.HEAD_DIM)
+    store_tile(keys_of(dv_out, at), dv_out.stride_s, j, at.k_len, dv, SHAPE.V_DIM)

@@ -14,6 +14,16 @@ import torch
 
 # What a query hands on to the keys' pass is kept for whole tiles of queries; none has more than this.
 ROWS_PAD = 128
+# Rows that one program of the cast kernels takes. They do little but load and store: a row stays in its program's
+# registers, 128 float32 a thread of four warps at 256 columns.
+CAST_ROWS = 64
+# Chunks of a head's rows that look for its largest number side by side; the interpreter has no sides.
+CAST_CHUNKS = 16
+# Programs that run side by side on a processor: a pass with no more of them takes its config for few, if it has one.
+FEW = 2
+# Queries that share a preconditioner of gram, and keys a chunk of its sums: a multiple of every tile. Causal queries of
+# the first have none; a matrix more costs time and memory, and with 256 it saved 2 % of the iterations.
+SEGMENT = 512
 
 
 class Config(NamedTuple):
@@ -152,3 +162,65 @@ def candidates(name: str, head_dim: int, operand: torch.dtype, capability: tuple
         if m <= most
     ]
     return [first, *(c for c in others if c != first)]
+
+
+def gram_tiles(d: int, panel: int) -> dict[str, int]:
+    """Tiles and warps of `gram_kernel` for padded width ``d``: it holds a (D, D) matrix in registers, and each warp
+    factors ``panel`` rows or more of the 2 D."""
+    warps = min(4 if d <= 64 else 8, 2 * d // panel)
+    return {"BLOCK_M": 64 if d <= 64 else 32, "WARPS": warps, "num_warps": warps, "num_stages": 2}
+
+
+def gram_sums_tiles(d: int) -> dict[str, int]:
+    """The same of `gram_sums_kernel`, which adds up a (D, D) matrix in registers."""
+    return {"BLOCK_N": 64, "num_warps": 4 if d <= 64 else 8, "num_stages": 2}
+
+
+class DecodeConfig(NamedTuple):
+    """Keys a tile, warps a program, tiles in flight; ``pieces`` of the cache, None: as many as fill the device."""
+
+    tile: int
+    warps: int
+    stages: int
+    pieces: int | None = None
+    solve_warps: int = 4
+
+
+# Decode: numbers of moments that the registers of one program hold; half of it where matrix instructions take both
+# operands from registers.
+DECODE_MOMENTS = 32768
+# Bytes of scratch memory that one round of launches may take: what is beyond goes in rounds.
+DECODE_SCRATCH = 256 * 2**20
+# Pieces of a cache: the merge holds the means of all in registers.
+DECODE_PIECES = 32
+# Rows of the moments that a program of the merge adds up: few, as it runs where few systems share the device.
+MERGE_ROWS, MERGE_WARPS, MERGE_STAGES = 16, 4, 4
+
+
+def decode_rows(d: int, v: int, count: int) -> tuple[int, int]:
+    """Rows of the keys' and of the values' moments that each of ``count`` programs has."""
+    return max(16, d // count), max(16, v // count)
+
+
+def decode_slices(d: int, v: int, large: bool) -> int:
+    """Programs that share the rows of one system's moments; d and v are powers of two, ``large`` as of `large`."""
+    count = 1
+    while sum(decode_rows(d, v, count)) * d > (DECODE_MOMENTS if large else DECODE_MOMENTS // 2):
+        count *= 2
+    return count
+
+
+def decode_config(d: int, v: int, half: bool, full: bool, large: bool = True) -> DecodeConfig:
+    """For padded widths ``d`` and ``v``; ``full``: float32 products without tensor cores, which are unrolled."""
+    wide = sum(decode_rows(d, v, decode_slices(d, v, large))) * d >= DECODE_MOMENTS // 2
+    if half:
+        return DecodeConfig(64 if max(d, v) <= 128 else 32, 8 if wide else 4, 3)
+    return DecodeConfig(16 if wide or full else 32, 8 if wide else 4, 1 if full else 2)
+
+
+def decode_pieces(programs: int, tiles: int, slots: int) -> int:
+    """Into how many pieces to cut caches of ``tiles`` tiles, with ``programs`` a piece, on a device that runs ``slots``
+    programs at a time: waves times (tiles a piece and what a program costs beside them), and the merge."""
+    most = max(1, min(DECODE_PIECES, tiles // 2))
+    cost = lambda n: -(-programs * n // slots) * (-(-tiles // n) + (4 if n == 1 else 6)) + 0.01 * n
+    return min(range(1, most + 1), key=cost)

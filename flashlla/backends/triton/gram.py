@@ -6,8 +6,6 @@ there, and if so makes it, by way of Cholesky's factor. The solve is then launch
 preconditioner are solved by the one, all others by the other, which is plain and has no register to spare for it.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -20,12 +18,13 @@ from flashlla.backends.triton.primitives import (
     inverse_or_zero,
     inverse_power,
     keys_of,
+    load_ridge,
     load_tile,
     place,
     power_of_two,
     queries_of,
-    query_in,
-    ridge_in,
+    query_in_units,
+    ridge_in_units,
     rounded,
     rows_of,
     sees_some,
@@ -35,9 +34,6 @@ from flashlla.backends.triton.primitives import (
 )
 from flashlla.solvers import Gram
 
-# Queries that share a preconditioner, and keys a chunk: a multiple of every tile. Causal queries of the first have
-# none; a matrix more costs time and memory.
-SEGMENT = 512
 # lambda in G + lambda I is at least this share of the largest variance: smaller, and the inverse, rounded to float16,
 # would not be definite.
 FLOOR: tl.constexpr = tl.constexpr(2.0**-8)
@@ -49,81 +45,71 @@ FIT_MOST: tl.constexpr = tl.constexpr(Gram.FIT[1])
 
 @triton.jit(do_not_specialize=[*NUMBERS, "chunks"])
 def gram_sums_kernel(
-    k_ptr, sums_out, k_stride_b, k_stride_h, k_stride_s,
-    cu_seqlens_q, cu_seqlens_k, seqlens_k, window,
-    n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, chunks,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SEGMENT: tl.constexpr,
+    k_in, sums_out,
+    seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, chunks,
+    SHAPE: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """sums_out (heads of keys, chunks, D + 1, D): of x = k - (the head's first key), sum x x^T over sum x, of each
     chunk of SEGMENT keys."""
-    at = place(
-        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
-        cu_seqlens_q, cu_seqlens_k, seqlens_k, SEGMENT, CAUSAL, True,
-    )  # fmt: skip
-    k_base = keys_of(k_ptr, k_stride_b, k_stride_h, k_stride_s, at)
-    dim = tl.arange(0, BLOCK_D)
-    origin = tl.load(k_base + dim, mask=(dim < HEAD_DIM) & (at.k_stop > 0), other=0.0)  # (D,)
+    at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, SEGMENT, SHAPE.CAUSAL, True)
+    D: tl.constexpr = SHAPE.BLOCK_D
+    k_base = keys_of(k_in, at)
+    dim = tl.arange(0, D)
+    origin = tl.load(k_base + dim, mask=(dim < SHAPE.HEAD_DIM) & (at.k_stop > 0), other=0.0)  # (D,)
     stop = tl.minimum(at.start + SEGMENT, at.k_stop)
-    gram, total = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    gram, total = tl.zeros([D, D], tl.float32), tl.zeros([D], tl.float32)
     for j in tl.range(at.start, stop, BLOCK_N):
-        k = load_tile(k_base, k_stride_s, j, stop, HEAD_DIM, BLOCK_N, BLOCK_D, True).to(tl.float32)  # (N, D)
+        k = load_tile(k_base, k_in.stride_s, j, stop, SHAPE.HEAD_DIM, BLOCK_N, D, True).to(tl.float32)  # (N, D)
         x = tl.where((j + tl.arange(0, BLOCK_N) < stop)[:, None], k - origin.to(tl.float32)[None, :], 0.0)
-        x = rounded(x, origin, PRECISION)
-        gram = dot(tl.trans(x), x, gram, PRECISION)  # (D, D)
+        x = rounded(x, origin, SHAPE.TF32)
+        gram = dot(tl.trans(x), x, gram, SHAPE.TF32)  # (D, D)
         total += tl.sum(x.to(tl.float32), 0)
     slot = at.k_head.to(tl.int64) * chunks + at.start // SEGMENT
-    sums_out += slot * (BLOCK_D + 1) * BLOCK_D
-    tl.store(sums_out + dim[:, None] * BLOCK_D + dim[None, :], gram)
-    tl.store(sums_out + BLOCK_D * BLOCK_D + dim, total)
+    sums_out += slot * (D + 1) * D
+    tl.store(sums_out + dim[:, None] * D + dim[None, :], gram)
+    tl.store(sums_out + D * D + dim, total)
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, "chunks", "segments"])
 def gram_kernel(
-    q_ptr, sums_ptr, units, origin_ptr, k_mean_ptr, ridge_ptr, b_ptr, probe_ptr, scratch, inverse_out, use_out,
-    q_stride_b, q_stride_h, q_stride_s, ridge_stride_b, ridge_stride_h, ridge_stride_s,
-    cu_seqlens_q, cu_seqlens_k, seqlens_k, window,
-    n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, chunks, segments,
-    ADJOINT: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SEGMENT: tl.constexpr,
-    WARPS: tl.constexpr,
+    q_in, sums_ptr, units, origin_ptr, k_mean_ptr, ridge_in, b_ptr, probe_ptr, scratch, made_out,
+    seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, chunks, segments,
+    ADJOINT: tl.constexpr, SHAPE: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_M: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Of each segment of queries: use_out (heads, segments), whether its queries are to use inverse_out (heads,
-    segments, D, D), (G + lambda I)^-1 but for a power of two; where not, it is not written. scratch: (heads, segments,
+    """Of each segment of queries: made_out.use, whether its queries are to use made_out.inverse, (G + lambda I)^-1 but
+    for a power of two; where not, it is not written. scratch: (heads, segments,
     2 D, D).
 
     lambda is the mean of the segment's finite ones. The keys are those that all of the segment's queries see, with a
     window those before it: the whole chunks of them.
     """
-    at = place(
-        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
-        cu_seqlens_q, cu_seqlens_k, seqlens_k, SEGMENT, CAUSAL, False,
-    )  # fmt: skip
+    at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, SEGMENT, SHAPE.CAUSAL, False)
+    D: tl.constexpr = SHAPE.BLOCK_D
+    HEAD_DIM: tl.constexpr = SHAPE.HEAD_DIM
     q_unit, k_unit, _ = units_of(units, at, n_heads, group)
     slot = at.q_head.to(tl.int64) * segments + at.start // SEGMENT
-    tl.store(use_out + slot, 0)
+    tl.store(made_out.use + slot, 0)
     first, last = 0, tl.cdiv(at.k_stop, SEGMENT)
-    if CAUSAL:
+    if SHAPE.CAUSAL:
         stop = clamp(at.start + at.diagonal, 0, at.k_stop)
         last = stop // SEGMENT
         if window is not None:
             first = tl.cdiv(clamp(at.start + at.diagonal - window, 0, stop), SEGMENT)
-    dim = tl.arange(0, BLOCK_D)
-    square = dim[:, None] * BLOCK_D + dim[None, :]
-    gram, total = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    dim = tl.arange(0, D)
+    square = dim[:, None] * D + dim[None, :]
+    gram, total = tl.zeros([D, D], tl.float32), tl.zeros([D], tl.float32)
     for c in tl.range(first, last):
-        sums = sums_ptr + (at.k_head.to(tl.int64) * chunks + c) * (BLOCK_D + 1) * BLOCK_D
+        sums = sums_ptr + (at.k_head.to(tl.int64) * chunks + c) * (D + 1) * D
         gram += tl.load(sums + square)  # (D, D)
-        total += tl.load(sums + BLOCK_D * BLOCK_D + dim)  # (D,)
+        total += tl.load(sums + D * D + dim)  # (D,)
     share = inverse_or_zero((tl.minimum(last * SEGMENT, at.k_stop) - first * SEGMENT).to(tl.float32))
     mean = total * share
     row = at.start + tl.arange(0, SEGMENT)
     there = row < at.q_len
-    ridge_base = queries_of(ridge_ptr, ridge_stride_b, ridge_stride_h, ridge_stride_s, at)
-    given = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=there, other=0.0)  # (SEGMENT,)
+    given = load_ridge(ridge_in, row, at, 0.0)  # (SEGMENT,)
     there = there & finite(given)
     ridge = tl.sum(tl.where(there, given, 0.0), 0) / tl.maximum(tl.sum(there.to(tl.float32), 0), 1.0)
-    ridge = ridge_in(ridge, k_unit)
+    ridge = ridge_in_units(ridge, k_unit)
     on_diagonal = dim[:, None] == dim[None, :]
     gram = gram * share - mean[:, None] * mean[None, :]
     ridge = tl.maximum(ridge, tl.max(tl.where(on_diagonal, gram, 0.0)) * FLOOR)
@@ -138,74 +124,58 @@ def gram_kernel(
     if ~((last > first) & (worth > WORTH) & (largest < float("inf")) & (ridge > 0)):
         return
     # (4.6), above and below the line summed over the segment's queries.
-    q_base = queries_of(q_ptr, q_stride_b, q_stride_h, q_stride_s, at)
+    q_base = queries_of(q_in, at)
     found, expected = 0.0, 0.0
     for i in tl.range(at.start, tl.minimum(at.start + SEGMENT, at.q_len), BLOCK_M):
-        q = load_tile(q_base, q_stride_s, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
+        q = load_tile(q_base, q_in.stride_s, i, at.q_len, HEAD_DIM, BLOCK_M, D, True)  # (M, D)
         member = i + tl.arange(0, BLOCK_M)
-        own = tl.load(ridge_base + member.to(tl.int64) * ridge_stride_s, mask=member < at.q_len, other=1.0)  # (M,)
+        own = load_ridge(ridge_in, member, at, 1.0)  # (M,)
         if ADJOINT:  # the probe z has z.A z = z.d
-            x = load_tile(rows_of(probe_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+            x = load_tile(rows_of(probe_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, D, True)
             x = x * k_unit
-            d = load_tile(rows_of(k_mean_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-            d = d * inverse_power(k_unit) - query_in(q, q_unit, k_unit, origin_ptr, at, HEAD_DIM)
+            d = load_tile(rows_of(k_mean_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, D, True)
+            d = d * inverse_power(k_unit) - query_in_units(q, q_unit, k_unit, origin_ptr, at, HEAD_DIM)
             curvature = tl.sum(x * d, 1)  # (M,)
             inverse_size = inverse_or_zero(tl.sqrt(tl.sum(x * x, 1)))
             curvature *= inverse_size * inverse_size
         else:  # the first guess's direction u has C u = b
             x = q.to(tl.float32) * shortening(q)[:, None]
-            image = load_tile(rows_of(b_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+            image = load_tile(rows_of(b_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, D, True)
             inverse_size = inverse_or_zero(tl.sqrt(tl.sum(x * x, 1)))
-            curvature = tl.sum(x * image, 1) * inverse_size * inverse_size + ridge_in(own, k_unit)
-        some = sees_some(member, at, window, CAUSAL) & finite(own) & finite(curvature) & (inverse_size > 0)
-        x = rounded(tl.where(some[:, None], x * inverse_size[:, None], 0.0), q, PRECISION)  # (M, D) of unit length
-        matrix = rounded(scaled, q, PRECISION)  # (D, D)
-        expected += tl.sum(dot(x, matrix, zeros(x, matrix), PRECISION) * x.to(tl.float32)) * unit
+            curvature = tl.sum(x * image, 1) * inverse_size * inverse_size + ridge_in_units(own, k_unit)
+        some = sees_some(member, at, window, SHAPE.CAUSAL) & finite(own) & finite(curvature) & (inverse_size > 0)
+        x = rounded(tl.where(some[:, None], x * inverse_size[:, None], 0.0), q, SHAPE.TF32)  # (M, D) of unit length
+        matrix = rounded(scaled, q, SHAPE.TF32)  # (D, D)
+        expected += tl.sum(dot(x, matrix, zeros(x, matrix), SHAPE.TF32) * x.to(tl.float32)) * unit
         found += tl.sum(tl.where(some, curvature, 0.0))
     if ~((found > expected * FIT_LEAST) & (found < expected * FIT_MOST)):
         return
-    tl.store(use_out + slot, 1)
-    a = scratch + slot * (2 * BLOCK_D * BLOCK_D)  # G + lambda I over the unit matrix
-    further = a + BLOCK_D * BLOCK_D
+    tl.store(made_out.use + slot, 1)
+    a = scratch + slot * (2 * D * D)  # G + lambda I over the unit matrix
+    further = a + D * D
     tl.store(a + square, gram)
     tl.store(further + square, tl.where(on_diagonal, 1.0, 0.0))
     tl.debug_barrier()
     W: tl.constexpr = WARPS
-    R: tl.constexpr = 2 * BLOCK_D
+    R: tl.constexpr = 2 * D
     warp_row = tl.arange(0, W)[:, None] * (R // W) + tl.arange(0, R // W)[None, :]  # (W, R / W)
     b = tl.zeros([W, PANEL], tl.float32)
-    rows, own = panel_of(a, warp_row, 0, R, BLOCK_D)
+    rows, own = panel_of(a, warp_row, 0, R, D)
     tl.debug_barrier()
-    for p in tl.range(0, BLOCK_D, PANEL):
-        _rows, b, _inverse, later = factored_panel(rows, own, b, p, a, None, warp_row, ridge, R, BLOCK_D)
+    for p in tl.range(0, D, PANEL):
+        _rows, b, _inverse, later = factored_panel(rows, own, b, p, a, None, warp_row, ridge, R, D)
         rows, own = later
         tl.debug_barrier()
     factor = tl.load(further + square) * inverse_power(power_of_two(tl.rsqrt(ridge)))  # (D, D) L^-T
-    factor = rounded(factor, tl.zeros([1], inverse_out.dtype.element_ty), PRECISION)
-    inverse = dot(factor, tl.trans(factor), zeros(factor, tl.trans(factor)), PRECISION)  # (D, D)
-    tl.store(inverse_out + slot * BLOCK_D * BLOCK_D + square, inverse.to(inverse_out.dtype.element_ty))
+    factor = rounded(factor, tl.zeros([1], made_out.inverse.dtype.element_ty), SHAPE.TF32)
+    inverse = dot(factor, tl.trans(factor), zeros(factor, tl.trans(factor)), SHAPE.TF32)  # (D, D)
+    tl.store(made_out.inverse + slot * D * D + square, inverse.to(made_out.inverse.dtype.element_ty))
 
 
 @triton.jit
-def preconditioned(r, use, inverse_ptr, like, PRECISION: tl.constexpr, D: tl.constexpr):
+def preconditioned(r, use, inverse_ptr, like, TF32: tl.constexpr, D: tl.constexpr):
     """(G + lambda I)^-1 r of each row of r, (M, D), but for a factor; r itself of rows that do not ``use`` it, (M,)."""
     inverse = load_tile(inverse_ptr, D, 0, D, D, D, D, False)  # (D, D)
     size = tl.sqrt(tl.sum(r * r, 1))
-    x = rounded(r * inverse_or_zero(size)[:, None], like, PRECISION)  # (M, D)
-    return tl.where(use[:, None], dot(x, inverse, zeros(x, inverse), PRECISION) * size[:, None], r)
-
-
-def settings(d: int) -> dict[str, Any]:
-    """Tiles and warps of `gram_kernel` for padded widths ``d``."""
-    warps = min(4 if d <= 64 else 8, 2 * d // PANEL.value)
-    return {
-        "BLOCK_M": 64 if d <= 64 else 32,
-        "WARPS": warps,
-        "num_warps": warps,
-        "num_stages": 2,
-    }
-
-
-def sums_settings(d: int) -> dict[str, Any]:
-    """The same of `gram_sums_kernel`."""
-    return {"BLOCK_N": 64, "num_warps": 4 if d <= 64 else 8, "num_stages": 2}
+    x = rounded(r * inverse_or_zero(size)[:, None], like, TF32)  # (M, D)
+    return tl.where(use[:, None], dot(x, inverse, zeros(x, inverse), TF32) * size[:, None], r)

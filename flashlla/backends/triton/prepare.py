@@ -13,18 +13,21 @@ from flashlla.backends.triton.primitives import (
     finite_or_zero,
     inverse_or_zero,
     inverse_power,
-    load_rows,
+    load_numbers,
+    load_queries,
     load_tile,
+    load_vectors,
     outside,
     place,
     power_of_two,
-    queries_of,
     rounded,
-    rows_of,
     sequence_extent,
+    store_numbers,
     store_rows,
     store_tile,
+    store_vectors,
 )
+from flashlla.backends.triton.records import Seqlens
 
 # What numbers other than keys may be: all that are finite.
 MOST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
@@ -39,55 +42,47 @@ def cleaned(tile, most):
 
 @triton.jit
 def rows_of_operand(
-    program, tensor, stride_b, stride_h, stride_s, cu_seqlens_q, cu_seqlens_k, seqlens_k, heads, group, q_len, k_len,
-    max_seqlen_q, max_seqlen_k, OVER_KEYS: tl.constexpr,
+    program, tensor, seqlens, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, OVER_KEYS: tl.constexpr
 ):  # fmt: skip
     """Where a head of q, or (OVER_KEYS) of k or v, begins; how many rows it has; and the place of its first among the
     rows of a contiguous (B, H, S). ``program`` counts the heads."""
     if OVER_KEYS:
         heads = heads // group
-        cu, total, max_seqlen = cu_seqlens_k, k_len, max_seqlen_k
+        cu, total, max_seqlen = seqlens.cu_k, k_len, max_seqlen_k
     else:
-        cu, total, max_seqlen = cu_seqlens_q, q_len, max_seqlen_q
+        cu, total, max_seqlen = seqlens.cu_q, q_len, max_seqlen_q
     sequence, head = program // heads, program % heads
     first, length = sequence_extent(cu, sequence, total, max_seqlen)
-    if OVER_KEYS and seqlens_k is not None:
-        length = clamp(tl.load(seqlens_k + sequence), 0, length)
-    base = tensor + sequence.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + first.to(tl.int64) * stride_s
+    if OVER_KEYS and seqlens.k is not None:
+        length = clamp(tl.load(seqlens.k + sequence), 0, length)
+    base = tensor.ptr + sequence.to(tl.int64) * tensor.stride_b + head.to(tl.int64) * tensor.stride_h
+    base += first.to(tl.int64) * tensor.stride_s
     row = (program if cu is None else head).to(tl.int64) * total + first
     return base, length, row
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, "chunk"])
 def largest_kernel(
-    q, k, v, k_most, largest, flawed, q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
-    v_stride_b, v_stride_h, v_stride_s,
-    cu_seqlens_q, cu_seqlens_k, seqlens_k, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, chunk,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    q_in, k_in, v_in, k_most, largest, flawed,
+    seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, chunk,
+    SHAPE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The largest finite magnitude of each of CHUNKS chunks of each head's rows, and 1 where some number is not finite,
     else 0: of q's heads, of k's, of v's. A key beyond k_most is not finite."""
     program, part = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
     n_kv_heads = n_heads // group
-    tensors = (
-        (q, q_stride_b, q_stride_h, q_stride_s),
-        (k, k_stride_b, k_stride_h, k_stride_s),
-        (v, v_stride_b, v_stride_h, v_stride_s),
-    )
+    tensors = (q_in, k_in, v_in)
     found, flaw = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for which in tl.static_range(3):
         here = (tl.program_id(1) == which) & ((which == 0) | (program < n_kv_heads))
         if here:
-            WIDTH: tl.constexpr = V_DIM if which == 2 else HEAD_DIM
-            COLUMNS: tl.constexpr = BLOCK_V if which == 2 else BLOCK_D
+            WIDTH: tl.constexpr = SHAPE.V_DIM if which == 2 else SHAPE.HEAD_DIM
+            COLUMNS: tl.constexpr = SHAPE.BLOCK_V if which == 2 else SHAPE.BLOCK_D
             base, length, _ = rows_of_operand(
-                program, tensors[which][0], tensors[which][1], tensors[which][2], tensors[which][3],
-                cu_seqlens_q, cu_seqlens_k, seqlens_k,
-                heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, which > 0,
-            )  # fmt: skip
+                program, tensors[which], seqlens, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, which > 0
+            )
             for i in tl.range(part * chunk, tl.minimum((part + 1) * chunk, length), BLOCK_M):
-                tile = load_tile(base, tensors[which][3], i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
+                tile = load_tile(base, tensors[which].stride_s, i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
                 tile = tl.abs(tile.to(tl.float32))
                 sound = tile <= (k_most if which == 1 else MOST)
                 found = tl.maximum(found, tl.max(tl.where(sound, tile, 0.0), 1))
@@ -99,83 +94,71 @@ def largest_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def cast_kernel(
-    q, k, v, k_most, origin_ptr, largest, flawed, q_out, k_out, v_out, units, flaws, q_flaws, k_flaws, v_flaws,
-    q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    cu_seqlens_q, cu_seqlens_k, seqlens_k, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    q_in, k_in, v_in, k_most, origin_ptr, largest, flawed, outs, units, flaws,
+    seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
+    SHAPE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """q, k and v divided by their heads' units, contiguous, 0 for what is not finite; and these units, of float16
     powers of two under the largest, else 1. k from its heads' origins (sequences Hkv, D), if there are any.
 
-    flaws: of each head 1 where some number is not finite, else 0; there alone q_flaws (B, Hq, Sq), k_flaws and v_flaws
-    (B, Hkv, Sk) are written, NaN for each row with such a number, else 0. Rows that no sequence has are not written.
+    What was not finite goes to ``flaws``, rows of heads that have such numbers alone. Rows that no sequence has are not
+    written.
     """
     tiles = tl.cdiv(tl.maximum(max_seqlen_q, max_seqlen_k), BLOCK_M)
     program, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
     n_kv_heads = n_heads // group
-    tensors = (
-        (q, q_stride_b, q_stride_h, q_stride_s, q_out, q_flaws),
-        (k, k_stride_b, k_stride_h, k_stride_s, k_out, k_flaws),
-        (v, v_stride_b, v_stride_h, v_stride_s, v_out, v_flaws),
-    )
+    tensors, row_flaws = (q_in, k_in, v_in), (flaws.q, flaws.k, flaws.v)
     for which in tl.static_range(3):
         here = (tl.program_id(1) == which) & ((which == 0) | (program < n_kv_heads))
         if here:
-            WIDTH: tl.constexpr = V_DIM if which == 2 else HEAD_DIM
-            COLUMNS: tl.constexpr = BLOCK_V if which == 2 else BLOCK_D
+            WIDTH: tl.constexpr = SHAPE.V_DIM if which == 2 else SHAPE.HEAD_DIM
+            COLUMNS: tl.constexpr = SHAPE.BLOCK_V if which == 2 else SHAPE.BLOCK_D
             slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_kv_heads) + program
             unit = tl.full([], 1.0, tl.float32)
-            if tensors[which][4].dtype.element_ty == tl.float16:
+            if outs[which].dtype.element_ty == tl.float16:
                 top = tl.max(tl.load(largest + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
                 unit = tl.where(top > 0, power_of_two(top), 1.0)
             flaw = tl.max(tl.load(flawed + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
             tl.store(units + slot, unit, mask=i == 0)
-            tl.store(flaws + slot, flaw, mask=i == 0)
+            tl.store(flaws.heads + slot, flaw, mask=i == 0)
             base, length, row = rows_of_operand(
-                program, tensors[which][0], tensors[which][1], tensors[which][2], tensors[which][3],
-                cu_seqlens_q, cu_seqlens_k, seqlens_k,
-                heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, which > 0,
-            )  # fmt: skip
-            tile = load_tile(base, tensors[which][3], i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
+                program, tensors[which], seqlens, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, which > 0
+            )
+            tile = load_tile(base, tensors[which].stride_s, i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
             tile = tile.to(tl.float32)
             if flaw > 0:
                 tile, row_flaw = cleaned(tile, k_most if which == 1 else MOST)
-                store_rows(tensors[which][5] + row, i, length, row_flaw)
+                store_rows(row_flaws[which] + row, i, length, row_flaw)
             if which == 1 and origin_ptr is not None:
                 dim = tl.arange(0, COLUMNS)
                 tile -= tl.load(origin_ptr + program.to(tl.int64) * WIDTH + dim, mask=dim < WIDTH, other=0.0)[None, :]
-            store_tile(tensors[which][4] + row * WIDTH, WIDTH, i, length, tile * inverse_power(unit), WIDTH)
+            store_tile(outs[which] + row * WIDTH, WIDTH, i, length, tile * inverse_power(unit), WIDTH)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def cast_rows_kernel(
-    grad_o, guard, probe, do_out, do_unit_out, z_out, z_size_out, stride_b, stride_h, stride_s,
-    cu_seqlens_q, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    grad_o, guard, probe, do_out, z_out, cu_seqlens_q, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Row by row do = guard grad_o / do_unit, so that no row of do is longer than 1 and none but zeros is short; and
-    probe = z_size z, z of unit length. Of a row that is not finite, do_unit or z_size is NaN."""
-    at = place(
-        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
-        cu_seqlens_q, cu_seqlens_q, None, BLOCK_M, False, False,
-    )  # fmt: skip
+    """Row by row do = guard grad_o / its unit, so that no row of do is longer than 1 and none but zeros is short; and
+    probe = z times its unit, z of unit length. Of a row that is not finite the unit is NaN."""
+    seqlens = Seqlens(cu_seqlens_q, cu_seqlens_q, None)
+    at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, False, False)
     if outside(at, at.q_len, cu_seqlens_q):
         return
-    i, length = at.start, at.q_len
-    base = queries_of(grad_o, stride_b, stride_h, stride_s, at)
-    tile = load_tile(base, stride_s, i, length, V_DIM, BLOCK_M, BLOCK_V, True).to(tl.float32)  # (M, V)
-    tile = tile * load_rows(rows_of(guard, at, 1), i, length, BLOCK_M, 1.0)[:, None]
+    D: tl.constexpr = SHAPE.BLOCK_D
+    V: tl.constexpr = SHAPE.BLOCK_V
+    tile = load_queries(grad_o, at, SHAPE.V_DIM, BLOCK_M, V).to(tl.float32)  # (M, V)
+    tile = tile * load_numbers(guard, at, BLOCK_M, 1.0)[:, None]
     tile, flaw = cleaned(tile, MOST)
     top = tl.max(tl.abs(tile), 1)  # (M,)
     # Elements under 2 / (2 sqrt(V)): the row's length is under 1. ROOM is the power of two at or above 2 sqrt(V).
-    ROOM: tl.constexpr = 32 if BLOCK_V > 64 else (16 if BLOCK_V > 16 else 8)
+    ROOM: tl.constexpr = 32 if V > 64 else (16 if V > 16 else 8)
     unit = power_of_two(top * ROOM)
-    store_tile(rows_of(do_out, at, V_DIM), V_DIM, i, length, tile * inverse_power(unit)[:, None], V_DIM)
-    store_rows(rows_of(do_unit_out, at, 1), i, length, unit + flaw)
-    z = load_tile(rows_of(probe, at, HEAD_DIM), HEAD_DIM, i, length, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
+    store_vectors(do_out.ptr, at, tile * inverse_power(unit)[:, None], SHAPE.V_DIM)
+    store_numbers(do_out.unit, at, unit + flaw)
+    z = load_vectors(probe, at, SHAPE.HEAD_DIM, BLOCK_M, D)  # (M, D)
     z_size = tl.sqrt(tl.sum(z * z, 1))  # (M,)
-    z = rounded(z * inverse_or_zero(z_size)[:, None], tl.zeros([1], z_out.dtype.element_ty), PRECISION)
-    store_tile(rows_of(z_out, at, HEAD_DIM), HEAD_DIM, i, length, finite_or_zero(z), HEAD_DIM)
-    store_rows(rows_of(z_size_out, at, 1), i, length, z_size)
+    z = rounded(z * inverse_or_zero(z_size)[:, None], tl.zeros([1], z_out.ptr.dtype.element_ty), SHAPE.TF32)
+    store_vectors(z_out.ptr, at, finite_or_zero(z), SHAPE.HEAD_DIM)
+    store_numbers(z_out.unit, at, z_size)

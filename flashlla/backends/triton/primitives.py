@@ -30,7 +30,7 @@ TOP: tl.constexpr = tl.constexpr(32768.0)
 ROWS_PAD: tl.constexpr = tl.constexpr(configs.ROWS_PAD)
 
 
-# Arguments of every kernel that no kernel is compiled anew for.
+# Arguments that no kernel is compiled anew for, each by itself: Triton's do_not_specialize does not reach into tuples.
 NUMBERS = ("window", "n_heads", "heads", "group", "q_len", "k_len", "max_seqlen_q", "max_seqlen_k")
 
 
@@ -70,7 +70,7 @@ def sequence_extent(cu_seqlens, sequence, total, max_seqlen):
 
 @triton.jit
 def place(
-    n_heads, heads, group, q_total, k_total, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqlens_k,
+    seqlens, n_heads, heads, group, q_total, k_total, max_seqlen_q, max_seqlen_k,
     BLOCK: tl.constexpr, CAUSAL: tl.constexpr, OVER_KEYS: tl.constexpr,
 ):  # fmt: skip
     """The tile of this program, of BLOCK queries or (OVER_KEYS) keys. Neighbours share a tile's place: the longest
@@ -87,12 +87,12 @@ def place(
         sequence, head = q_head // heads, q_head % heads
         kv_head = head // group
         k_head = q_head // group
-    q_first, q_len = sequence_extent(cu_seqlens_q, sequence, q_total, max_seqlen_q)
-    k_first, k_len = sequence_extent(cu_seqlens_k, sequence, k_total, max_seqlen_k)
+    q_first, q_len = sequence_extent(seqlens.cu_q, sequence, q_total, max_seqlen_q)
+    k_first, k_len = sequence_extent(seqlens.cu_k, sequence, k_total, max_seqlen_k)
     k_stop = k_len
-    if seqlens_k is not None:
-        k_stop = clamp(tl.load(seqlens_k + sequence), 0, k_len)
-    q_row = (q_head if cu_seqlens_q is None else head).to(tl.int64) * q_total + q_first
+    if seqlens.k is not None:
+        k_stop = clamp(tl.load(seqlens.k + sequence), 0, k_len)
+    q_row = (q_head if seqlens.cu_q is None else head).to(tl.int64) * q_total + q_first
     if CAUSAL and not OVER_KEYS:
         tile = tl.cdiv(q_len, BLOCK) - 1 - tile
     return Place(
@@ -111,18 +111,18 @@ def outside(at, length, cu_seqlens):
 
 
 @triton.jit
-def queries_of(pointer, stride_b, stride_h, stride_s, at):
-    """Where a program's queries begin in a strided (B, Hq, Sq, ...) tensor. Packed: its stride_b comes as 0."""
-    return pointer + at.sequence.to(tl.int64) * stride_b + at.head.to(tl.int64) * stride_h + (
-        at.q_first.to(tl.int64) * stride_s
+def queries_of(x, at):
+    """Where a program's queries begin in a `Strided` (B, Hq, Sq, ...) tensor."""
+    return x.ptr + at.sequence.to(tl.int64) * x.stride_b + at.head.to(tl.int64) * x.stride_h + (
+        at.q_first.to(tl.int64) * x.stride_s
     )  # fmt: skip
 
 
 @triton.jit
-def keys_of(pointer, stride_b, stride_h, stride_s, at):
+def keys_of(x, at):
     """The same of a (B, Hkv, Sk, ...) tensor."""
-    return pointer + at.sequence.to(tl.int64) * stride_b + at.kv_head.to(tl.int64) * stride_h + (
-        at.k_first.to(tl.int64) * stride_s
+    return x.ptr + at.sequence.to(tl.int64) * x.stride_b + at.kv_head.to(tl.int64) * x.stride_h + (
+        at.k_first.to(tl.int64) * x.stride_s
     )  # fmt: skip
 
 
@@ -193,9 +193,48 @@ def store_rows(base, start, length, x):
 
 
 @triton.jit
-def dot(a, b, accumulator, PRECISION: tl.constexpr):
-    """accumulator + a b, in float32; PRECISION matters for float32 operands only."""
-    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+def load_queries(x, at, WIDTH: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr):
+    """The program's rows of a `Strided` (B, Hq, Sq, WIDTH) tensor: (M, COLUMNS)."""
+    return load_tile(queries_of(x, at), x.stride_s, at.start, at.q_len, WIDTH, M, COLUMNS, True)
+
+
+@triton.jit
+def store_queries(x_out, at, x, WIDTH: tl.constexpr):
+    store_tile(queries_of(x_out, at), x_out.stride_s, at.start, at.q_len, x, WIDTH)
+
+
+@triton.jit
+def load_vectors(pointer, at, WIDTH: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr):
+    """The same of a contiguous one."""
+    return load_tile(rows_of(pointer, at, WIDTH), WIDTH, at.start, at.q_len, WIDTH, M, COLUMNS, True)
+
+
+@triton.jit
+def store_vectors(pointer, at, x, WIDTH: tl.constexpr):
+    store_tile(rows_of(pointer, at, WIDTH), WIDTH, at.start, at.q_len, x, WIDTH)
+
+
+@triton.jit
+def load_numbers(pointer, at, M: tl.constexpr, other):
+    """One number a query, of a contiguous (B, Hq, Sq): (M,), ``other`` beyond the last."""
+    return load_rows(rows_of(pointer, at, 1), at.start, at.q_len, M, other)
+
+
+@triton.jit
+def store_numbers(pointer, at, x):
+    store_rows(rows_of(pointer, at, 1), at.start, at.q_len, x)
+
+
+@triton.jit
+def load_ridge(ridge, row, at, other):
+    """Of queries ``row``, in any order: (M,)."""
+    return tl.load(queries_of(ridge, at) + row.to(tl.int64) * ridge.stride_s, mask=row < at.q_len, other=other)
+
+
+@triton.jit
+def dot(a, b, accumulator, TF32: tl.constexpr):
+    """accumulator + a b, in float32; TF32: float32 operands as tensor cores take them."""
+    return tl.dot(a, b, accumulator, input_precision="tf32" if TF32 else "ieee")
 
 
 @triton.jit
@@ -211,12 +250,12 @@ def to_tf32(x):
 
 
 @triton.jit
-def rounded(x, like, PRECISION: tl.constexpr):
+def rounded(x, like, TF32: tl.constexpr):
     """``x`` (float32) as the operand of a product with ``like``.
 
     What a product would round is rounded here, so that sums made beside the product can use the same numbers.
     """
-    if like.dtype == tl.float32 and PRECISION == "tf32":
+    if like.dtype == tl.float32 and TF32:
         return tl.where(x == x, to_tf32(x), x)
     else:
         return x.to(like.dtype)
@@ -360,9 +399,7 @@ def cut_tile(step, first, whole, whole_stop):
 
 @triton.jit
 def sweep_keys(
-    body: tl.constexpr, state, rows, keys, at, window,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr,
+    body: tl.constexpr, state, rows, keys, at, window, SHAPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):  # fmt: skip
     """``state`` after ``body`` on each tile of keys that the M queries from ``at.start`` on see.
 
@@ -371,42 +408,40 @@ def sweep_keys(
     there, the assembler would copy accumulators beside them, and wait for every single instruction instead. ``rows`` is
     what ``body`` needs of the queries; ``keys`` the keys' (and values') places and strides.
     """
-    first, whole, whole_stop, stop = key_range(at, window, CAUSAL, M, N)
+    first, whole, whole_stop, stop = key_range(at, window, SHAPE.CAUSAL, M, N)
     for step in tl.range(0, whole - first + stop - whole_stop, N):
         j = cut_tile(step, first, whole, whole_stop)
         i_column, j_row = (at.start + tl.arange(0, M))[:, None], (j + tl.arange(0, N))[None, :]
-        seen = visible(i_column, j_row, at, window, CAUSAL)
-        state = body(state, rows, keys, j, at.k_stop, seen, HEAD_DIM, V_DIM, PRECISION, N, True)
+        seen = visible(i_column, j_row, at, window, SHAPE.CAUSAL)
+        state = body(state, rows, keys, j, at.k_stop, seen, SHAPE, N, True)
     if whole < whole_stop:
         seen = tl.full([M, N], True, tl.int1)
         for j in tl.range(whole, whole_stop, N):
-            state = body(state, rows, keys, j, at.k_stop, seen, HEAD_DIM, V_DIM, PRECISION, N, False)
+            state = body(state, rows, keys, j, at.k_stop, seen, SHAPE, N, False)
     return state
 
 
 @triton.jit
 def sweep_queries(
-    body: tl.constexpr, state, keys, rows, at, window,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr,
+    body: tl.constexpr, state, keys, rows, at, window, SHAPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):  # fmt: skip
     """``state`` after ``body`` on each tile of queries that see one of the N keys from ``at.start`` on."""
-    first, whole, whole_stop, stop = query_range(at, window, CAUSAL, M, N)
+    first, whole, whole_stop, stop = query_range(at, window, SHAPE.CAUSAL, M, N)
     seen = tl.full([N, M], True, tl.int1)
     for step in tl.range(0, whole - first + stop - whole_stop, M):
         i = cut_tile(step, first, whole, whole_stop)
         i_row, j_column = (i + tl.arange(0, M))[None, :], (at.start + tl.arange(0, N))[:, None]
-        seen = visible(i_row, j_column, at, window, CAUSAL)
-        state = body(state, keys, rows, i, at.q_len, seen, HEAD_DIM, V_DIM, PRECISION, M, True)
+        seen = visible(i_row, j_column, at, window, SHAPE.CAUSAL)
+        state = body(state, keys, rows, i, at.q_len, seen, SHAPE, M, True)
     for i in tl.range(whole, whole_stop, M):
-        state = body(state, keys, rows, i, at.q_len, seen, HEAD_DIM, V_DIM, PRECISION, M, False)
+        state = body(state, keys, rows, i, at.q_len, seen, SHAPE, M, False)
     return state
 
 
 @triton.jit
-def weights(q, k, factor, shift, seen, PRECISION: tl.constexpr, CUT: tl.constexpr):
+def weights(q, k, factor, shift, seen, TF32: tl.constexpr, CUT: tl.constexpr):
     """2**(factor q.k - shift), and 0 where not ``seen``: (M, N)."""
-    s = dot(q, tl.trans(k), zeros(q, tl.trans(k)), PRECISION) * factor - shift[:, None]
+    s = dot(q, tl.trans(k), zeros(q, tl.trans(k)), TF32) * factor - shift[:, None]
     if CUT:
         s = tl.where(seen, s, float("-inf"))
     return tl.exp2(s)
@@ -420,13 +455,13 @@ def units_of(units, at, n_heads, group):
 
 
 @triton.jit
-def ridge_in(ridge, k_unit):
+def ridge_in_units(ridge, k_unit):
     """The ridges in the units of the keys; where keys are tiny beside them, as large as still makes solutions of 0."""
     return tl.minimum(ridge * inverse_power(k_unit) * inverse_power(k_unit), 1e36)
 
 
 @triton.jit
-def query_in(q, q_unit, k_unit, origin_ptr, at, HEAD_DIM: tl.constexpr):
+def query_in_units(q, q_unit, k_unit, origin_ptr, at, HEAD_DIM: tl.constexpr):
     """The queries q (M, D) in the units of the keys, from their origin (heads, D) if that has been moved: (M, D)."""
     x = q.to(tl.float32) * (q_unit * inverse_power(k_unit))
     if origin_ptr is not None:

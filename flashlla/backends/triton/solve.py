@@ -18,20 +18,21 @@ from flashlla.backends.triton.primitives import (
     inverse_power,
     keys_of,
     keys_seen,
-    load_rows,
+    load_numbers,
+    load_queries,
+    load_ridge,
     load_tile,
+    load_vectors,
     outside,
     place,
-    queries_of,
-    query_in,
-    ridge_in,
+    query_in_units,
+    ridge_in_units,
     rounded,
-    rows_of,
     saturated,
     sees_some,
     shortening,
-    store_rows,
-    store_tile,
+    store_numbers,
+    store_vectors,
     sweep_keys,
     units_of,
     weights,
@@ -45,40 +46,37 @@ LAST_MOST: tl.constexpr = tl.constexpr(0.5)
 
 @triton.jit
 def matvec_body(
-    state, rows, keys, j, k_len, seen,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    state, rows, keys, j, k_len, seen, SHAPE: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j w_ij c_ij k_j and of sum_j w_ij c_ij, c_ij = x_i.(k_j - k_mean_i)."""
     acc, total = state
     q, x, x_mean, shift, factor = rows
     k_base, k_stride = keys
-    k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
-    w = weights(q, k, factor, shift, seen, PRECISION, CUT)  # (M, N); first: its exponentials overlap the next product
-    w = w * (dot(x, tl.trans(k), zeros(x, tl.trans(k)), PRECISION) - x_mean[:, None])
-    w = rounded(w, k, PRECISION)
+    k = load_tile(k_base, k_stride, j, k_len, SHAPE.HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
+    # (M, N); first: its exponentials overlap the next product
+    w = weights(q, k, factor, shift, seen, SHAPE.TF32, CUT)
+    w = w * (dot(x, tl.trans(k), zeros(x, tl.trans(k)), SHAPE.TF32) - x_mean[:, None])
+    w = rounded(w, k, SHAPE.TF32)
     # The total of the rounded numbers: k_mean times it takes out what keys far from the origin made of their rounding.
-    return dot(w, k, acc, PRECISION), total + tl.sum(w.to(tl.float32), 1)
+    return dot(w, k, acc, SHAPE.TF32), total + tl.sum(w.to(tl.float32), 1)
 
 
 @triton.jit
 def diagonal_body(
-    state, rows, keys, j, k_len, seen,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
+    state, rows, keys, j, k_len, seen, SHAPE: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
     """One tile of sum_j w_ij (k_j - origin)^2, element by element."""
     q, origin, shift, factor = rows
     k_base, k_stride = keys
-    k = load_tile(k_base, k_stride, j, k_len, HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
-    w = rounded(weights(q, k, factor, shift, seen, PRECISION, CUT), k, PRECISION)  # (M, N)
+    k = load_tile(k_base, k_stride, j, k_len, SHAPE.HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
+    w = rounded(weights(q, k, factor, shift, seen, SHAPE.TF32, CUT), k, SHAPE.TF32)  # (M, N)
     moved = k.to(tl.float32) - origin[None, :]
-    return dot(w, rounded(moved * moved, k, PRECISION), state, PRECISION)  # (M, D)
+    return dot(w, rounded(moved * moved, k, SHAPE.TF32), state, SHAPE.TF32)  # (M, D)
 
 
 @triton.jit
-def prepare_jacobi(
-    q, k_mean, ridge, shift, factor, k_base, k_stride, at, window,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr,
+def jacobi(
+    q, k_mean, ridge, shift, factor, k_base, k_stride, at, window, SHAPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):  # fmt: skip
     """The inverse diagonals of A, (M, D): sum_j p_j (k_j - origin)^2 - (k_mean - origin)^2 + lambda.
 
@@ -86,197 +84,218 @@ def prepare_jacobi(
     which plain directions do not leave; beside it rounding would meet the ridge alone.
     """
     dim = tl.arange(0, q.shape[1])
-    origin = tl.load(k_base + dim, mask=(dim < HEAD_DIM) & (at.k_stop > 0), other=0.0)  # (D,) the first key
+    origin = tl.load(k_base + dim, mask=(dim < SHAPE.HEAD_DIM) & (at.k_stop > 0), other=0.0)  # (D,) the first key
     origin = origin.to(tl.float32)
     squares = sweep_keys(
         diagonal_body, tl.zeros([M, q.shape[1]], tl.float32), (q, origin, shift, factor), (k_base, k_stride),
-        at, window, HEAD_DIM, V_DIM, CAUSAL, PRECISION, M, N,
+        at, window, SHAPE, M, N,
     )  # fmt: skip
     mean = k_mean - origin[None, :]
     inverse = 1 / (tl.maximum(squares * (1 / WEIGHT) - mean * mean, 0.0) + ridge[:, None])
-    return tl.where((keys_seen(at.start + tl.arange(0, M), at, window, CAUSAL) > HEAD_DIM)[:, None], inverse, 1.0)
+    many = keys_seen(at.start + tl.arange(0, M), at, window, SHAPE.CAUSAL) > SHAPE.HEAD_DIM
+    return tl.where(many[:, None], inverse, 1.0)
 
 
 @triton.jit
-def spread_of(x, image, inverse_curvature, low, high):
-    """The square of (4.7) for directions x (M, D), of which ``image`` is A x, and the lowest and highest curvature
-    along the directions so far: (M,)."""
+def right_side(
+    q, k_mean, given_ridge, b_ptr, q_unit, k_unit, origin_ptr, at, window, ADJOINT: tl.constexpr, SHAPE: tl.constexpr,
+    M: tl.constexpr,
+):  # fmt: skip
+    """b of A x = b, (M, D): d of (2.1), or t of (3.1) in rows of unit length. 0 for queries that see nothing, NaN for
+    those whose ridge is not finite."""
+    if ADJOINT:
+        b = load_vectors(b_ptr, at, SHAPE.HEAD_DIM, M, SHAPE.BLOCK_D).to(tl.float32)
+    else:
+        b = k_mean - query_in_units(q, q_unit, k_unit, origin_ptr, at, SHAPE.HEAD_DIM)
+    b = tl.where(sees_some(at.start + tl.arange(0, M), at, window, SHAPE.CAUSAL)[:, None], b, 0.0)
+    return b + (0.0 * given_ridge)[:, None]
+
+
+@triton.jit
+def first_guess(q, r, ridge, image_ptr, at, SHAPE: tl.constexpr, M: tl.constexpr):
+    """(4.3), a step along the shortened query u, of which C u is at ``image_ptr``: the solution so far (M, D), its
+    residual (M, D), and the curvature along u, 0 where there is none (M,)."""
+    u = q.to(tl.float32) * shortening(q)[:, None]
+    image = load_vectors(image_ptr, at, SHAPE.HEAD_DIM, M, SHAPE.BLOCK_D)
+    image += ridge[:, None] * u  # A u
+    u_image = tl.sum(u * image, 1)
+    step = tl.where(u_image > 0, tl.sum(r * u, 1) / tl.where(u_image > 0, u_image, 1.0), 0.0)
+    curvature = tl.where(u_image > 0, u_image * inverse_or_zero(tl.sum(u * u, 1)), 0.0)
+    return step[:, None] * u, r - step[:, None] * image, curvature
+
+
+@triton.jit
+def left_by_step(x, image, inverse_curvature, lowest, highest):
+    """What share of a query's squared residual a last step leaves, (4.7) squared, for directions x (M, D), of which
+    ``image`` is A x, and the lowest and highest curvature along the directions so far: (M,)."""
     image = image * inverse_curvature[:, None]
     square = tl.sum(image * image, 1) * tl.sum(x * x, 1)
-    apart = (high - low) * inverse_curvature
+    apart = (highest - lowest) * inverse_curvature
     return tl.maximum(tl.where(square > 1, square - 1, 0.0), apart * apart)
 
 
 @triton.jit
-def left_by_last(spread, softness, LAST: tl.constexpr):
-    """What the last step (4.7) leaves of a tile's squared residuals, given the ``spread`` (M,) of its queries; 1 where
-    it is not to be taken. Queries whose ``softness`` is 0 have not been seen to tell."""
+def left_by_last(share_left, last_size, LAST: tl.constexpr):
+    """What the last step leaves of a tile's squared residuals, given the ``share_left`` (M,) of its queries; 1 where
+    it is not to be taken. Queries whose ``last_size`` is 0 have not been seen to tell."""
     if LAST:
-        rest = tl.max(spread, 0) * (LAST_MARGIN * LAST_MARGIN)
-        known = tl.sum((softness > 0).to(tl.int32), 0)
-        return tl.where((rest < LAST_MOST * LAST_MOST) & (known >= spread.shape[0] // 2), rest, 1.0)
+        rest = tl.max(share_left, 0) * (LAST_MARGIN * LAST_MARGIN)
+        known = tl.sum((last_size > 0).to(tl.int32), 0)
+        return tl.where((rest < LAST_MOST * LAST_MOST) & (known >= share_left.shape[0] // 2), rest, 1.0)
     else:
         return 1.0
 
 
 @triton.jit
-def moving(active, r2, spread, softness, enough, LAST: tl.constexpr):
-    """Which queries of a tile go on: (M,)."""
-    return active & (r2 * left_by_last(spread, softness, LAST) > enough)
+def with_last_step(solution, r, r2, share_left, last_size, LAST: tl.constexpr):
+    """``solution`` (M, D) and its squared residual ``r2`` (M,) after the last step: along the residual, as long as the
+    latest curvature says."""
+    if LAST:
+        left = left_by_last(share_left, last_size, LAST)
+        solution += tl.where(left < 1, last_size, 0.0)[:, None] * r
+        r2 *= tl.where(last_size > 0, left, 1.0)
+    return solution, r2
+
+
+@triton.jit
+def moving(unsolved, r2, share_left, last_size, goal, LAST: tl.constexpr):
+    """Which queries of a tile take another step: those that the last step would not bring to their goal. (M,)"""
+    return unsolved & (r2 * left_by_last(share_left, last_size, LAST) > goal)
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, "max_iters", "segments"])
 def solve_kernel(
-    q_ptr, k_ptr, units, origin_ptr, lse2_ptr, k_mean_ptr, ridge_ptr, b_ptr, b_size_ptr, probe_ptr, inverse_ptr,
-    use_ptr, x_out, z_y_out, iterations_out, residual_out, converged_out,
-    q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, ridge_stride_b, ridge_stride_h,
-    ridge_stride_s,
-    cu_seqlens_q, cu_seqlens_k, seqlens_k, window,
-    n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
-    atol, rtol, coarse, max_iters, segments, ADJOINT: tl.constexpr, PRECONDITIONER: tl.constexpr, SEGMENT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    q_in, k_in, units, origin_ptr, lse2_ptr, k_mean_ptr, ridge_in, b_ptr, made_in, x_out, adjoint, ended_out,
+    seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
+    tolerances, max_iters, segments,
+    ADJOINT: tl.constexpr, PRECONDITIONER: tl.constexpr, SEGMENT: tl.constexpr,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Forward: the probe z of (2.1), right-hand side k_mean - q; b is C u of statistics_kernel. ADJOINT: -y of (3.1)
-    and z.y of (3.6); b is the right-hand side t in rows of unit length, |t| beside it.
+    """Forward: the probe z of (2.1), right-hand side k_mean - q; b_ptr has C u of statistics_kernel, and ended_out says
+    how it went. ADJOINT: -y of (3.1) and z.y of (3.6); b_ptr has the right-hand side t in rows of unit length, and
+    ``adjoint`` what else it takes and gives.
 
-    PRECONDITIONER is "none", "jacobi", or "gram": what gram.py makes for each segment of queries, and where it has
-    made one; if there is a use_ptr, "none" is for all others. A row leaves off when |r|^2 <= max(atol, |b|^2) rtol, of
-    the adjoint when the next step is as small beside the solution too, (4.4); the tile when all its rows have. A row
-    that is NaN has left off. The plain solve of 16-bit inputs counts on a last step that needs no sweep, (4.7).
+    PRECONDITIONER is "none", "jacobi", or "gram": what gram.py makes for each segment of queries; if there is any
+    (made_in), "none" is for all others. A row leaves off when |r|^2 <= max(atol, |b|^2) rtol, of the adjoint when the
+    next step is as small beside the solution too, (4.4); the tile when all its rows have. A row that is NaN has left
+    off. The plain solve of 16-bit inputs counts on a last step that needs no sweep, (4.7).
     """
-    at = place(
-        n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
-        cu_seqlens_q, cu_seqlens_k, seqlens_k, BLOCK_M, CAUSAL, False,
-    )  # fmt: skip
-    if outside(at, at.q_len, cu_seqlens_q):
+    at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False)
+    if outside(at, at.q_len, seqlens.cu_q):
         return
-    if use_ptr is not None:
+    D: tl.constexpr = SHAPE.BLOCK_D
+    if made_in is not None:
         slot = at.q_head.to(tl.int64) * segments + at.start // SEGMENT
-        if (tl.load(use_ptr + slot) > 0) != (PRECONDITIONER == "gram"):
+        if (tl.load(made_in.use + slot) > 0) != (PRECONDITIONER == "gram"):
             return
+    LAST: tl.constexpr = PRECONDITIONER == "none" and q_in.ptr.dtype.element_ty == tl.float16
     q_unit, k_unit, _ = units_of(units, at, n_heads, group)
-    i = at.start
-    q_base = queries_of(q_ptr, q_stride_b, q_stride_h, q_stride_s, at)
-    k_base = keys_of(k_ptr, k_stride_b, k_stride_h, k_stride_s, at)
-    q = load_tile(q_base, q_stride_s, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)  # (M, D)
-    k_mean = load_tile(rows_of(k_mean_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    k_base = keys_of(k_in, at)
+    q = load_queries(q_in, at, SHAPE.HEAD_DIM, BLOCK_M, D)  # (M, D)
+    k_mean = load_vectors(k_mean_ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
     k_mean = k_mean * inverse_power(k_unit)
-    ridge_base = queries_of(ridge_ptr, ridge_stride_b, ridge_stride_h, ridge_stride_s, at)
-    row = i + tl.arange(0, BLOCK_M)
-    given = tl.load(ridge_base + row.to(tl.int64) * ridge_stride_s, mask=row < at.q_len, other=1.0)  # (M,)
-    ridge = ridge_in(given, k_unit)
-    shift = load_rows(rows_of(lse2_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0) - WEIGHT_BITS
+    row = at.start + tl.arange(0, BLOCK_M)
+    given_ridge = load_ridge(ridge_in, row, at, 1.0)  # (M,)
+    ridge = ridge_in_units(given_ridge, k_unit)
+    shift = load_numbers(lse2_ptr, at, BLOCK_M, 0.0) - WEIGHT_BITS
     factor = scale * LOG2E * q_unit * k_unit
-    if ADJOINT:
-        r = load_tile(rows_of(b_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-        r = r.to(tl.float32)
-    else:
-        r = k_mean - query_in(q, q_unit, k_unit, origin_ptr, at, HEAD_DIM)
+
+    r = right_side(q, k_mean, given_ridge, b_ptr, q_unit, k_unit, origin_ptr, at, window, ADJOINT, SHAPE, BLOCK_M)
+    atol, rtol, coarse = tolerances
+    if not ADJOINT:
         atol = atol * inverse_power(k_unit) * inverse_power(k_unit)
-    r = tl.where(sees_some(row, at, window, CAUSAL)[:, None], r, 0.0)
-    r += (0.0 * given)[:, None]  # a ridge that is not finite makes NaN
     if PRECONDITIONER == "jacobi":
-        inverse = prepare_jacobi(
-            q, k_mean, ridge, shift, factor, k_base, k_stride_s, at, window,
-            HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+        inverse = jacobi(
+            q, k_mean, ridge, shift, factor, k_base, k_in.stride_s, at, window, SHAPE, BLOCK_M, BLOCK_N
         )  # fmt: skip
     else:
         inverse = 1.0
     b2 = tl.sum(r * r, 1)  # (M,), as every scalar of the recurrence
     # Few keys leave much of the probe to the ridge alone, which magnifies errors: no coarser there than the dtype.
-    many = keys_seen(row, at, window, CAUSAL) > 2 * HEAD_DIM
-    rtol = tl.where(many, tl.maximum(rtol, coarse), rtol)  # (M,)
+    many_keys = keys_seen(row, at, window, SHAPE.CAUSAL) > 2 * SHAPE.HEAD_DIM
+    rtol = tl.where(many_keys, tl.maximum(rtol, coarse), rtol)  # (M,)
     threshold = tl.maximum(b2, atol) * rtol
-    LAST: tl.constexpr = PRECONDITIONER == "none" and q.dtype == tl.float16
-    # For the last step: lowest and highest curvature so far, 1 / the latest (0: none yet), and the square of (4.7).
-    low, high = tl.full([BLOCK_M], float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    softness = tl.zeros([BLOCK_M], tl.float32)
+
+    # For the last step: lowest and highest curvature so far; how long it is, 1 / the latest curvature (0: none yet).
+    lowest, highest = tl.full([BLOCK_M], float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    last_size = tl.zeros([BLOCK_M], tl.float32)
     if ADJOINT:
-        solution = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        solution = tl.zeros([BLOCK_M, D], tl.float32)
     else:
-        # The first guess (4.3).
-        u = q.to(tl.float32) * shortening(q)[:, None]
-        image = load_tile(rows_of(b_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-        image += ridge[:, None] * u  # A u
-        curvature = tl.sum(u * image, 1)
-        step = tl.where(curvature > 0, tl.sum(r * u, 1) / tl.where(curvature > 0, curvature, 1.0), 0.0)
-        solution = step[:, None] * u
+        solution, r, along_u = first_guess(q, r, ridge, b_ptr, at, SHAPE, BLOCK_M)
         if LAST:  # u counts among the directions
-            along_u = tl.where(curvature > 0, curvature * inverse_or_zero(tl.sum(u * u, 1)), 0.0)
-            low, high = tl.where(along_u > 0, along_u, low), along_u
-        r -= step[:, None] * image
+            lowest, highest = tl.where(along_u > 0, along_u, lowest), along_u
     if PRECONDITIONER == "gram":
-        inverse_ptr += slot * BLOCK_D * BLOCK_D
-        use = keys_seen(row, at, window, CAUSAL) > HEAD_DIM  # (M,), as in prepare_jacobi
-        direction = preconditioned(r, use, inverse_ptr, q, PRECISION, BLOCK_D)
+        inverse_ptr = made_in.inverse + slot * D * D
+        use = keys_seen(row, at, window, SHAPE.CAUSAL) > SHAPE.HEAD_DIM  # (M,), as in `jacobi`
+        direction = preconditioned(r, use, inverse_ptr, q, SHAPE.TF32, D)
     else:
         direction = r * inverse
     r2 = tl.sum(r * r, 1)
-    r_y = tl.sum(r * direction, 1)
-    taken = tl.zeros([BLOCK_M], tl.int32)
-    enough = threshold
-    active = r2 > enough  # False for NaN
+    rho = tl.sum(r * direction, 1)  # r.M^-1 r, M the preconditioner
+    iterations = tl.zeros([BLOCK_M], tl.int32)
+    goal = threshold  # what r2 is to come down to
+    unsolved = r2 > goal  # False for NaN
     # No last step before a sweep has seen a residual's direction; nor with few keys: what is beside their span meets
     # the ridge alone, and no direction within it shows that.
-    spread = tl.where(active, 1.0, 0.0)
+    share_left = tl.where(unsolved, 1.0, 0.0)
     sweeps = 0
     # Which queries move is made out at the loop's head and not where its numbers are: Triton does not compile that for
     # Blackwell. One that has stopped, counting on the last step, goes on from its residual if that step leaves more.
-    while (sweeps < max_iters) & (tl.max(moving(active, r2, spread, softness, enough, LAST).to(tl.int32), 0) > 0):
-        moves = moving(active, r2, spread, softness, enough, LAST)  # (M,)
+    while (sweeps < max_iters) & (tl.max(moving(unsolved, r2, share_left, last_size, goal, LAST).to(tl.int32), 0) > 0):
+        moves = moving(unsolved, r2, share_left, last_size, goal, LAST)  # (M,)
         # Of unit length, so that nothing in the sweep overflows or goes subnormal; rounded first, and the rounded x is
         # the one that moves the solution.
         size = tl.sqrt(tl.sum(direction * direction, 1))
-        x = rounded(direction * inverse_or_zero(size)[:, None], q, PRECISION)  # (M, D)
+        x = rounded(direction * inverse_or_zero(size)[:, None], q, SHAPE.TF32)  # (M, D)
         x_mean = tl.sum(x.to(tl.float32) * k_mean, 1)
         acc, total = sweep_keys(
             matvec_body,
-            (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)),
-            (q, x, x_mean, shift, factor), (k_base, k_stride_s), at, window,
-            HEAD_DIM, V_DIM, CAUSAL, PRECISION, BLOCK_M, BLOCK_N,
+            (tl.zeros([BLOCK_M, D], tl.float32), tl.zeros([BLOCK_M], tl.float32)),
+            (q, x, x_mean, shift, factor), (k_base, k_in.stride_s), at, window, SHAPE, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         x_wide = x.to(tl.float32)
         image = (acc - k_mean * total[:, None]) * (1 / WEIGHT) + ridge[:, None] * x_wide  # A x
         curvature = tl.sum(x_wide * image, 1)
-        active = active & ((curvature > 0) | ~moves)
-        moves = moves & active
-        now = 1 / tl.where(moves, curvature, 1.0)
-        step = tl.where(moves, tl.sum(r * x_wide, 1) * now, 0.0)
+        unsolved = unsolved & ((curvature > 0) | ~moves)
+        moves = moves & unsolved
+        inverse_curvature = 1 / tl.where(moves, curvature, 1.0)
+        step = tl.where(moves, tl.sum(r * x_wide, 1) * inverse_curvature, 0.0)
         solution += step[:, None] * x_wide
         r -= step[:, None] * image
-        taken += moves.to(tl.int32)
-        y = preconditioned(r, use, inverse_ptr, q, PRECISION, BLOCK_D) if PRECONDITIONER == "gram" else r * inverse
+        iterations += moves.to(tl.int32)
+        if PRECONDITIONER == "gram":
+            preconditioned_r = preconditioned(r, use, inverse_ptr, q, SHAPE.TF32, D)
+        else:
+            preconditioned_r = r * inverse
         r2 = tl.sum(r * r, 1)
-        r_y_next = tl.sum(r * y, 1)
-        turn = tl.where(moves, r_y_next / tl.where(moves, r_y, 1.0), 0.0) * size
-        direction = y + turn[:, None] * x_wide
-        r_y = r_y_next
+        rho_next = tl.sum(r * preconditioned_r, 1)
+        turn = tl.where(moves, rho_next / tl.where(moves, rho, 1.0), 0.0) * size
+        direction = preconditioned_r + turn[:, None] * x_wide
+        rho = rho_next
         if ADJOINT:
-            near = rtol * curvature * curvature * tl.sum(solution * solution, 1)
-            enough = tl.where(moves, tl.minimum(threshold, near), enough)
+            next_step = rtol * curvature * curvature * tl.sum(solution * solution, 1)
+            goal = tl.where(moves, tl.minimum(threshold, next_step), goal)
         if LAST:
-            low = tl.where(moves, tl.minimum(low, curvature), low)
-            high = tl.where(moves, tl.maximum(high, curvature), high)
-            spread = tl.where(moves & many, spread_of(x_wide, image, now, low, high), spread)
-            softness = tl.where(moves & many, now, softness)
-        active = active & (r2 > enough)
+            lowest = tl.where(moves, tl.minimum(lowest, curvature), lowest)
+            highest = tl.where(moves, tl.maximum(highest, curvature), highest)
+            left = left_by_step(x_wide, image, inverse_curvature, lowest, highest)
+            share_left = tl.where(moves & many_keys, left, share_left)
+            last_size = tl.where(moves & many_keys, inverse_curvature, last_size)
+        unsolved = unsolved & (r2 > goal)
         sweeps += 1
-    if LAST:
-        left = left_by_last(spread, softness, LAST)
-        solution += tl.where(left < 1, softness, 0.0)[:, None] * r
-        r2 *= tl.where(softness > 0, left, 1.0)
-    out = rows_of(x_out, at, HEAD_DIM)
+
+    solution, r2 = with_last_step(solution, r, r2, share_left, last_size, LAST)
     solution += (0.0 * r2)[:, None]  # NaN where the right-hand side was
     if ADJOINT:
-        size = load_rows(rows_of(b_size_ptr, at, 1), i, at.q_len, BLOCK_M, 0.0)
+        size = load_numbers(adjoint.b_size, at, BLOCK_M, 0.0)
         y_neg = saturated(finite_or_zero(solution * -size[:, None]), q)
-        store_tile(out, HEAD_DIM, i, at.q_len, y_neg, HEAD_DIM)
-        probe = load_tile(rows_of(probe_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-        store_rows(rows_of(z_y_out, at, 1), i, at.q_len, k_unit * size * tl.sum(probe * solution, 1))
+        store_vectors(x_out, at, y_neg, SHAPE.HEAD_DIM)
+        probe = load_vectors(adjoint.probe, at, SHAPE.HEAD_DIM, BLOCK_M, D)
+        store_numbers(adjoint.z_y, at, k_unit * size * tl.sum(probe * solution, 1))
     else:
-        store_tile(out, HEAD_DIM, i, at.q_len, solution * inverse_power(k_unit), HEAD_DIM)
-        store_rows(rows_of(iterations_out, at, 1), i, at.q_len, taken)
+        store_vectors(x_out, at, solution * inverse_power(k_unit), SHAPE.HEAD_DIM)
+        store_numbers(ended_out.iterations, at, iterations)
         residual = tl.where(r2 == 0, 0.0, tl.sqrt(r2 / b2))
-        store_rows(rows_of(residual_out, at, 1), i, at.q_len, residual)
-        store_rows(rows_of(converged_out, at, 1), i, at.q_len, r2 <= threshold)
+        store_numbers(ended_out.residual, at, residual)
+        store_numbers(ended_out.converged, at, r2 <= threshold)

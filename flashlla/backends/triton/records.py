@@ -1,0 +1,126 @@
+"""What a kernel's arguments are grouped by. Triton takes each for a tuple, whose members kernels name as the host does.
+
+Where an integer inside a tuple becomes 1 or a multiple of 16, or ceases to be, the kernel is compiled anew: strides may
+be there, which seldom change; numbers that do, lengths before all, are arguments of their own (`primitives.NUMBERS`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Strided(NamedTuple):
+    """A (B, H, S, ...) tensor whose last dimension is contiguous. Packed: stride_b is 0."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_h: int
+    stride_s: int
+
+
+class Columns(NamedTuple):
+    """One whose last dimension need not be."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_h: int
+    stride_s: int
+    stride_d: int
+
+
+class Seqlens(NamedTuple):
+    """Lengths that lie on the device, as in `problem.Inputs`."""
+
+    cu_q: Tensor | None  # (sequences + 1,)
+    cu_k: Tensor | None
+    k: Tensor | None  # (B,)
+
+
+class Shape(NamedTuple):
+    """What every kernel of a call is compiled for, beside its tiles: a tl.constexpr."""
+
+    HEAD_DIM: int
+    V_DIM: int
+    BLOCK_D: int  # HEAD_DIM and V_DIM as tiles have them: powers of two
+    BLOCK_V: int
+    CAUSAL: bool
+    TF32: bool  # whether products of float32 operands may round them so
+
+
+class Operands(NamedTuple):
+    """q, k and v as the kernels have them: contiguous, in their dtype and units."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Flaws(NamedTuple):
+    """What was not finite. Of ``heads`` that have nothing of the kind no row is told."""
+
+    heads: Tensor  # (heads of q, of k, of v)   1 where some number is not, else 0
+    q: Tensor  # (B, Hq, Sq)   NaN where the row has one, else 0
+    k: Tensor  # (B, Hkv, Sk)
+    v: Tensor  # (B, Hkv, Sk)
+
+
+class Scaled(NamedTuple):
+    """Rows of operands (B, Hq, Sq, ...), and what each is to be multiplied by, (B, Hq, Sq)."""
+
+    ptr: Tensor
+    unit: Tensor
+
+
+class Adjoint(NamedTuple):
+    """What the solve for the adjoint probe takes and gives beside what every solve does."""
+
+    b_size: Tensor  # (B, Hq, Sq)   the lengths of the right-hand sides
+    probe: Tensor  # (B, Hq, Sq, D)
+    z_y: Tensor  # (B, Hq, Sq)   to be filled
+
+
+class Ended(NamedTuple):
+    """How a solve went, to be filled: (B, Hq, Sq) each."""
+
+    iterations: Tensor
+    residual: Tensor
+    converged: Tensor
+
+
+class Preconditioner(NamedTuple):
+    """What gram.py makes for each segment of queries."""
+
+    inverse: Tensor  # (B Hq, segments, D, D)
+    use: Tensor  # (B Hq, segments)   1 where there is one
+
+
+class Tolerances(NamedTuple):
+    atol: float
+    rtol: float
+    coarse: float  # what rtol may be where queries see many keys
+
+
+class HandedOn(NamedTuple):
+    """Five numbers a query that dq hands on to dk, (5, B Hq, rows_len)."""
+
+    ptr: Tensor
+    stride: int
+
+
+class BlockTable(NamedTuple):
+    """Decoding: which page holds a sequence's keys, (B, pages)."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_s: int
+
+
+class Moments(NamedTuple):
+    """Decoding: the sums over pieces of the cache, or over all of it. See `decode_moments_kernel`."""
+
+    moments: Tensor
+    sums: Tensor
+    scalars: Tensor
+    offset: Tensor

@@ -19,8 +19,9 @@ from flashlla.backends.triton.records import Strided
 COMPILER = {"enable_fp_fusion": True}
 # By what a config is looked up by: what FLASHLLA_AUTOTUNE=1 has found.
 _tuned: dict[tuple[Any, ...], configs.Config] = {}
-# By kernel, device, settings and kinds of arguments: what Triton compiled, and the settings as its parameters follow.
-_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+# By kernel, device, settings and kinds of arguments: what Triton compiled, the settings as its parameters follow, and
+# the kernel, which must live as long as its id is in a key (its own hash takes a lock, and longer than the rest).
+_compiled: dict[tuple[Any, ...], tuple[Any, list[Any], Kernel]] = {}
 
 
 class Kernel(Protocol):
@@ -51,18 +52,19 @@ def launch(
 
     From the second launch of a kind on without Triton's look at every argument, which takes as long as a short kernel.
     """
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    on_device = torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
-    key = kernel, device, tuple(settings.items()), kinds(arguments)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, name, grid, device, *arguments, **settings)
+    key = id(kernel), device, tuple(settings.items()), kinds(arguments)
     try:
-        with on_device:
-            if (known := _compiled.get(key)) is not None:
-                compiled, rest = known
-                compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
-                return
-            compiled = kernel[grid](*arguments, **settings, **COMPILER)
-            if compiled is not None:  # it is None in Triton's interpreter
-                _compiled[key] = compiled, [settings[parameter] for parameter in kernel.arg_names[len(arguments) :]]
+        if (known := _compiled.get(key)) is not None:
+            compiled, rest, _ = known
+            compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
+            return
+        compiled = kernel[grid](*arguments, **settings, **COMPILER)
+        if compiled is not None:  # it is None in Triton's interpreter
+            rest = [settings[parameter] for parameter in kernel.arg_names[len(arguments) :]]
+            _compiled[key] = compiled, rest, kernel
     except Exception as error:
         dtypes = {str(t.dtype).removeprefix("torch.") for t in map(_tensor, arguments[:3]) if t is not None}
         raise RuntimeError(

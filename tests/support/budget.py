@@ -79,7 +79,8 @@ class Excess:
 
 def row_norm(t: Tensor) -> Tensor:
     """Norm over the last dimension; a tensor of numbers (of ridges) is rows of one."""
-    return t.norm(dim=-1)
+    norm: Tensor = t.norm(dim=-1)
+    return norm
 
 
 def _smooth(spread: Tensor) -> Tensor:

@@ -75,6 +75,11 @@ def _scatter(t: Tensor) -> Tensor:
     return wide
 
 
+def _three(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.unbind(0)
+    return q, k, v
+
+
 LAYOUTS = {
     "bhsd": _separate(lambda t: t, lambda t: t),
     "bsd": _separate(lambda t: t.squeeze(1), lambda t: t, lacking=1),
@@ -84,7 +89,7 @@ LAYOUTS = {
     "sliced": _separate(_scatter, lambda t: t[:, :, 1::2, 1::2]),
     "packed": Layout(
         lambda q, k, v: {"qkv": torch.stack([t.transpose(1, 2) for t in (q, k, v)], dim=2).contiguous()},
-        lambda leaves: leaves["qkv"].permute(2, 0, 3, 1, 4).unbind(0),  # (B, S, 3, H, D) -> three (B, H, S, D)
+        lambda leaves: _three(leaves["qkv"].permute(2, 0, 3, 1, 4)),  # (B, S, 3, H, D) -> three (B, H, S, D)
     ),
     "shared_keys": Layout(  # heads share keys and values: a stride of zero
         lambda q, k, v: {"q": q, "k": k[:, :1].contiguous(), "v": v[:, :1].contiguous()},

@@ -23,4 +23,4 @@ def hasten() -> None:
             patched.add(id(self.fn.__globals__))
         return self.rewrite()(*arguments, **keywords)
 
-    interpreter.InterpretedFunction.__call__ = call  # type: ignore[method-assign]
+    interpreter.InterpretedFunction.__call__ = call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, offset: float = 0.0) -> lis
     return [t.to(dtype) for t in (q + point, k + point, v, grad)]
 
 
-def step(tensors: list[Tensor], ridge: float | Tensor, **options: object) -> dict[str, Tensor]:
+def step(tensors: list[Tensor], ridge: float | Tensor, **options: Any) -> dict[str, Tensor]:
     q, k, v = (t.detach().requires_grad_() for t in tensors[:3])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     ridge = (torch.as_tensor(ridge).to(wide).expand(q.shape[:-1])).clone().requires_grad_()

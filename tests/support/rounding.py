@@ -93,7 +93,7 @@ class _Disturbed(TorchDispatchMode):
             return t
         if not self._is(self.operands, t):
             self.kept.append(t)
-            memory = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())  # type: ignore[call-overload]
+            memory = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
             self.operands[_memory(t)] = memory + memory * self._uniform(memory) * self.rounding.operand
         return self._rounded(t)
 

@@ -27,7 +27,8 @@ def matrices(systems: Systems) -> np.ndarray:
     """The A_i, by NumPy from the definition."""
     k, p, mean, ridge = (t.double().numpy() for t in (systems.k, systems.p, systems.k_mean, systems.ridge))
     centred = k[:, None] - mean[:, :, None]  # (2, M, N, D)
-    return np.einsum("hij,hijd,hije->hide", p, centred, centred) + ridge[..., None, None] * np.eye(k.shape[-1])
+    a: np.ndarray = np.einsum("hij,hijd,hije->hide", p, centred, centred) + ridge[..., None, None] * np.eye(k.shape[-1])
+    return a
 
 
 def each_row() -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 # Each target sets up all it needs: a virtual environment in .venv with the package (editable) and tested versions.
 #   make demo    the quickstart and a forecast of a real time series
-#   make test    the tests that need no GPU
+#   make quick   in a minute: one test of each feature, backend and solver
+#   make test    all tests that need no GPU
 #   make check   lint, format, types, documentation
 #   make docs    the documentation as a site, in site/
 
@@ -11,14 +12,17 @@ READY := $(VENV)/.ready
 # A warning is an error: a dead link, a name that a docstring cites and no page has.
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo quick test check docs bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/minimal_usage.py
 	$(BIN)/python examples/forecast_sunspots.py
 
-test: $(READY)
 # Two processes of one thread each: on small tensors threads cost more than they bring.
+quick: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "quick and not gpu" -n 2 tests
+
+test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" -n 2 tests
 
 check: $(READY)

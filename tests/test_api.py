@@ -10,6 +10,8 @@ import flashlla
 from flashlla import lla_attention
 from tests.support.helpers import qkv
 
+pytestmark = pytest.mark.quick
+
 
 def test_signature_and_defaults_are_the_published_ones():
     parameters = inspect.signature(lla_attention).parameters

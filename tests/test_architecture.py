@@ -18,6 +18,8 @@ from flashlla.dispatch import all_backends
 from flashlla.problem import Arguments, Inputs
 from tests.support.helpers import interpreted
 
+pytestmark = pytest.mark.quick
+
 PACKAGE = Path(api.__file__).parent
 PAGE = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

@@ -14,6 +14,8 @@ from flashlla import lla_attention
 from flashlla.backends.base import Backend
 from tests.support.helpers import every_backend, normal, qkv, skip_if_refused
 
+pytestmark = pytest.mark.quick
+
 
 def test_a_second_derivative_is_refused():
     q, k, v = (t.requires_grad_() for t in qkv(1, 5, 4))

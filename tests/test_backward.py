@@ -7,6 +7,8 @@ import torch
 
 from tests.support.kernels import check, interpreted, make, step
 
+pytestmark = pytest.mark.quick
+
 
 @interpreted
 @pytest.mark.parametrize("size", [1e-20, 1e20])

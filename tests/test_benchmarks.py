@@ -38,6 +38,7 @@ def of_size(*shape: int, kind: str = "iid", **options: Any) -> list[Tensor]:
     return data.make(shape, kind, dtype=torch.float64, device="cpu", **options)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", data.KINDS)
 def test_exact_rows_are_those_of_the_naive_backend(kind: str):
     tensors = of_size(2, 3, 70, 8, kind=kind)
@@ -134,6 +135,7 @@ def test_seeds_offsets_and_dtypes():
     assert {t.dtype for t in data.make((1, 1, 4, 4), device="cpu")} == {torch.bfloat16}
 
 
+@pytest.mark.quick
 def test_counts_of_products():
     shape, pairs = (2, 3, 10, 4), 6 * 55
     count = lambda backend, which, t: run.tflops(backend, which, t, shape, 1e-9) / (2 * 4 * pairs)

@@ -11,6 +11,8 @@ from tests.support.cases import BY_NAME, CASES, Case
 from tests.support.poison import poisoned
 from tests.support.rounding import EXACT
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
 def test_two_forms_agree(case: Case) -> None:

@@ -65,6 +65,7 @@ def assert_same_gradients(compiled, eager, arguments):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", ["naive", "chunked"])
 def test_opcheck(backend):
     q, k, v, ridge = inputs(9)
@@ -73,6 +74,7 @@ def test_opcheck(backend):
     opcheck(WHICH, arguments)
 
 
+@pytest.mark.quick
 def test_all_outputs_are_where_the_inputs_are():
     """A CUDA graph holds no number on the CPU."""
     q, k, v, ridge = (t.detach() for t in inputs(9))
@@ -123,6 +125,7 @@ def test_compile_follows_the_backend_that_is_set(monkeypatch):
     assert ran["forward"] == ran["backward"] == ["naive", "chunked", "naive"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("op", "tensors", "words"),
     [

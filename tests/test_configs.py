@@ -9,6 +9,8 @@ from tests.support.kernels import check, interpreted, make, step
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.quick
+
 
 def test_what_a_chip_has_no_shared_memory_for() -> None:
     from flashlla.backends.triton import configs

@@ -134,6 +134,7 @@ def _check_info(
     assert error <= allowed, f"omega: relative error {error:.1e}, allowed {allowed:.1e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", all_backends(), ids=called)
 def test_some_case_is_taken(backend: Backend) -> None:
     """In every dtype but float64, which kernels may leave to others."""
@@ -144,6 +145,7 @@ def test_some_case_is_taken(backend: Backend) -> None:
         assert any(takes(*row) for row in rows), f"{backend.name} refuses every case in {dtype}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=called)
 @pytest.mark.parametrize("name", ["length_63", "everything"])
 def test_naive_solves_alike_whatever_the_solver(name: str, dtype: torch.dtype) -> None:
@@ -158,6 +160,7 @@ def test_naive_solves_alike_whatever_the_solver(name: str, dtype: torch.dtype) -
         assert all(map(torch.equal, other, results[0]))
 
 
+@pytest.mark.quick
 @every_backend
 def test_nothing_asked_for(backend: Backend) -> None:
     """With all arguments at their defaults, and no gradient wanted of some."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from tests.support.systems import matrices, systems_of
+
+pytestmark = pytest.mark.quick
 
 
 def test_systems_are_what_they_say() -> None:

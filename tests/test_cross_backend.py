@@ -45,7 +45,15 @@ def takes(*row: Any) -> bool:
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@table("forward backward dtype name", BACKENDS, BACKENDS, DTYPES, [*NAMES, *PACKED], when=takes)
+@table(
+    "forward backward dtype name",
+    BACKENDS,
+    BACKENDS,
+    DTYPES,
+    [*NAMES, *PACKED],
+    when=takes,
+    quick=lambda forward, backward, dtype, name: dtype == torch.float32 and name == "length_7" and forward != backward,
+)
 def test_backward_of_anothers_forward(forward: Backend, backward: Backend, dtype: torch.dtype, name: str) -> None:
     problem, inputs, grad_o = _call(name, dtype)
     o, residuals, _ = forward.forward(problem, inputs)

@@ -7,6 +7,8 @@ import torch
 import flashlla
 from flashlla.backends.chunked import Chunked
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("backend", ["naive", "chunked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -327,6 +327,7 @@ def test_strides() -> None:
     assert torch.equal(strided.run(out=columns), plain)
 
 
+@pytest.mark.quick
 def test_the_guard() -> None:
     call = make(1, 1, 1, 1, 20, 8, 8, torch.float32, delta_eps=3.0)
     want = call.exact()

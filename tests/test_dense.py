@@ -12,6 +12,8 @@ from flashlla.covariance import Systems
 from tests.support.cases import CASES, Case
 from tests.support.helpers import normal, problem_of
 
+pytestmark = pytest.mark.quick
+
 MASKED = [case for case in CASES if case.packed is None and case.small]
 
 

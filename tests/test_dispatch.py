@@ -18,6 +18,8 @@ from flashlla.backends.base import Backend
 from flashlla.backends.chunked import Chunked
 from flashlla.solvers import Solution
 
+pytestmark = pytest.mark.quick
+
 
 class Picky(Chunked):
     """Takes nothing longer than ten tokens."""

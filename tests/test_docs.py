@@ -70,6 +70,7 @@ def public_examples() -> list[doctest.DocTest]:
     return sorted(examples.values())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("example", [e for e in public_examples() if e.examples], ids=lambda e: e.name)
 def test_docstring_examples_run(example: doctest.DocTest, users_machine: None):
     report: list[str] = []
@@ -77,6 +78,7 @@ def test_docstring_examples_run(example: doctest.DocTest, users_machine: None):
     assert result.failed == 0, "".join(report)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", [n for n in flashlla.__all__ if callable(getattr(flashlla, n))])
 def test_public_names_are_documented(name: str):
     assert getattr(flashlla, name).__doc__, f"flashlla.{name} has no docstring"
@@ -143,6 +145,7 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("page", PAGES, ids=within)
 def test_links_lead_somewhere(page: Path):
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
@@ -154,6 +157,7 @@ def test_links_lead_somewhere(page: Path):
         assert not heading or heading in headings(target), f"{within(page)} links to {link}"
 
 
+@pytest.mark.quick
 def test_equations_that_code_cites_exist():
     """Code cites (2.1), docs/math.md tags 2.1; and the sections it names are there."""
     page = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")

@@ -20,6 +20,8 @@ from tests.support.budget import Excess, allowance, spreads
 from tests.support.helpers import IN_PYTORCH, called, problem_of, taking
 from tests.support.rounding import EXACT, Rounding, disturbed
 
+pytestmark = pytest.mark.quick
+
 _FILE = Path(__file__).parent / "data" / "lla_f64.npz"
 GOLDEN: dict[str, dict[str, Tensor]] = {}
 with np.load(_FILE) as _archive:

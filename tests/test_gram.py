@@ -36,6 +36,7 @@ def test_gram(monkeypatch: pytest.MonkeyPatch, causal: bool, dtype: torch.dtype)
     check(got, want, 3e-5 if dtype == torch.float32 else 1.5e-2)
 
 
+@pytest.mark.quick
 @interpreted
 @pytest.mark.parametrize("data", ["iid", "power_law", "sharp"])
 def test_gram_is_left_off_where_it_would_not_help(monkeypatch: pytest.MonkeyPatch, data: str) -> None:
@@ -87,6 +88,7 @@ def test_one_bad_number_leaves_gram_to_the_others(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(got[name][0, 0][others], clean[name][0, 0][others], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.quick
 @interpreted
 def test_gram_of_keys_of_few_dims_and_a_ridge_of_almost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its matrix is singular but for the ridge, which has no digits in it."""
@@ -102,6 +104,7 @@ def test_gram_of_keys_of_few_dims_and_a_ridge_of_almost_nothing(monkeypatch: pyt
     assert info.residual.isfinite().all()
 
 
+@pytest.mark.quick
 @interpreted
 def test_what_gram_is_not_made_for() -> None:
     solver = PCG(preconditioner="gram")

@@ -8,6 +8,8 @@ import torch
 import flashlla
 from flashlla.__main__ import main
 
+pytestmark = pytest.mark.quick
+
 
 def test_info(capsys, monkeypatch):
     assert main(["info"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -48,6 +49,11 @@ def run(backend: Backend, given: dict[str, Tensor], **options: Any) -> dict[str,
     return {"o": o.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
 
 
+@functools.cache
+def clean_run(backend: Backend, **options: Any) -> dict[str, Tensor]:
+    return run(backend, inputs(), **options)
+
+
 def worth_it(backend: Backend, where: str, value: float) -> bool:
     """A ridge below zero is refused; in the interpreter one value each."""
     if interpreted(backend):
@@ -57,7 +63,7 @@ def worth_it(backend: Backend, where: str, value: float) -> bool:
 
 @table("backend where value", BACKENDS, NAMES, [math.nan, math.inf, -math.inf], when=worth_it)
 def test_nothing_reaches_another_head_or_an_earlier_row(backend: Backend, where: str, value: float) -> None:
-    clean, given = run(backend, inputs()), inputs()
+    clean, given = clean_run(backend), inputs()
     given[where][(*BAD, AT)] = value
     spoilt = run(backend, given)
     others = torch.ones(B, H, dtype=torch.bool)
@@ -81,10 +87,11 @@ def test_nothing_reaches_another_head_or_an_earlier_row(backend: Backend, where:
         assert spoilt["q"][BAD][AT].isnan().all()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("where", NAMES)
 @pytest.mark.parametrize("backend", IN_PYTORCH, ids=called)
 def test_gradients_are_nan_where_a_bad_query_sees(backend: Backend, where: str) -> None:
-    clean, given = run(backend, inputs()), inputs()
+    clean, given = clean_run(backend), inputs()
     given[where][(*BAD, AT)] = float("nan")
     spoilt = run(backend, given)
     if where in ("k", "v"):  # every later query is bad, and the last one sees all keys
@@ -143,7 +150,7 @@ def test_bad_numbers_everywhere_are_no_error(backend: Backend) -> None:
 def test_nothing_leaves_a_window(backend: Backend, where: str) -> None:
     """A key is seen by the queries of its window, and a query's gradient goes to the keys of its window."""
     window = 4
-    clean, given = run(backend, inputs(), window=window), inputs()
+    clean, given = clean_run(backend, window=window), inputs()
     given[where][(*BAD, AT)] = float("nan")
     spoilt = run(backend, given, window=window)
     rows = torch.zeros(S, dtype=torch.bool)
@@ -172,6 +179,7 @@ def test_a_key_of_a_16_bit_dtype_that_is_not_finite_reaches_no_earlier_row(
     assert o[0, 0].isnan().all(-1).tolist() == [False] * 6 + [True]
 
 
+@pytest.mark.quick
 def test_nan_in_packed_sequences_with_tokens_of_none() -> None:
     q, k, v = (normal(1, 2, n, 3, seed=i, dtype=torch.float32) for i, n in enumerate((8, 12, 12)))
     q[0, 1, 3, 2] = float("nan")
@@ -183,13 +191,18 @@ def test_nan_in_packed_sequences_with_tokens_of_none() -> None:
     assert o[0, 1].isnan().any(-1).tolist() == [row == 3 for row in range(8)]
 
 
+@functools.cache
+def clean_step(dtype: torch.dtype) -> dict[str, Tensor]:
+    return kernels.step(kernels.make((1, 2, 40, 8), dtype), 1.0, backend="triton")
+
+
 @kernels.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("which", ["q", "k", "v", "grad"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_stay_in_their_rows(dtype: torch.dtype, which: str, bad: float) -> None:
     tensors = kernels.make((1, 2, 40, 8), dtype)
-    clean = kernels.step(tensors, 1.0, backend="triton")
+    clean = clean_step(dtype)
     at = ("q", "k", "v", "grad").index(which)
     tensors[at] = tensors[at].clone()
     tensors[at][0, 0, 21, 3] = bad
@@ -212,6 +225,7 @@ def test_numbers_that_are_not_finite_stay_in_their_rows(dtype: torch.dtype, whic
         assert torch.allclose(got["dk"][0, 0, 22:].float(), clean["dk"][0, 0, 22:].float(), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.quick
 @kernels.interpreted
 @pytest.mark.parametrize("solver", ["cg", "pcg"])
 @pytest.mark.parametrize("size", [1e20, 3e38])
@@ -226,6 +240,7 @@ def test_a_key_as_good_as_infinite_reaches_those_who_see_it(size: float, solver:
         torch.testing.assert_close(got[name][0, 0, :9], clean[name][0, 0, :9])
 
 
+@pytest.mark.quick
 @kernels.interpreted
 def test_the_nan_that_cuda_makes_survives_tf32() -> None:
     before = torch.get_float32_matmul_precision()
@@ -240,6 +255,7 @@ def test_the_nan_that_cuda_makes_survives_tf32() -> None:
     assert o[0, 0, :21].isfinite().all()
 
 
+@pytest.mark.quick
 def test_a_huge_later_value_does_not_reach_an_earlier_row():
     for backend in ("naive", "chunked"):
         q, k, v = (t.requires_grad_() for t in qkv(1, 9, 4))

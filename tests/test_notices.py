@@ -13,6 +13,8 @@ from flashlla import lla_attention
 from flashlla.solvers.base import warn_unconverged
 from tests.support.helpers import qkv
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(("backend", "solver"), [("naive", None), ("chunked", "direct"), ("chunked", None)])
 def test_a_solution_that_is_none_is_not_called_converged(backend, solver):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from flashlla import lla_attention
 from tests.support.helpers import qkv
+
+pytestmark = pytest.mark.quick
 
 
 def test_published_naive_functions():

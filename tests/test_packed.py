@@ -76,6 +76,11 @@ def test_each_sequence_is_what_it_is_alone(backend: Backend, options: dict[str, 
         assert not t[:, :, EDGES[-1] :].any(), f"{name} of tokens that belong to no sequence"
 
 
+@functools.cache
+def clean_run(backend: Backend) -> dict[str, Tensor]:
+    return run(backend, leaves())
+
+
 @table(
     "backend at where",
     BACKENDS,
@@ -84,8 +89,7 @@ def test_each_sequence_is_what_it_is_alone(backend: Backend, options: dict[str, 
     when=lambda backend, at, where: not interpreted(backend) or (at == 12 and where != "q"),
 )
 def test_nan_stays_in_its_sequence(backend: Backend, at: int, where: str) -> None:
-    given = leaves()
-    clean = run(backend, given)
+    given, clean = leaves(), clean_run(backend)
     given[where][:, :, at] = float("nan")
     spoilt = run(backend, given)
     own = torch.zeros(TOTAL, dtype=torch.bool)
@@ -122,6 +126,7 @@ def test_layouts_agree(backend: Backend) -> None:
         assert torch.equal(got, three[name])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("shape", [(), (2, 1), (TOTAL,), (2, TOTAL)])
 def test_ridge_has_a_gradient_of_its_own_shape(shape: tuple[int, ...]) -> None:
     given = leaves()
@@ -136,6 +141,7 @@ def test_ridge_has_a_gradient_of_its_own_shape(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(grads[0], grads[1].sum_to_size(shape) if shape else grads[1].sum())
 
 
+@pytest.mark.quick
 def test_gradients_are_right() -> None:
     """Against finite differences, with queries that have no key and keys that no query has."""
     q, k, v = normal(6, 2, 3), normal(7, 1, 3, seed=1), normal(7, 1, 2, seed=2)
@@ -168,6 +174,7 @@ def test_max_seqlen_may_be_left_out(backend: Backend) -> None:
             torch.testing.assert_close(t, exact[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("edges", [(0,), (0, 0), (0, 0, 0, 0)])
 @every_backend
 def test_no_tokens_at_all(backend: Backend, edges: tuple[int, ...]) -> None:
@@ -204,6 +211,7 @@ def test_numbers_that_only_the_device_sees(backend: Backend, edges: tuple[int, .
     assert o[:, :, inside].any(-1).all()
 
 
+@pytest.mark.quick
 def test_the_system_that_cannot_be_solved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     make_indefinite(monkeypatch, ridge=0.5)
     q, k, v = (normal(6, 1, 2, seed=i, dtype=DTYPE) for i in range(3))
@@ -229,12 +237,14 @@ def test_compile(dynamic: bool) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.quick
 def test_vmap_is_refused_with_what_to_do() -> None:
     q, k, v = torch.randn(3, 4, TOTAL, 2, 8).unbind(0)
     with pytest.raises(NotImplementedError, match=r"vmap over lla_attention_varlen.*pack the sequences"):
         torch.vmap(lambda q, k, v: lla_attention_varlen(q, k, v, cu_seqlens=cu(*EDGES), max_seqlen=17))(q, k, v)
 
 
+@pytest.mark.quick
 def test_verify_and_explain() -> None:
     q, k, v, ridge = leaves(heads=6, value_dim=5).values()
     options = {"ridge_lambda": ridge, "window": 6, "cu_seqlens": cu(*EDGES)}

@@ -9,6 +9,7 @@ from flashlla import CG, lla_attention
 from tests.support.kernels import NAMES, interpreted, make, step
 
 
+@pytest.mark.quick
 @interpreted
 def test_keys_far_from_the_origin() -> None:
     errors = []
@@ -20,6 +21,7 @@ def test_keys_far_from_the_origin() -> None:
     assert errors[1] <= 2 * errors[0] + 2e-3, errors
 
 
+@pytest.mark.quick
 @interpreted
 @pytest.mark.parametrize("factor", [10.0, 100.0])
 def test_a_first_key_far_from_all_others(factor: float) -> None:
@@ -51,6 +53,7 @@ def test_sizes_that_float16_does_not_hold(size: float) -> None:
     assert (got["dk"].double() * root - want["dk"]).norm() / want["dk"].norm() < 1e-2
 
 
+@pytest.mark.quick
 @interpreted
 @pytest.mark.parametrize("size", [0.0, 1e-21])
 def test_keys_of_no_size(size: float) -> None:
@@ -76,6 +79,7 @@ def test_strided_inputs(dtype: torch.dtype) -> None:
         assert torch.equal(got[name], plain[name]), name
 
 
+@pytest.mark.quick
 @interpreted
 def test_keys_whose_difference_lies_otherwise() -> None:
     """Strides that make PyTorch lay out k minus its first key with rows apart by one."""

@@ -11,6 +11,8 @@ import yaml
 
 import flashlla
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN_IN_YAML = [ROOT / "CITATION.cff", *ROOT.glob("*.y*ml"), *ROOT.glob(".*.yaml"), *ROOT.glob(".github/**/*.yml")]
 ADDRESS = "https://github.com/flashlla/flashlla"

@@ -16,6 +16,8 @@ import flashlla
 from flashlla.backends.base import Backend
 from tests.support.helpers import called, normal, taking
 
+pytestmark = pytest.mark.quick
+
 SEEDS = st.integers(0, 2**31 - 1)
 LENGTHS = st.integers(1, 40)
 DIMS = st.sampled_from([1, 2, 3, 5, 8])

@@ -11,6 +11,8 @@ from flashlla.autograd import BACKWARD, DECODE_OUT, FORWARD, AdjointArguments
 from flashlla.problem import Arguments, Forward, Gradients, Inputs, Report, Residuals, Settings
 from flashlla.records import Row
 
+pytestmark = pytest.mark.quick
+
 Leaf = type("Leaf", (), {})
 
 

@@ -14,6 +14,8 @@ from tests.support.kernels import interpreted, make
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.quick
+
 
 class _Kernel:
     """Stands for one of Triton's: launches, and what it has compiled, are told apart by name."""

@@ -12,6 +12,7 @@ from tests.support.cases import DATA
 from tests.support.kernels import check, interpreted, make, step
 
 
+@pytest.mark.quick
 @interpreted
 @pytest.mark.parametrize("solver", ["cg", "pcg"])
 @pytest.mark.parametrize("backend", ["triton", "triton_pcg"])
@@ -25,6 +26,7 @@ def test_solvers(backend: str, solver: str) -> None:
     check(step(tensors, 0.1, backend=backend, solver=solver), want, 1e-5)
 
 
+@pytest.mark.quick
 @interpreted
 def test_how_the_solve_went() -> None:
     q, k, v, _ = make((1, 1, 40, 8), torch.float32)

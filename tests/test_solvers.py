@@ -23,6 +23,8 @@ from tests.support.cases import DATA
 from tests.support.helpers import make_indefinite, normal, problem_of
 from tests.support.systems import D, M, each_row, matrices, systems_of
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     "solver", [CG(atol=0, rtol=1e-28, max_iters=200), PCG(atol=0, rtol=1e-28, max_iters=200), Direct()]

@@ -10,6 +10,8 @@ import pytest
 
 from flashlla.backends.chunked import Chunked
 
+pytestmark = pytest.mark.quick
+
 SCRIPT = Path(__file__).resolve().parents[1] / "docs" / "support_table.py"
 
 

@@ -15,6 +15,7 @@ from tests.support.cases import DATA
 from tests.support.kernels import interpreted, make
 
 
+@pytest.mark.quick
 @interpreted
 def test_what_is_refused_and_why() -> None:
     q, k, v, _ = make((1, 1, 4, 8), torch.float32)

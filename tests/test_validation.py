@@ -13,6 +13,8 @@ import flashlla
 from flashlla import Solution, lla_attention, lla_attention_varlen, lla_decode
 from tests.support.helpers import cu, qkv
 
+pytestmark = pytest.mark.quick
+
 EDGES = (0, 9, 9, 10, 27)  # packed sequences of 9, 0, 1 and 17 tokens
 TOTAL = 30
 

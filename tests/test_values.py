@@ -11,6 +11,8 @@ from flashlla import lla_attention_varlen, lla_decode
 from flashlla.values import check_values
 from tests.support.helpers import cu, problem_of, qkv
 
+pytestmark = pytest.mark.quick
+
 
 def test_lla_attention(monkeypatch):
     """On a device of which no number can be read at all."""

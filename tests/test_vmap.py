@@ -64,6 +64,7 @@ def test_vmap_is_one_call_after_another(backend: Backend, arrangement: str) -> N
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.quick
 def test_options_info_and_nesting() -> None:
     shapes = ((2, N, B, S, D), (2, N, B, 7, D), (2, N, B, 7, 3))
     q, k, v = (normal(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate(shapes))
@@ -79,6 +80,7 @@ def test_options_info_and_nesting() -> None:
             assert torch.equal(info.converged[i, j], told.converged)
 
 
+@pytest.mark.quick
 def test_many_gradients_at_once() -> None:
     """torch.autograd's own vmap over backward passes: Jacobians."""
     q, k, v = (normal(1, 4, 3, seed=i).requires_grad_() for i in range(3))
@@ -88,6 +90,7 @@ def test_many_gradients_at_once() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", ["naive", "chunked"])
 def test_gradients_of_torch_func(backend: str) -> None:
     q, k, v, ridge = leaves().values()
@@ -102,6 +105,7 @@ def test_gradients_of_torch_func(backend: str) -> None:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.quick
 def test_torch_func_of_the_other_calls() -> None:
     q, k, v, _ = (t[0].flatten(0, 1).detach() for t in leaves().values())  # (B, S, D)
     o, wanted = torch.func.vjp(lambda q: lla_attention(q, k, v, ridge_lambda=1.0), q)

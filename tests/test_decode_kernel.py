@@ -1,4 +1,4 @@
-"""The decode kernels against a dense float64 reference: on a GPU where there is one, else in Triton's interpreter.
+"""The decode kernels against the naive backend in float64: on a GPU where there is one, else in Triton's interpreter.
 
 python -m pytest tests/test_decode_kernel.py            # without a GPU
 python -m pytest -m gpu tests/test_decode_kernel.py     # on one
@@ -6,6 +6,7 @@ python -m pytest -m gpu tests/test_decode_kernel.py     # on one
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 
@@ -18,10 +19,13 @@ from tests.support.interpreter import hasten
 pytest.importorskip("triton")
 hasten()
 
+from flashlla import lla_decode  # noqa: E402
+from flashlla.backends.naive import Naive  # noqa: E402
 from flashlla.backends.triton import configs  # noqa: E402 (after hasten)
 from flashlla.backends.triton.decode import decode  # noqa: E402
 from flashlla.problem import Inputs, Mask, Problem  # noqa: E402
 from flashlla.solvers import Direct  # noqa: E402
+from tests.support.helpers import problem_of  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -95,29 +99,12 @@ class Call:
         return decode(problem, Inputs(self.q, k, v, ridge, self.lengths, block_table=table), out, config)
 
     def exact(self) -> Tensor:
-        """The definition, in float64."""
+        """The naive backend in float64, lengths out of range taken as the nearest that there are."""
         q, k, v, ridge = (t.double() for t in (self.q, self.k, self.v, self.ridge.expand(self.q.shape[:3])))
-        (_, heads, new, dim), capacity = q.shape, k.shape[2]
-        out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64, device=q.device)
-        for b, length in enumerate(self.lengths.tolist()):
-            for h in range(heads):
-                for n in range(new):
-                    stop = min(max(length, 0), capacity) - new + n + 1
-                    start = 0 if self.window is None else max(0, stop - self.window)
-                    if stop <= start:
-                        continue
-                    head = h // (heads // k.shape[1])
-                    keys, values, query = k[b, head, start:stop], v[b, head, start:stop], q[b, h, n]
-                    logits = self.factor * keys @ query
-                    w = (logits - logits.max()).exp()
-                    p = w / w.sum()
-                    k_mean, v_mean = p @ keys, p @ values
-                    centred = keys - k_mean
-                    a = (centred * p[:, None]).T @ centred + ridge[b, h, n] * torch.eye(dim).to(q)
-                    z = torch.linalg.solve(a, k_mean - query)
-                    guard = 1 / (1 + self.delta_eps * (1 + (k_mean - query) @ z) / w.sum())
-                    out[b, h, n] = (v_mean - (values * p[:, None]).T @ (centred @ z)) * guard
-        return out
+        keywords = {"ridge_lambda": ridge, "qk_scale": self.factor, "window": self.window}
+        problem, inputs = problem_of(q, k, v, lla_decode, seqlens_k=torch.zeros_like(self.lengths), **keywords)
+        problem = dataclasses.replace(problem, delta_eps=self.delta_eps)
+        return Naive().decode(problem, inputs._replace(seqlens_k=self.lengths))
 
 
 def paged(cache: Tensor, table: Tensor, page: int, spoil: float) -> Tensor:
@@ -285,22 +272,18 @@ def test_a_key_that_float16_does_not_hold() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("which", ["q", "k", "v", "ridge"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_numbers_that_are_not_finite_reach_those_who_see_them(bad: float, which: str, dtype: torch.dtype) -> None:
+def test_numbers_that_are_not_finite_reach_those_who_see_them(which: str, dtype: torch.dtype) -> None:
     call = make(1, 2, 1, 2, 40, 8, 8, dtype)
     call.ridge = call.ridge.expand(1, 2, 2).contiguous()
     clean = call.run(2)
-    if which == "q":
-        call.q[0, 1, 0, 3] = bad
-    elif which == "ridge":
-        call.ridge[0, 1, 0] = bad
-    else:
-        getattr(call, which)[0, 1, 39, 3] = bad  # seen by the second of the two new tokens
-    got = call.run(2)
-    row = 0 if which in ("q", "ridge") else 1
-    assert got[0, 1, row].isnan().all()
-    assert torch.equal(got[0, 0], clean[0, 0])
-    assert torch.equal(got[0, 1, 1 - row], clean[0, 1, 1 - row])
+    # A key and a value are seen by the second of the two new tokens, a query and a ridge are the first one's.
+    row, place = {"q": (0, (0, 1, 0, 3)), "ridge": (0, (0, 1, 0))}.get(which, (1, (0, 1, 39, 3)))
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        getattr(call, which)[place] = bad
+        got = call.run(2)
+        assert got[0, 1, row].isnan().all(), bad
+        assert torch.equal(got[0, 0], clean[0, 0]), bad
+        assert torch.equal(got[0, 1, 1 - row], clean[0, 1, 1 - row]), bad
 
 
 def test_more_warps_than_the_device_is_counted_in() -> None:

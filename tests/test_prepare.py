@@ -5,20 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashlla import CG, lla_attention
-from tests.support.kernels import NAMES, interpreted, make, step
+from flashlla import CG
+from tests.support.kernels import NAMES, check, interpreted, make, step
 
 
 @pytest.mark.quick
 @interpreted
-def test_keys_far_from_the_origin() -> None:
-    errors = []
-    for offset in (0.0, 30.0):
-        tensors = make((1, 1, 64, 16), torch.float16, offset)
-        want = step([t.double() for t in tensors], 1.0, backend="naive")["o"]
-        got = step(tensors, 1.0, backend="triton")["o"]
-        errors.append(((got.double() - want).norm() / want.norm()).item())
-    assert errors[1] <= 2 * errors[0] + 2e-3, errors
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_keys_far_from_the_origin(offset: float) -> None:
+    """Where they lie does not enter into the budget, which knows them from the first on."""
+    tensors = make((1, 1, 64, 16), torch.float16, offset)
+    check(step(tensors, 1.0, backend="triton"), tensors, 1.0)
 
 
 @pytest.mark.quick
@@ -39,18 +36,13 @@ def test_a_first_key_far_from_all_others(factor: float) -> None:
 @pytest.mark.parametrize("size", [1e30, 1e-6])
 def test_sizes_that_float16_does_not_hold(size: float) -> None:
     """Keys and queries of any size, values and gradients of any other."""
-    tensors = make((1, 1, 33, 8), torch.bfloat16)
-    want = step([t.double() for t in tensors], 1.0, backend="naive")
-    scaled = [tensors[0], tensors[1], (tensors[2].float() * size).bfloat16(), tensors[3]]
-    got = step(scaled, 1.0, backend="triton")
-    for name, factor in (("o", size), ("dq", size), ("dk", size), ("dv", 1.0)):
-        error = (got[name].double() / factor - want[name]).norm() / want[name].norm()
-        assert error < 1e-2, (name, error)
+    q, k, v, grad_o = make((1, 1, 33, 8), torch.bfloat16)
+    scaled = [q, k, (v.float() * size).bfloat16(), grad_o]
+    check(step(scaled, 1.0, backend="triton"), scaled, 1.0)
     root = 2.0**40 if size > 1 else 2.0**-20
-    moved = [(t.float() * root).bfloat16() for t in tensors[:2]]
-    got = step([*moved, *tensors[2:]], root**2, backend="triton", qk_scale=8**-0.5 / root**2)
-    assert (got["o"].double() - want["o"]).norm() / want["o"].norm() < 1e-2
-    assert (got["dk"].double() * root - want["dk"]).norm() / want["dk"].norm() < 1e-2
+    moved = [(q.float() * root).bfloat16(), (k.float() * root).bfloat16(), v, grad_o]
+    scale = 8**-0.5 / root**2
+    check(step(moved, root**2, backend="triton", qk_scale=scale), moved, root**2, qk_scale=scale)
 
 
 @pytest.mark.quick
@@ -60,10 +52,9 @@ def test_keys_of_no_size(size: float) -> None:
     """As projections that begin at zero make them: softmax attention with equal weights, and no NaN."""
     tensors = make((1, 2, 20, 8), torch.bfloat16)
     tensors[1] = tensors[1] * size
-    got, want = step(tensors, 1.0, backend="triton"), step([t.double() for t in tensors], 1.0, backend="naive")
+    got = step(tensors, 1.0, backend="triton")
     assert all(t.isfinite().all() for t in got.values())
-    assert (got["o"].double() - want["o"]).norm() <= 1e-2 * want["o"].norm()
-    assert (got["dv"].double() - want["dv"]).norm() <= 1e-2 * want["dv"].norm()
+    check(got, tensors, 1.0, only=("o", "dv"))
 
 
 @interpreted
@@ -83,8 +74,6 @@ def test_strided_inputs(dtype: torch.dtype) -> None:
 @interpreted
 def test_keys_whose_difference_lies_otherwise() -> None:
     """Strides that make PyTorch lay out k minus its first key with rows apart by one."""
-    q, _, v, grad = make((1, 1, 7, 16), torch.float32)
-    strided = torch.randn(1, 1, 22, generator=torch.Generator().manual_seed(0)).unfold(-1, 16, 1)
-    want = step([t.double() for t in (q, strided, v, grad)], 1.0, backend="naive")
-    o = lla_attention(q, strided, v, ridge_lambda=1.0, backend="triton")
-    assert (o.double() - want["o"]).norm() <= 1e-5 * want["o"].norm()
+    tensors = make((1, 1, 7, 16), torch.float32)
+    tensors[1] = torch.randn(1, 1, 22, generator=torch.Generator().manual_seed(0)).unfold(-1, 16, 1)
+    check(step(tensors, 1.0, backend="triton"), tensors, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from flashlla import lla_attention
+from tests.support.budget import budget_of
+from tests.support.cases import Case
 
 interpreted = pytest.mark.skipif(
     find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
@@ -37,9 +40,22 @@ def step(tensors: list[Tensor], ridge: float | Tensor, **options: Any) -> dict[s
     return dict(zip(NAMES, (o.detach(), *grads)))
 
 
-def check(got: dict[str, Tensor], want: dict[str, Tensor], limit: float, small: float = 0.0) -> None:
-    """Relative errors in the Frobenius norm; ``small``: what a root mean square below it counts as."""
-    for name in NAMES:
-        size = max(want[name].norm().item(), small * want[name].numel() ** 0.5)
-        error = (got[name].double() - want[name]).norm().item() / size
-        assert error <= limit, f"{name}: {error:.1e}"
+def check(
+    got: Mapping[str, Tensor],
+    tensors: list[Tensor],
+    ridge: float | Tensor,
+    only: Sequence[str] = NAMES,
+    **options: Any,
+) -> None:
+    """Whether ``step(tensors, ridge, **options)`` may have given ``got``: the error budget of these very numbers."""
+    q = tensors[0]
+    rows = torch.as_tensor(ridge).float().expand(q.shape[:-1])
+    leaves = dict(zip(("q", "k", "v", "ridge_lambda", "grad_o"), (*tensors[:3], rows, tensors[3]), strict=True))
+    batch, heads, length, dim = q.shape
+    masks = {"scale": options.get("qk_scale"), "causal": options.get("causal", True)}
+    case = Case("kernels", batch, heads, length, dim, ridge="per_head_and_token", **masks)
+    allowed = budget_of(case, leaves, q.dtype, iterative=True, truncates=os.environ.get("TRITON_INTERPRET") == "1")
+    gradients = {"q": got["dq"], "k": got["dk"], "v": got["dv"], "ridge_lambda": got["dridge"]}
+    worst = zip(NAMES, allowed.worst(got["o"], gradients).values(), strict=True)
+    over = {name: str(excess) for name, excess in worst if name in only and not excess.ratio <= 1}
+    assert not over, f"error over budget: {over}"

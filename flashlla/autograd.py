@@ -93,7 +93,7 @@ _last_backend = _LastBackend()
 
 
 def _run_forward(arguments: Arguments) -> Forward:
-    problem, inputs = describe(arguments), arguments.inputs
+    problem, inputs = describe(arguments), arguments.inputs.with_dense_lengths()
     check_values(problem, inputs)
     chosen = dispatch.choose(problem, arguments.settings.backend)
     _last_backend.name = chosen.name
@@ -112,7 +112,7 @@ def _trace_forward(arguments: Arguments) -> Forward:
 
 
 def _run_backward(arguments: AdjointArguments) -> Gradients:
-    inputs, settings = arguments.inputs, arguments.settings
+    inputs, settings = arguments.inputs.with_dense_lengths(), arguments.settings
     problem = describe(Arguments(inputs, settings))
     if problem.empty:
         return zero_gradients(inputs)
@@ -178,7 +178,7 @@ def _run_decode_out(arguments: OutArguments) -> NoOutputs:
 
 
 def _write_decoded(arguments: Arguments, out: Tensor) -> None:
-    problem, inputs = describe(arguments), arguments.inputs
+    problem, inputs = describe(arguments), arguments.inputs.with_dense_lengths()
     check_values(problem, inputs)
     chosen = dispatch.choose(problem, arguments.settings.backend)
     if problem.empty:

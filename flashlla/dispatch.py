@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import os
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
 from types import TracebackType
+from typing import Any, ParamSpec, TypeVar, cast
 
 from flashlla.backends.base import Backend
 from flashlla.backends.chunked import Chunked
@@ -22,7 +26,11 @@ AUTO = "auto"
 _backends: list[Backend] = []  # in the order that "auto" tries them
 _numbered: list[Backend] = []  # in the order of registration, which never changes
 _preference: ContextVar[str | None] = ContextVar("flashlla_backend", default=None)
+# What each block that is open in this thread and task has replaced, the innermost last.
+_outer: ContextVar[tuple[str | None, ...]] = ContextVar("flashlla_outer_backends", default=())
 _lock = Lock()
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class UnsupportedError(RuntimeError):
@@ -154,14 +162,15 @@ def _preferred() -> tuple[str, str]:
 
 
 class set_backend:
-    """Prefer a backend from here on, or within a ``with`` block.
+    """Prefer a backend from here on, within a ``with`` block, or in a function that it decorates.
 
-    Works as ``torch.set_grad_enabled`` does: the call takes effect at once, and a ``with`` block restores what was
-    before. It holds for the current thread and asyncio task, and not for threads started from there; the environment
-    variable FLASHLLA_BACKEND holds for the process. A call that the preferred backend cannot run falls back to the
-    next that can, with one warning a reason; ``backend=`` in a call demands instead, and raises. Backward passes run
-    on the backend their forward pass ran on. (Under torch.compile on what the call demands, else on what is preferred
-    on the thread that runs them: for CUDA tensors one of autograd's, which knows of FLASHLLA_BACKEND alone.)
+    Works as ``torch.set_grad_enabled`` does: the call takes effect at once, a ``with`` block restores what was before,
+    and a decorated function runs each time in a block of its own. It holds for the current thread and asyncio task, and
+    not for threads started from there; the environment variable FLASHLLA_BACKEND holds for the process. A call that the
+    preferred backend cannot run falls back to the next that can, with one warning a reason; ``backend=`` in a call
+    demands instead, and raises. Backward passes run on the backend their forward pass ran on. (Under torch.compile on
+    what the call demands, else on what is preferred on the thread that runs them: for CUDA tensors one of autograd's,
+    which knows of FLASHLLA_BACKEND alone.)
 
     Args:
         name: a backend's name, or "auto" (triton, then chunked, then naive: the first that can).
@@ -176,22 +185,59 @@ class set_backend:
         >>> with flashlla.set_backend("chunked"):
         ...     flashlla.get_backend()
         'chunked'
+        >>> @flashlla.set_backend("naive")
+        ... def reference():
+        ...     return flashlla.get_backend()
+        >>> reference(), flashlla.get_backend()
+        ('naive', 'auto')
     """
 
     def __init__(self, name: str) -> None:
         self.name = check_name(name, "name")
-        self._before = _preference.get()
+        # What the call itself has replaced, until a block or a decorated function takes that upon itself.
+        self._replaced: tuple[str | None] | None = (_preference.get(),)
         _preference.set(name)
 
+    def _take_replaced(self) -> str | None:
+        before, self._replaced = self._replaced or (_preference.get(),), None
+        return before[0]
+
     def __enter__(self) -> set_backend:
-        # The call has taken effect already; entering later, or again, must do so too.
+        _outer.set((*_outer.get(), self._take_replaced()))
         _preference.set(self.name)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _preference.set(self._before)
+        *outer, before = _outer.get()
+        _outer.set(tuple(outer))
+        _preference.set(before)
+
+    def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
+        """``function``, each call of it within a block of its own."""
+        _preference.set(self._take_replaced())
+        block = functools.partial(set_backend, self.name)
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def later(*arguments: P.args, **keywords: P.kwargs) -> Any:
+                with block():
+                    return await function(*arguments, **keywords)
+
+            return cast("Callable[P, T]", later)
+        if inspect.isgeneratorfunction(function):
+            raise TypeError(
+                f"set_backend: got the generator function {function.__name__}, which runs between blocks of its "
+                f"caller; try a with block in its body"
+            )
+
+        @functools.wraps(function)
+        def within(*arguments: P.args, **keywords: P.kwargs) -> T:
+            with block():
+                return function(*arguments, **keywords)
+
+        return within
 
     def __repr__(self) -> str:
         return f"set_backend({self.name!r})"

@@ -70,6 +70,16 @@ class Inputs(NamedTuple):
     cu_seqlens_k: Tensor | None = None  # the same for keys
     block_table: Tensor | None = None  # (B, pages) int32, which page holds a sequence's keys; None: no pages
 
+    def with_dense_lengths(self) -> Inputs:
+        """Kernels read lengths and pages as they lie in memory; columns of a table and what torch.vmap makes lie apart."""
+        dense = lambda t: t if t is None else t.contiguous()
+        return self._replace(
+            seqlens_k=dense(self.seqlens_k),
+            cu_seqlens_q=dense(self.cu_seqlens_q),
+            cu_seqlens_k=dense(self.cu_seqlens_k),
+            block_table=dense(self.block_table),
+        )
+
 
 class Settings(NamedTuple):
     """What a call says beside its tensors."""
@@ -165,7 +175,8 @@ class Problem:
     def empty(self) -> bool:
         """Nothing to compute: no queries, or no keys for them to see."""
         sizes = (self.batch, self.q_heads, self.q_len, self.k_len)
-        return 0 in sizes or (self.mask.packed and self.sequences == 0)
+        packed = (self.sequences, self.max_seqlen_q, self.max_seqlen_k) if self.mask.packed else ()
+        return 0 in sizes or 0 in packed
 
     def key_spans(self, inputs: Inputs) -> KeySpans:
         """The keys that every query sees, by their places in k."""

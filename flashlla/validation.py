@@ -224,6 +224,9 @@ def _check_settings(
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: got {type(backend).__name__}, wanted a backend's name, 'auto' or None")
     scale = 1 / math.sqrt(q.shape[-1]) if qk_scale is None else _check_number(qk_scale, "qk_scale")
+    most = torch.finfo(accumulator(q.dtype)).max
+    if not -most <= scale <= most:
+        raise ValueError(f"qk_scale: got {qk_scale}, wanted a number that sums of {q.dtype} hold: at most {most:.1e}")
     delta_eps = _check_number(delta_eps, "delta_eps")
     if delta_eps < 0:
         raise ValueError(f"delta_eps: got {delta_eps}, wanted a number of at least 0")
@@ -283,7 +286,8 @@ def _check_integers(t: Tensor, name: str, shape: str, device: torch.device) -> T
         raise TypeError(f"{name}: got dtype {t.dtype}, wanted torch.int32; try {name}.int()")
     if t.device != device:
         raise ValueError(f"{name}: got device {t.device}, wanted {device}, the device of q; try {name}.to(q.device)")
-    return t.to(torch.int32)
+    # What int32 does not hold stays out of range, where a plain cast would wrap it round.
+    return t if t.dtype == torch.int32 else t.clamp(-(2**31), 2**31 - 1).to(torch.int32)
 
 
 def _check_seqlens(seqlens_k: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -342,7 +346,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor | None, t: Tensor, name: str) -> Tensor
             f"{name}: got shape {tuple(cu_seqlens.shape)}, wanted (sequences + 1,): where each sequence begins, and "
             f"where the last one ends; try torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()"
         )
-    return cu_seqlens.contiguous()
+    return cu_seqlens
 
 
 def _check_max_seqlen(own: int | None, both: int | None, name: str, cu_seqlens: Tensor) -> int:
@@ -353,8 +357,8 @@ def _check_max_seqlen(own: int | None, both: int | None, name: str, cu_seqlens: 
     if given is None:
         return max(1, int(cu_seqlens.diff().amax())) if cu_seqlens.shape[0] > 1 else 1
     given = _check_whole(given, name)
-    if given < 1:
-        raise ValueError(f"{name}: got {given}, wanted at least 1, the length of the longest sequence")
+    if given < 0:
+        raise ValueError(f"{name}: got {given}, wanted at least 0, the length of the longest sequence")
     return given
 
 
@@ -368,7 +372,7 @@ def _check_block_table(block_table: Tensor, q: Tensor, k: Tensor) -> Tensor:
         raise ValueError("k_cache: got no pages, wanted at least one")
     if size == 0 or size % PAGE_MULTIPLE:
         raise ValueError(f"k_cache: got pages of {size} keys, wanted a multiple of {PAGE_MULTIPLE}")
-    return block_table.contiguous()
+    return block_table
 
 
 def _check_tensors(
@@ -384,6 +388,11 @@ def _check_tensors(
     for name, t in zip(names, (q, k, v)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}, wanted a torch.Tensor; try torch.as_tensor({name})")
+        if type(t).__name__ == "DTensor":  # not imported: most have no use for it
+            raise TypeError(
+                f"{name}: got a DTensor, wanted each rank's own tensor. Where q, k and v are sharded on batch or heads "
+                f"try {name}.to_local(), or torch.distributed.tensor.experimental.local_map"
+            )
         if t.layout != torch.strided or t.is_nested:
             raise TypeError(f"{name}: got a sparse or nested tensor, wanted a dense one; try {name}.to_dense()")
         if t.dim() != q.dim():

@@ -74,6 +74,70 @@ def test_set_backend_is_a_call_and_a_context():
     assert flashlla.get_backend() == "naive"
 
 
+def test_one_block_entered_twice_leaves_what_was_outside_each_time():
+    block = flashlla.set_backend("chunked")
+    with block:
+        flashlla.set_backend("naive")
+        with block:
+            assert flashlla.get_backend() == "chunked"
+        assert flashlla.get_backend() == "naive"
+    assert flashlla.get_backend() == "auto"
+    with block:  # and again, later
+        assert flashlla.get_backend() == "chunked"
+    assert flashlla.get_backend() == "auto"
+
+
+def test_one_block_in_two_threads_is_two_blocks():
+    block, inside, seen = flashlla.set_backend("chunked"), threading.Barrier(2), {}
+
+    def run(outer):
+        flashlla.set_backend(outer)
+        with block:
+            inside.wait(10)
+            seen[outer, "in"] = flashlla.get_backend()
+            inside.wait(10)
+        seen[outer, "out"] = flashlla.get_backend()
+
+    block.__enter__()
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("naive", "auto")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    block.__exit__(None, None, None)
+    assert seen == {
+        ("naive", "in"): "chunked",
+        ("naive", "out"): "naive",
+        ("auto", "in"): "chunked",
+        ("auto", "out"): "auto",
+    }
+    assert flashlla.get_backend() == "auto"
+
+
+def test_set_backend_decorates():
+    @flashlla.set_backend("naive")
+    def inner(depth):
+        return [flashlla.get_backend(), *(inner(depth - 1) if depth else [])]
+
+    @flashlla.set_backend("chunked")
+    async def later():
+        await asyncio.sleep(0)
+        return flashlla.get_backend()
+
+    assert flashlla.get_backend() == "auto"  # to decorate is not to call
+    assert inner(2) == ["naive"] * 3
+    assert asyncio.run(later()) == "chunked"
+    assert flashlla.get_backend() == "auto"
+    with flashlla.set_backend("chunked"):
+        assert inner(0) == ["naive"]
+        assert flashlla.get_backend() == "chunked"
+    with pytest.raises(TypeError, match=r"generator function.*with block in its body"):
+
+        @flashlla.set_backend("naive")
+        def generator():
+            yield
+
+
 def test_a_context_restores_after_an_error():
     with pytest.raises(ZeroDivisionError), flashlla.set_backend("naive"):
         1 / 0  # noqa: B018

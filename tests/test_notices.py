@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flashlla
-from flashlla import lla_attention
+from flashlla import lla_attention, notices
 from flashlla.solvers.base import warn_unconverged
 from tests.support.helpers import qkv
 
@@ -46,6 +46,18 @@ def test_nan_from_finite_inputs_is_not_silent():
     with pytest.warns(flashlla.ConvergenceWarning, match="NaN on"):
         o = lla_attention(q, k, v, ridge_lambda=torch.full((9,), 1e-38), qk_scale=1e20, solver="cg", backend="chunked")
     assert not o.isfinite().all()
+
+
+def test_nan_is_told_after_residuals_near_one_and_the_other_way_round():
+    nan, near_one = torch.full((3,), torch.nan), torch.full((3,), 1.2)
+    for first, second in ((nan, near_one), (near_one, nan)):
+        notices.forget()
+        for residuals in (first, second):
+            with pytest.warns(flashlla.ConvergenceWarning, match="stopped early"):
+                warn_unconverged(flashlla.CG(), residuals, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_unconverged(flashlla.CG(), nan, 9)
 
 
 @dataclass(frozen=True)

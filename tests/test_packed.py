@@ -178,8 +178,9 @@ def test_max_seqlen_may_be_left_out(backend: Backend) -> None:
 @pytest.mark.parametrize("edges", [(0,), (0, 0), (0, 0, 0, 0)])
 @every_backend
 def test_no_tokens_at_all(backend: Backend, edges: tuple[int, ...]) -> None:
-    for t in run(backend, leaves(), edges).values():
-        assert not t.any()
+    for max_seqlen in (None, 0):
+        for t in run(backend, leaves(), edges, max_seqlen=max_seqlen).values():
+            assert not t.any()
     q, k, v = (torch.zeros(0, 2, 8, requires_grad=True) for _ in range(3))
     o = lla_attention_varlen(q, k, v, cu_seqlens=cu(*edges))
     assert o.shape == (0, 2, 8)
@@ -256,3 +257,14 @@ def test_verify_and_explain() -> None:
         flashlla.explain(q, k, v, op=lla_attention_varlen, seqlens_k=ridge, **options)
     with pytest.raises(ValueError, match=r"op: got .*lla_attention_varlen"):
         flashlla.explain(q, k, v, op=flashlla.verify)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_edges_may_lie_anyhow_in_memory(backend: Backend) -> None:
+    """A column of a table, and every second number: what they say counts, not what lies behind the first."""
+    table = torch.stack([cu(*EDGES), cu(*EDGES) * 0 + 3], 1)
+    wanted = run(backend, leaves(), EDGES)
+    for edges in (table[:, 0], table.flatten()[::2]):
+        assert not edges.is_contiguous()
+        for name, t in run(backend, leaves(), cu_seqlens=edges).items():
+            assert torch.equal(t, wanted[name]), name

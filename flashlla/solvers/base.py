@@ -125,7 +125,8 @@ def warn_unconverged(solver: Solver, residuals: Tensor, total: int, where: str =
     worst = residuals.nan_to_num(0).max().item()
     found = f"relative residual up to {worst:.1e}" + (f", NaN on {nans}" if nans else "")
     advice = f"{solver.advice}, a larger" if solver.advice else "a larger"
-    magnitude = f"{worst:.0e}"[-3:]  # its power of ten, or "inf"
+    # The power of ten of the worst, or "inf"; NaN alone says nothing of residuals.
+    magnitude = "NaN" if nans == residuals.numel() else f"{worst:.0e}"[-3:]
     warn_once(
         f"{solver} stopped early{where}: {magnitude}",
         f"{name} stopped early{where} on {residuals.numel()} of {total} queries, {found}. Try {advice} "

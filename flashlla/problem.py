@@ -71,7 +71,7 @@ class Inputs(NamedTuple):
     block_table: Tensor | None = None  # (B, pages) int32, which page holds a sequence's keys; None: no pages
 
     def with_dense_lengths(self) -> Inputs:
-        """Kernels read lengths and pages as they lie in memory; columns of a table and what torch.vmap makes lie apart."""
+        """Kernels read lengths and pages one after the other; a column of a table, or torch.vmap, sets them apart."""
         dense = lambda t: t if t is None else t.contiguous()
         return self._replace(
             seqlens_k=dense(self.seqlens_k),

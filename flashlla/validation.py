@@ -223,11 +223,11 @@ def _check_settings(
     causal, window = _check_mask(causal, window)
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: got {type(backend).__name__}, wanted a backend's name, 'auto' or None")
-    scale = 1 / math.sqrt(q.shape[-1]) if qk_scale is None else _check_number(qk_scale, "qk_scale")
+    scale = 1 / math.sqrt(q.shape[-1]) if qk_scale is None else _constant(_check_number(qk_scale, "qk_scale"))
     most = torch.finfo(accumulator(q.dtype)).max
     if not -most <= scale <= most:
         raise ValueError(f"qk_scale: got {qk_scale}, wanted a number that sums of {q.dtype} hold: at most {most:.1e}")
-    delta_eps = _check_number(delta_eps, "delta_eps")
+    delta_eps = _constant(_check_number(delta_eps, "delta_eps"))
     if delta_eps < 0:
         raise ValueError(f"delta_eps: got {delta_eps}, wanted a number of at least 0")
     name, solver_numbers = _check_solver(solver, cg)
@@ -482,7 +482,8 @@ def _check_ridge(ridge_lambda: float | Tensor, q: Tensor, layout: str) -> Tensor
             raise ValueError(
                 f"ridge_lambda: got {ridge_lambda}, wanted one that {name} holds: {least:.1e} to {most:.1e}"
             )
-        return torch.full((), number, dtype=dtype, device=q.device).expand(rows)
+        # By arithmetic: torch.compile takes what torch.full fills with for a constant, and compiles anew for each.
+        return (torch.ones((), dtype=dtype, device=q.device) * number).expand(rows)
     if not ridge_lambda.is_floating_point():
         raise TypeError(
             f"ridge_lambda: got dtype {ridge_lambda.dtype}, wanted a floating dtype; try ridge_lambda.float()"
@@ -520,6 +521,12 @@ def _check_number(value: float, name: str, wanted: str = "a number") -> float:
     return float(value)
 
 
+def _constant(value: float) -> float:
+    """``value``, which torch.compile is to guard: of one that is computed from an argument, and is no operand of a
+    tensor's, it keeps what the first calls had (as in scaled_dot_product_attention's scale)."""
+    return float.fromhex(value.hex()) if torch.compiler.is_compiling() else value
+
+
 def _check_solver(solver: str | Solver | None, cg: _CGArguments) -> tuple[str, Sequence[float]]:
     """The solver as a name and numbers, from either way of asking for one."""
     check_tolerances(cg.cg_atol, cg.cg_rtol, cg.cg_max_iters, prefix="cg_")
@@ -530,7 +537,7 @@ def _check_solver(solver: str | Solver | None, cg: _CGArguments) -> tuple[str, S
         )
     if solver is None:
         name = "pcg" if cg.cg_use_preconditioner else "cg"
-        return name, (float(cg.cg_atol), float(cg.cg_rtol), float(cg.cg_max_iters))
+        return name, tuple(_constant(float(number)) for number in (cg.cg_atol, cg.cg_rtol, cg.cg_max_iters))
     for name, value, default in zip(cg._fields, cg, _CGArguments()):
         if value != default:
             raise ValueError(

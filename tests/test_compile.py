@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import flashlla
 from flashlla.autograd import BACKWARD, FORWARD, WHICH, AdjointArguments
@@ -14,9 +15,8 @@ from flashlla.problem import Arguments, Inputs, Settings, describe
 from flashlla.solvers import Gram
 
 # torch.compile's default backend builds C++; without a compiler the graph is still traced, differentiated and run.
-compiled_whole = functools.partial(
-    torch.compile, fullgraph=True, backend="inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
-)
+HAS_COMPILER = bool(shutil.which("g++") or shutil.which("clang++"))
+compiled_whole = functools.partial(torch.compile, fullgraph=True, backend="inductor" if HAS_COMPILER else "aot_eager")
 TIGHT = flashlla.CG(rtol=1e-26, max_iters=200)
 SETTINGS = Settings(
     causal=True,
@@ -201,3 +201,21 @@ def test_layouts_are_those_of_the_fakes(backend):
     q, k, v = (torch.randn(1, 9, 3, 4, generator=generator).transpose(1, 2).requires_grad_() for _ in range(3))
     ridge = torch.ones(1, 3, 9)
     opcheck_both_directions(q, k, v, ridge, backend)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", ["ridge_lambda", "qk_scale", "delta_eps", "cg_rtol"])
+def test_a_number_that_varies_is_not_kept(name, dynamic):
+    """It also multiplies a tensor, so that torch.compile has it as a symbol."""
+    torch._dynamo.reset()
+    q, k, v = (t.detach() for t in inputs(17)[:3])
+
+    def call(q, k, v, number):
+        return flashlla.lla_attention(q * number, k, v, **{"cg_rtol": 1e-24, "cg_max_iters": 99, name: number / 8})
+
+    frames = torch._dynamo.testing.CompileCounterWithBackend("inductor" if HAS_COMPILER else "aot_eager")
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=frames)
+    for number in (0.5, 1.0, 2.0, 3.0, 0.25):
+        torch.testing.assert_close(compiled(q, k, v, number), call(q, k, v, number), rtol=1e-12, atol=1e-12)
+    if name == "ridge_lambda":
+        assert frames.frame_count <= 2  # one more where it becomes a symbol

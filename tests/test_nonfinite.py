@@ -269,3 +269,17 @@ def test_a_huge_later_value_does_not_reach_an_earlier_row():
         assert torch.equal(got[:, :-1], expected[:, :-1])
         (a,), (b,) = torch.autograd.grad(expected, q, grad_o), torch.autograd.grad(got, q, grad_o)
         torch.testing.assert_close(b[:, :-1], a[:, :-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_logits(backend: Backend, dtype: torch.dtype) -> None:
+    """One key has all the weight: o is its value, and dv what came to its queries. docs/numerics.md has the limit."""
+    q, k, v = (normal(1, 1, 17, 8, seed=i, dtype=dtype).requires_grad_() for i in range(3))
+    scale = 1e6 / float((q @ k.mT).abs().max())
+    skip_if_refused(backend, q, k, v, qk_scale=scale)
+    o = lla_attention(q, k, v, qk_scale=scale, backend=backend.name)
+    chosen = (q @ k.mT).double().masked_fill(torch.ones(17, 17).triu(1).bool(), -torch.inf).argmax(-1)[0, 0]
+    torch.testing.assert_close(o[0, 0], v[0, 0, chosen])
+    (dv,) = torch.autograd.grad(o, v, torch.ones_like(o))
+    torch.testing.assert_close(dv[0, 0, :, 0].float(), chosen.bincount(minlength=17).float(), rtol=1e-2, atol=1e-5)

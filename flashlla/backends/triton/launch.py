@@ -75,18 +75,22 @@ class Call:
         self.operands, self.units, self.flaws = self.cast(*map(with_unit_stride, inputs[:3]))
         self.q, self.k, self.v = (self.strided(t) for t in self.operands)
 
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uninitialised. Packed: zeros, since no program comes to tokens of no sequence."""
-        make = torch.zeros if self.problem.mask.packed else torch.empty
-        return make(shape, dtype=dtype, device=self.device)
+    def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uninitialised. The dtype is said, whatever torch's default is."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def of_tokens(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """To be filled by the programs of tokens. Packed: zeros, since none comes to tokens of no sequence."""
+        found = self.scratch(*shape, dtype=dtype)
+        return found.zero_() if self.problem.mask.packed else found
 
     def rows(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, Hq, Sq) to be filled."""
-        return self.empty(*self.inputs.q.shape[:3], dtype=dtype)
+        return self.of_tokens(*self.inputs.q.shape[:3], dtype=dtype)
 
     def vectors(self, dtype: torch.dtype = torch.float32, width: int | None = None) -> Tensor:
         """(B, Hq, Sq, D) to be filled."""
-        return self.empty(*self.inputs.q.shape[:3], width or self.problem.head_dim, dtype=dtype)
+        return self.of_tokens(*self.inputs.q.shape[:3], width or self.problem.head_dim, dtype=dtype)
 
     def strided(self, t: Tensor) -> Strided:
         """``t`` (B, H, S, ...) as kernels take it."""
@@ -132,10 +136,10 @@ class Call:
         chunks = configs.CAST_CHUNKS if self.device.type == "cuda" else 1
         longest, slots = max(self.max_seqlens), self.n_heads + 2 * self.n_kv_heads
         chunk = cdiv(cdiv(longest, chunks), configs.CAST_ROWS) * configs.CAST_ROWS
-        largest, flawed = torch.empty(2, slots, chunks, device=self.device)
-        units, flaws = torch.empty(2, slots, device=self.device)
-        outs = Operands(*[torch.empty(t.shape, dtype=self.operand, device=self.device) for t in tensors])
-        found = Flaws(flaws, *[torch.empty(t.shape[:3], device=self.device) for t in tensors])
+        largest, flawed = self.scratch(2, slots, chunks)
+        units, flaws = self.scratch(2, slots)
+        outs = Operands(*[self.scratch(*t.shape, dtype=self.operand) for t in tensors])
+        found = Flaws(flaws, *[self.scratch(*t.shape[:3]) for t in tensors])
         given = [self.strided(t) for t in tensors]
         tiles = {"SHAPE": self.shape, "CHUNKS": chunks, "BLOCK_M": configs.CAST_ROWS}
         self.launch(
@@ -246,11 +250,11 @@ def gram(
     """The preconditioner "gram" of every segment of queries that has one; ``probe``: for the adjoint solve."""
     d, segment = call.shape.BLOCK_D, configs.SEGMENT
     chunks = cdiv(call.problem.k_len, segment)
-    sums = torch.empty(call.n_kv_heads, chunks, d + 1, d, device=call.device)
-    scratch = torch.empty(call.n_heads, segments, 2 * d, d, device=call.device)
+    sums = call.scratch(call.n_kv_heads, chunks, d + 1, d)
+    scratch = call.scratch(call.n_heads, segments, 2 * d, d)
     made = Preconditioner(
-        torch.empty(call.n_heads, segments, d, d, dtype=call.operand, device=call.device),
-        torch.empty(call.n_heads, segments, dtype=torch.int32, device=call.device),
+        call.scratch(call.n_heads, segments, d, d, dtype=call.operand),
+        call.scratch(call.n_heads, segments, dtype=torch.int32),
     )
     call.launch(
         gram_kernels.gram_sums_kernel, "gram", (call.n_kv_heads * chunks,), call.k, sums, *call.sight, chunks,
@@ -292,9 +296,9 @@ def backward(
     # What queries hand on to keys: whole tiles of queries, a sequence's apart from the next one's.
     tiles = cdiv(problem.q_len, configs.ROWS_PAD) + (problem.sequences if problem.mask.packed else 0)
     rows_len = tiles * configs.ROWS_PAD
-    rows = torch.empty(5, problem.batch * problem.q_heads, rows_len, device=call.device)
+    rows = call.scratch(5, problem.batch * problem.q_heads, rows_len)
     handed_on = HandedOn(rows, rows.stride(0))
-    top = torch.zeros(call.n_kv_heads, device=call.device)
+    top = torch.zeros(call.n_kv_heads, dtype=torch.float32, device=call.device)
     call.launch_tiles(
         backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, call.units, call.origin, z_y, lse2, k_mean,
         call.strided(ridge), g_mean, dq_out, dridge, handed_on, rows_len, top, *call.sight, problem.scale,

@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import needs, record
 from benchmarks.launches import Launch, recorded
+from flashlla import products
 from flashlla.backends.triton import configs
 from flashlla.problem import Inputs, Mask, Problem, Residuals
 from flashlla.solvers import CG
@@ -80,7 +81,7 @@ def decodings(head_dim: int, dtype: torch.dtype, plain: bool) -> None:
     meta = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device="meta")
     q, ridge = meta(2, 6, 1, head_dim, dtype=dtype), meta(2, 6, 1, dtype=torch.float32)
     width = configs.padded(head_dim)
-    full = torch.get_float32_matmul_precision() == "highest"
+    full = products.allowed(q.device) == "ieee"
     large = configs.large(configs.capability(q.device))
     usual = configs.decode_config(width, width, dtype != torch.float32, full, large)
     plain_call = Problem(2, 6, 2, 1, 4096, head_dim, head_dim, dtype, q.device, 0.3, 1e-12, CG(), mask=DECODING)
@@ -103,7 +104,7 @@ def step_launches(
     with (
         recorded(carried_out=False) as found,
         mock.patch.object(configs, "capability", return_value=divmod(architecture, 10)),
-        mock.patch.object(torch, "get_float32_matmul_precision", return_value=precision),
+        mock.patch.object(products, "allowed", return_value="ieee" if precision == "highest" else "tf32"),
     ):
         for problem, inputs, preconditioner in calls(head_dim, dtype, architecture):
             if plain and (problem.mask != Mask() or problem.group > 1):

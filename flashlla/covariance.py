@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashlla.products import product
+
 # Elements of the largest temporary that `dense` makes: 16 MiB in float32.
 _DENSE_BUDGET = 1 << 22
 
@@ -42,9 +44,9 @@ class Systems:
         """A x without forming A; x: (..., M, D)."""
         # c_ij = (k_j - k_mean_i).x_i: the scalar is subtracted before weighting, and the weighted row sum of c, zero
         # but for rounding, is taken out again, so that an error in k_mean counts to second order only.
-        c = torch.matmul(x, self.k.mT)  # (..., M, N)
+        c = product(x, self.k.mT)  # (..., M, N)
         c.sub_(dot(x, self.k_mean)).mul_(self.p)
-        y = torch.matmul(c, self.k)  # (..., M, D)
+        y = product(c, self.k)  # (..., M, D)
         y.addcmul_(self.k_mean, c.sum(-1, keepdim=True), value=-1)
         return y.addcmul_(x, self.ridge.unsqueeze(-1))
 
@@ -53,7 +55,7 @@ class Systems:
         # Shifting all keys shifts no covariance; about the first key, the squares do not swamp their difference.
         shifted = self.k - self.k[..., :1, :]  # (..., N, D)
         mean = self.k_mean - self.k[..., :1, :]  # (..., M, D)
-        spread = torch.matmul(self.p, shifted.square()) - mean.square()
+        spread = product(self.p, shifted.square()) - mean.square()
         return spread.clamp_(min=0) + self.ridge.unsqueeze(-1)
 
     def dense(self) -> Tensor:
@@ -67,14 +69,15 @@ class Systems:
             # Centred exactly, row by row: sum_j p_ij (k_j - k_mean_i)(k_j - k_mean_i)^T is symmetric and not negative.
             centred = self.k.unsqueeze(-3) - self.k_mean[..., rows, None, :]  # (..., rows, N, D)
             weighted = centred * self.p[..., rows, :, None]
-            torch.matmul(weighted.mT, centred, out=a[..., rows, :, :])
+            product(weighted.mT, centred, out=a[..., rows, :, :])
         a.diagonal(dim1=-2, dim2=-1).add_(self.ridge.unsqueeze(-1))
         return a
 
     def not_definite(self, index: tuple[int, ...], who: str, instead: str) -> Exception:
         """The error for the system at ``index`` (into ``ridge``), which ``who`` found singular or not definite."""
         dtype = str(self.k.dtype).removeprefix("torch.")
+        more = "" if self.k.dtype == torch.float64 else "float64 inputs, "
         return torch.linalg.LinAlgError(  # type: ignore[attr-defined,no-any-return]
             f"{who}: the system of {self.name(index)} is not positive definite in {dtype} (ridge_lambda there is "
-            f"{self.ridge[index].item():.3g}). Try a larger ridge_lambda, float64 inputs, or {instead}."
+            f"{self.ridge[index].item():.3g}). Try a larger ridge_lambda, {more}or {instead}."
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 import flashlla
 from flashlla import CG, PCG, lla_attention
 from tests.support.poison import poisoned
+from tests.support.units import matmul_precision
 
 pytestmark = pytest.mark.gpu
 
@@ -356,6 +358,36 @@ def test_float32_follows_the_matmul_precision() -> None:
     assert max(errors["highest"]) < 1e-5
     assert errors["high"][0] > 1e-5
     assert max(errors["high"]) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("ridge", [0.1, 0.01])
+@pytest.mark.parametrize(
+    ("backend", "solver"),
+    [("naive", "direct"), ("chunked", "direct"), *(("chunked", solver(max_iters=1000)) for solver in (CG, PCG))],
+)
+def test_the_pytorch_backends_follow_no_matmul_precision(
+    backend: str, solver: object, ridge: float, precision: str, dtype: torch.dtype, figure: Callable[[str], None]
+) -> None:
+    tensors, lam = make((1, 2, 300, 64), dtype), ridges(ridge, 300)
+    want = step([t.double() for t in tensors], lam, backend="naive")
+
+    def errors() -> list[float]:
+        got = step(tensors, lam, backend=backend, solver=solver)
+        return [((got[n].double() - want[n]).norm() / want[n].norm()).item() for n in NAMES]
+
+    usual = errors()
+    with matmul_precision(precision):
+        q, k, v, _ = tensors
+        x = torch.randn(256, 256, device="cuda")
+        rounded = (x @ x - x.double() @ x.double()).norm() / x.double().square().sum()
+        assert rounded > 1e-5, "this GPU rounds no operands"
+        found = errors()
+        _, info = lla_attention(q, k, v, ridge_lambda=ridge, backend=backend, solver=solver, return_info=True)
+    assert info.converged.all()
+    figure(f"{backend} {solver} ridge {ridge} {dtype} {precision}: {max(found):.1e}, at highest {max(usual):.1e}")
+    assert all(f <= 3 * u + 1e-6 for f, u in zip(found, usual))
 
 
 def test_autotune_is_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ from flashlla.backends import dense
 from flashlla.backends.dense import Block
 from flashlla.backends.frame import Framed
 from flashlla.covariance import dot
-from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals
+from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals, accumulator
+from flashlla.products import add_product, product
 from flashlla.solvers.base import warn_unconverged
 
 # Queries a block. Larger blocks waste more of the causal triangle and wait longer for their slowest row; smaller ones
@@ -35,7 +36,7 @@ def blocks(problem: Problem, device: torch.device) -> Iterator[Block]:
 
 def linear_weights(p: Tensor, z: Tensor, k: Tensor, k_mean: Tensor) -> Tensor:
     """p_ij (1 - a_ij), what (2.3) weighs values by: (G, M, N)."""
-    one_minus_a = torch.baddbmm(1 + dot(z, k_mean), z, k.mT, alpha=-1)  # (2.2)
+    one_minus_a = add_product((1 + dot(z, k_mean)).repeat(1, 1, k.shape[-2]), z, k.mT, alpha=-1)  # (2.2)
     return one_minus_a.mul_(p)
 
 
@@ -47,7 +48,7 @@ class Chunked(Framed):
         return None
 
     def forward_plain(self, problem: Problem, inputs: Inputs) -> Forward:
-        q, k, v, ridge_lambda, origin = dense.operands(problem, inputs)
+        q, k, v, ridge_lambda, origin = dense.operands(problem, inputs, accumulator(problem.dtype))
         spans = problem.key_spans(inputs)
         number = lambda dtype=q.dtype: q.new_empty(q.shape[:-1], dtype=dtype)  # one a query
         o = q.new_empty((*q.shape[:-1], problem.v_dim))
@@ -61,13 +62,13 @@ class Chunked(Framed):
             d = dense.offset(found, q_i, k_0)
             z, *solved = problem.solver.solve_checked(found.systems, d)  # (2.1)
             left = dense.residuals_of(problem, found, q_i, d, z, k_0)
-            o_i = torch.bmm(linear_weights(found.p, z, k_j, found.k_mean), v_j).mul_(left.guard)  # (2.3)
+            o_i = product(linear_weights(found.p, z, k_j, found.k_mean), v_j).mul_(left.guard)  # (2.3)
             for whole, rows in zip((o, *residuals, *report), (o_i, *left, found.omega, *solved), strict=True):
                 block.put_rows(whole, rows)
         return dense.as_forward(inputs, o, residuals, report)
 
     def backward_plain(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
-        q, k, v, ridge_lambda, _ = dense.operands(problem, inputs)
+        q, k, v, ridge_lambda, _ = dense.operands(problem, inputs, accumulator(problem.dtype))
         spans = problem.key_spans(inputs)
         grad_o, guard, probe = (
             dense.by_key_head(problem, t) for t in (grad_o.to(q.dtype), residuals.guard, residuals.probe)
@@ -81,23 +82,23 @@ class Chunked(Framed):
             k_j, v_j, hidden = block.keys_of(k), block.keys_of(v), block.hidden(problem, spans)
             # Anew, not from lse and k_mean: where keys are far from the origin those lack digits that fresh sums have.
             p, _, _, k_mean, systems = dense.statistics(problem, block, q_i, k_j, ridge_i, hidden)
-            g = torch.bmm(do, v_j.mT)
+            g = product(do, v_j.mT)
             if hidden is not None:
                 g.masked_fill_(hidden, 0)  # a hidden value may be too large for the product
             g.sub_((p * g).sum(-1, keepdim=True))
             solution = problem.solver.solve_scale_free(systems, dense.about_mean(p * g, k_j, k_mean))  # (3.1)
             y = solution.x
             early.append(solution.residual[~solution.converged])
-            e = g.baddbmm_(y, k_j.mT, alpha=-1).add_(dot(y, k_mean))  # (3.2)
+            e = add_product(g, y, k_j.mT, alpha=-1).add_(dot(y, k_mean))  # (3.2)
             pa = linear_weights(p, z, k_j, k_mean)
             z_y = dot(z, y)  # (3.6)
             dl = (pa * e).addcmul_(p, ridge_i.unsqueeze(-1) * z_y)
             block.put_rows(dridge, z_y)
             block.put_rows(dq, dense.about_mean(dl, k_j, k_mean).mul_(problem.scale).add_(y))  # (3.3)
             dk_j, dv_j = block.keys_of(dk), block.keys_of(dv)
-            dk_j.baddbmm_(dl.mT, q_i, alpha=problem.scale)  # (3.4), and the next two
-            dk_j.baddbmm_(e.mul_(p).mT, z, alpha=-1)
-            dk_j.baddbmm_(pa.mT, y, alpha=-1)
-            dv_j.baddbmm_(pa.mT, do)  # (3.5)
+            add_product(dk_j, dl.mT, q_i, alpha=problem.scale)  # (3.4), and the next two
+            add_product(dk_j, e.mul_(p).mT, z, alpha=-1)
+            add_product(dk_j, pa.mT, y, alpha=-1)
+            add_product(dv_j, pa.mT, do)  # (3.5)
         warn_unconverged(problem.solver, torch.cat(early), dridge.numel(), " in the backward pass")
         return dense.as_gradients(inputs, dq, dk, dv, dridge)

@@ -24,10 +24,11 @@ from flashlla.problem import (
     empty_output,
     resolution,
 )
+from flashlla.products import product
 
 
 class Operands(NamedTuple):
-    """The inputs by key head, in the accumulator dtype.
+    """The inputs by key head, in the dtype that is computed in.
 
     ``k`` is relative to ``origin``, the first key that a query sees. That adds the same to all logits of a query, which
     its weights do not see, and the regression stays as it is if the query moves along there (docs/math.md, section 6).
@@ -41,8 +42,7 @@ class Operands(NamedTuple):
     origin: Tensor  # (H, 1, D)
 
 
-def operands(problem: Problem, inputs: Inputs) -> Operands:
-    dtype = accumulator(problem.dtype)
+def operands(problem: Problem, inputs: Inputs, dtype: torch.dtype) -> Operands:
     k = inputs.k.to(dtype)
     origin = problem.key_spans(inputs).first_of(k).flatten(0, 1)
     return Operands(
@@ -124,7 +124,7 @@ def statistics(
     problem: Problem, block: Block, q: Tensor, k: Tensor, ridge_lambda: Tensor, hidden: Tensor | None
 ) -> Statistics:
     """Of the block's rows q, (G, M, D), and ridge_lambda, (G, M), and its keys k, (G, N, D)."""
-    p = torch.bmm(q, k.mT).mul_(problem.scale)  # the logits; from here on in place, for these are the largest tensors
+    p = product(q, k.mT).mul_(problem.scale)  # the logits; from here on in place, for these are the largest tensors
     if hidden is not None:
         p.masked_fill_(hidden, float("-inf"))
     m = p.amax(-1, keepdim=True) if p.shape[-1] else p.new_full((*p.shape[:-1], 1), float("-inf"))
@@ -132,7 +132,7 @@ def statistics(
     p.sub_(m).exp_()
     omega = p.sum(-1, keepdim=True)
     p.div_(omega.clamp(min=1))  # where it sees any, the largest weight is 1
-    k_mean = torch.bmm(p, k)
+    k_mean = product(p, k)
     systems = Systems(k, p, k_mean, ridge_lambda, resolution(problem.dtype), lambda index: block.name(problem, index))
     return Statistics(p, m, omega, k_mean, systems)
 
@@ -144,7 +144,7 @@ def offset(found: Statistics, q: Tensor, origin: Tensor) -> Tensor:
 
 def about_mean(w: Tensor, k: Tensor, k_mean: Tensor) -> Tensor:
     """sum_j w_ij (k_j - k_mean_i): (G, M, D)."""
-    return torch.bmm(w, k) - k_mean * w.sum(-1, keepdim=True)
+    return product(w, k) - k_mean * w.sum(-1, keepdim=True)
 
 
 def residuals_of(problem: Problem, found: Statistics, q: Tensor, d: Tensor, z: Tensor, origin: Tensor) -> Residuals:
@@ -157,7 +157,9 @@ def residuals_of(problem: Problem, found: Statistics, q: Tensor, d: Tensor, z: T
 def as_forward(inputs: Inputs, o: Tensor, residuals: Residuals, report: Report) -> Forward:
     """What was found by key head, (H, group, Sq, ...) or (H, M, ...), in the shapes that a backend gives."""
     rows = inputs.q.shape[:-1]
-    lse, guard, probe, k_mean = residuals
+    kept = accumulator(inputs.q.dtype)
+    lse, guard, probe, k_mean = (t.to(kept) for t in residuals)
+    report = report._replace(omega=report.omega.to(kept), residual=report.residual.to(kept))
     return Forward(
         empty_output(inputs.q, inputs.v).copy_(o.reshape(*rows, -1)),
         Residuals(lse.reshape(rows), guard.reshape(rows), probe.reshape(*rows, -1), k_mean.reshape(*rows, -1)),
@@ -168,6 +170,7 @@ def as_forward(inputs: Inputs, o: Tensor, residuals: Residuals, report: Report) 
 def as_gradients(inputs: Inputs, dq: Tensor, dk: Tensor, dv: Tensor, dridge: Tensor) -> Gradients:
     """The same for the gradients: those of q, k and v in the dtype and layout of these."""
     like = lambda t, gradient: torch.empty_like(t).copy_(gradient.reshape(t.shape))
+    ridge = inputs.ridge_lambda
     return Gradients(
-        like(inputs.q, dq), like(inputs.k, dk), like(inputs.v, dv), dridge.reshape(inputs.ridge_lambda.shape)
+        like(inputs.q, dq), like(inputs.k, dk), like(inputs.v, dv), dridge.reshape(ridge.shape).to(ridge.dtype)
     )

@@ -1,4 +1,5 @@
-"""The oracle: dense, one matrix a query, torch.linalg.solve. Plain on purpose; for tests and small inputs."""
+"""The oracle: dense, one matrix a query, torch.linalg.solve, in float64 whatever the inputs are. Plain on purpose; for
+tests and small inputs."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ class Naive(Framed):
     def backward_plain(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
         (q, k, v, ridge_lambda, _), (p, _, _, k_mean, systems) = whole(problem, inputs)
         grad_o = grad_o.to(q.dtype) * residuals.guard.unsqueeze(-1)
-        do, z = (dense.by_key_head(problem, t).flatten(1, 2) for t in (grad_o, residuals.probe))
+        do, z = (dense.by_key_head(problem, t.to(q.dtype)).flatten(1, 2) for t in (grad_o, residuals.probe))
         a = covariate(z, k, k_mean)  # (2.2)
         g = (do @ v.mT).where(p > 0, 0)  # a hidden value may be too large for the product
         g = g - (p * g).sum(-1, keepdim=True)
@@ -54,7 +55,9 @@ class Naive(Framed):
 
 def whole(problem: Problem, inputs: Inputs) -> tuple[dense.Operands, dense.Statistics]:
     """All heads, queries and keys at once: q is (H, M, D), ridge_lambda (H, M), the weights (H, M, Sk)."""
-    given = dense.operands(problem, inputs)
+    # float64 is what no setting of torch rounds; mps, which has none, rounds float32 by no setting.
+    widest = torch.float32 if problem.device.type == "mps" else torch.float64
+    given = dense.operands(problem, inputs, widest)
     block = dense.Block(range(given.k.shape[0]), range(problem.q_len), range(problem.k_len))
     rows = given._replace(q=block.rows_of(given.q), ridge_lambda=block.rows_of(given.ridge_lambda))
     hidden = block.hidden(problem, problem.key_spans(inputs))

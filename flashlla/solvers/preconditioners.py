@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashlla.covariance import Systems, dot
+from flashlla.products import product
 
 
 class Preconditioner(ABC):
@@ -53,7 +54,7 @@ class Gram(Preconditioner):
         count = seen.sum(-2, keepdim=True).clamp(min=1)
         mean = (systems.k * seen).sum(-2, keepdim=True) / count  # (..., 1, D)
         centred = (systems.k - mean) * seen
-        variances, axes = torch.linalg.eigh(torch.matmul(centred.mT, centred) / count)  # (..., D), (..., D, D)
+        variances, axes = torch.linalg.eigh(product(centred.mT, centred) / count)  # (..., D), (..., D, D)
         # No smaller than there are digits of: a preconditioner need not be exact.
         least = variances.amax(-1)[..., None, None] * torch.finfo(variances.dtype).eps ** 0.5
         shifted = variances.clamp(min=0).unsqueeze(-2) + systems.ridge.unsqueeze(-1).maximum(least)  # (..., M, D)
@@ -61,14 +62,14 @@ class Gram(Preconditioner):
         use = worth.mean(-1, keepdim=True) > self.WORTH
         if use.any():
             x = systems.k_mean - mean
-            along = torch.matmul(x, axes)
+            along = product(x, axes)
             fit = dot(x, systems.matvec(x)) / (along.square() * shifted).sum(-1, keepdim=True)  # (..., M, 1), (4.6)
             fit = fit.nanmean(-2)
             use = use & (fit > self.FIT[0]) & (fit < self.FIT[1])
         if not use.any():
             return lambda r: r
         scale = torch.where(use.unsqueeze(-1), shifted.reciprocal(), 1)
-        return lambda r: torch.matmul(torch.matmul(r, axes).mul_(scale), axes.mT)
+        return lambda r: product(product(r, axes).mul_(scale), axes.mT)
 
 
 # A preconditioner with a name has its line here, and one for PCG with it in flashlla/solvers/__init__.py.

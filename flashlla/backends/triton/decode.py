@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashlla import products
 from flashlla.backends.triton import configs
 from flashlla.backends.triton.cholesky import PANEL
 from flashlla.backends.triton.configs import DecodeConfig
@@ -42,7 +43,7 @@ def decode(problem: Problem, inputs: Inputs, out: Tensor, config: DecodeConfig |
         return out.zero_()
     d, v_block = configs.padded(problem.head_dim), configs.padded(problem.v_dim)
     half = problem.dtype != torch.float32
-    full = torch.get_float32_matmul_precision() == "highest"
+    full = products.allowed(problem.device) == "ieee"
     large = configs.large(configs.capability(device))
     config = config or configs.decode_config(d, v_block, half, full, large)
     slices = configs.decode_slices(d, v_block, large)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashlla import products
 from flashlla.backends.triton import backward as backward_kernels
 from flashlla.backends.triton import configs, prepare
 from flashlla.backends.triton import forward as forward_kernels
@@ -54,7 +55,7 @@ class Call:
         self.n_heads, self.n_kv_heads = sequences * problem.q_heads, sequences * problem.kv_heads
         half = problem.dtype != torch.float32
         self.operand = torch.float16 if half else torch.float32
-        full = torch.get_float32_matmul_precision() == "highest"
+        full = products.allowed(self.device) == "ieee"
         self.shape = Shape(
             problem.head_dim, problem.v_dim, configs.padded(problem.head_dim), configs.padded(problem.v_dim),
             mask.causal, not (half or full),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashlla import lla_attention, lla_decode
 from flashlla.backends.base import Backend
-from tests.support.helpers import BACKENDS, normal, skip_if_refused
+from tests.support.helpers import every_backend, normal, skip_if_refused
 
 # (sequences,) int32, strided, from a contiguous one.
 STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -24,7 +24,7 @@ def tensors(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("strided", STRIDED.values(), ids=STRIDED)
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_lengths_of_a_batch(backend: Backend, strided: Callable[[Tensor], Tensor]) -> None:
     q, k, v = given = tensors(3, 1, 9, 8)
     found = []
@@ -39,7 +39,7 @@ def test_lengths_of_a_batch(backend: Backend, strided: Callable[[Tensor], Tensor
         assert torch.equal(wanted, got)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_one_length_for_all(backend: Backend) -> None:
     q, k, v = tensors(3, 1, 9, 8)
     one = torch.tensor([4], dtype=torch.int32)
@@ -48,7 +48,7 @@ def test_one_length_for_all(backend: Backend) -> None:
     assert torch.equal(expanded, own)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_lengths_under_vmap(backend: Backend) -> None:
     q, k, v = (t.detach() for t in tensors(2, 3, 1, 9, 8))
     lengths = torch.tensor([[9, 4, 6], [2, 9, 5]], dtype=torch.int32)
@@ -63,7 +63,7 @@ def test_lengths_under_vmap(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("strided", STRIDED.values(), ids=STRIDED)
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_lengths_and_pages_of_a_cache(backend: Backend, strided: Callable[[Tensor], Tensor]) -> None:
     q = normal(2, 2, 1, 8, dtype=torch.float32)
     k, v = (normal(4, 1, 16, 8, seed=i, dtype=torch.float32) for i in (1, 2))  # four pages of 16 keys

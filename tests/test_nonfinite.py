@@ -272,7 +272,7 @@ def test_a_huge_later_value_does_not_reach_an_earlier_row():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_large_logits(backend: Backend, dtype: torch.dtype) -> None:
     """One key has all the weight: o is its value, and dv what came to its queries. docs/numerics.md has the limit."""
     q, k, v = (normal(1, 1, 17, 8, seed=i, dtype=dtype).requires_grad_() for i in range(3))

@@ -259,7 +259,7 @@ def test_verify_and_explain() -> None:
         flashlla.explain(q, k, v, op=flashlla.verify)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_edges_may_lie_anyhow_in_memory(backend: Backend) -> None:
     """A column of a table, and every second number: what they say counts, not what lies behind the first."""
     table = torch.stack([cu(*EDGES), cu(*EDGES) * 0 + 3], 1)

@@ -100,11 +100,14 @@ def conjugate_gradients(
         active = r2 > threshold
         if not active.any():
             break
-        image = systems.matvec(direction)
-        curvature = dot(direction, image)
+        # Of unit length or a little less, by a power of two, which rounds nothing: its square meets the largest ridges.
+        unit = _power_of_two_above(direction.abs().amax(-1, keepdim=True) * direction.shape[-1] ** 0.5)
+        along = direction / unit
+        image = systems.matvec(along)
+        curvature = dot(along, image)
         active &= curvature > 0  # rounding has taken the matrix's definiteness: no step helps
-        step = torch.where(active, ry / curvature, zero)
-        x.addcmul_(direction, step)
+        step = torch.where(active, ry / unit / curvature, zero)
+        x.addcmul_(along, step)
         r.addcmul_(image, step, value=-1)
         iterations += active
         r2 = dot(r, r)
@@ -117,3 +120,9 @@ def conjugate_gradients(
     residual = torch.where(error2 == 0, 0, (error2 / size2).sqrt())
     converged = (r2 <= threshold) & (error2 <= torch.maximum(SOUND**2 * size2, 4 * threshold))
     return Solution(x, iterations.squeeze(-1), residual.squeeze(-1), converged.squeeze(-1))
+
+
+def _power_of_two_above(size: Tensor) -> Tensor:
+    """The smallest power of two above ``size`` that float32 holds with all its digits; 1 for 0."""
+    _, exponent = torch.frexp(size)
+    return torch.ldexp(torch.ones_like(size), exponent.clamp(min=-126))

@@ -331,6 +331,7 @@ CASES = (
     Case("ridge_per_token_flat", batch=2, length=50, dim=16, ridge="per_sequence_and_token", layout="bsd"),
     Case("ridge_per_sequence", batch=2, heads=2, length=17, dim=8, ridge="per_sequence_and_token", quick=True),
     Case("ridge_strong", length=63, dim=16, ridge_lambda=1e4, ridge="per_head_and_token"),
+    Case("ridge_largest", length=17, dim=8, ridge_lambda=3e38),
     Case("ridge_weak", length=63, dim=8, ridge_lambda=1e-3, scarce=True),
     # scale and guard
     Case("scale_tiny", length=63, dim=8, scale=1e-9, ridge_lambda=0.1),

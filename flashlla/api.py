@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from flashlla.validation import Call, check_out, prepare, prepare_decode, prepar
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from flashlla.options import AnyOptions, AttentionOptions, VarlenOptions
 
 
 class LLAInfo(NamedTuple):
@@ -41,49 +44,6 @@ class LLAInfo(NamedTuple):
     @property
     def backend(self) -> str:
         return dispatch.backend_numbered(int(self.choice.flatten()[0])).name  # one for each under vmap, all the same
-
-
-class _Options(TypedDict, total=False):
-    """Types of the keyword arguments; a test holds them to the signatures below."""
-
-    ridge_lambda: float | Tensor
-    qk_scale: float | None
-    delta_eps: float
-    window: int | None
-    solver: str | Solver | None
-    backend: str | None
-
-
-class _TrainingOptions(_Options, total=False):
-    cg_atol: float
-    cg_rtol: float
-    cg_max_iters: int
-    cg_use_preconditioner: bool
-    causal: bool
-
-
-class AttentionOptions(_TrainingOptions, total=False):
-    """Keyword arguments of :func:`lla_attention`, but ``return_info``."""
-
-    seqlens_k: Tensor | None
-    layout: str
-
-
-class VarlenOptions(_TrainingOptions, total=False):
-    """Keyword arguments of :func:`lla_attention_varlen`, but ``return_info``."""
-
-    cu_seqlens: Tensor | None
-    max_seqlen: int | None
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    max_seqlen_q: int | None
-    max_seqlen_k: int | None
-
-
-class AnyOptions(AttentionOptions, VarlenOptions, total=False):
-    """Keyword arguments of any of the three calls."""
-
-    block_table: Tensor | None
 
 
 @overload
@@ -489,12 +449,19 @@ _PREPARE: dict[Callable[..., Any], Callable[..., Call]] = {
 _RESULTS = ("return_info", "out")
 
 
+@functools.cache
+def _signature(op: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(op)
+
+
 def _known(op: Callable[..., Any]) -> list[str]:
     """Names of the arguments that ``op`` takes."""
-    return [p.name for p in inspect.signature(op).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return [p.name for p in _signature(op).parameters.values() if p.kind is not p.VAR_KEYWORD]
 
 
-def prepared(op: Callable[..., Any] | None, caller: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Call:
+def prepared(
+    op: Callable[..., Any] | None, caller: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AnyOptions]
+) -> Call:
     """The call ``op(q, k, v, **options)``, of lla_attention where that is None, for ``caller``; not its results."""
     op = lla_attention if op is None else op
     if op not in _PREPARE:
@@ -503,12 +470,11 @@ def prepared(op: Callable[..., Any] | None, caller: str, q: Tensor, k: Tensor, v
     known = [name for name in _known(op) if name not in _RESULTS]
     if unknown := set(options) - set(known):
         refuse_unknown(caller, unknown, known)
-    parameters = inspect.signature(op).parameters
-    for name in known[3:]:
-        if parameters[name].default is inspect.Parameter.empty and name not in options:
-            raise TypeError(f"{caller}() lacks the keyword argument {name!r} of {op.__name__}")
-    bound = inspect.signature(op).bind(q, k, v, **options)
+    bound = _signature(op).bind_partial(q, k, v, **options)
     bound.apply_defaults()
+    for name in known:
+        if name not in bound.arguments:
+            raise TypeError(f"{caller}() lacks the keyword argument {name!r} of {op.__name__}")
     return _PREPARE[op](**{name: bound.arguments[name] for name in known})
 
 

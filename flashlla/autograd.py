@@ -1,4 +1,4 @@
-"""The operators, and their derivative: the only place that knows torch.autograd and torch.library.
+"""The operators, and their derivative: with library.py all that knows torch.autograd and torch.library.
 
 The operators are opaque to torch.compile; ``forward``, ``backward`` and ``decode`` are three of them as functions that
 torch.func transforms too. The choice of a backend is made inside the operator, at run time and in the caller's
@@ -25,7 +25,6 @@ from flashlla.problem import (
     Gradients,
     Inputs,
     Problem,
-    Report,
     Residuals,
     Settings,
     describe,
@@ -78,6 +77,8 @@ class _Saved(NamedTuple):
 
 
 _SAVED = Row(_Saved)
+# Of arguments that have no gradient: None.
+_NO_GRADIENTS = Row(Arguments).filled(None)
 
 
 class _LastBackend(threading.local):
@@ -96,14 +97,15 @@ def _run_forward(arguments: Arguments) -> Forward:
     problem, inputs = describe(arguments), arguments.inputs.with_dense_lengths()
     check_values(problem, inputs)
     chosen = dispatch.choose(problem, arguments.settings.backend)
-    _last_backend.name = chosen.name
     if problem.empty:
-        return keyless_forward(inputs.q, inputs.v)
-    with _no_autocast(problem):
-        o, residuals, report = _no_capture(chosen, problem).forward(problem, inputs)
-    warn_if_stopped_early(problem, inputs, report)
-    # Laid out as the fake says.
-    return Forward(o, Residuals(*(t.contiguous() for t in residuals)), Report(*(t.contiguous() for t in report)))
+        outputs = keyless_forward(inputs.q, inputs.v)
+    else:
+        with _no_autocast(problem):
+            outputs = Forward(*_no_capture(chosen, problem).forward(problem, inputs))
+        warn_if_stopped_early(problem, inputs, outputs.report)
+    _last_backend.name = chosen.name  # not before: what it calls may be a forward pass, too
+    dense = lambda record: type(record)(*(t.contiguous() for t in record))  # laid out as the fake says
+    return outputs._replace(residuals=dense(outputs.residuals), report=dense(outputs.report))
 
 
 def _trace_forward(arguments: Arguments) -> Forward:
@@ -121,7 +123,9 @@ def _run_backward(arguments: AdjointArguments) -> Gradients:
     else:
         chosen = dispatch.backend_named(settings.backend)
     with _no_autocast(problem):
-        gradients = _no_capture(chosen, problem).backward(problem, inputs, arguments.residuals, arguments.grad_o)
+        gradients = Gradients(
+            *_no_capture(chosen, problem).backward(problem, inputs, arguments.residuals, arguments.grad_o)
+        )
     return gradients._replace(ridge_lambda=gradients.ridge_lambda.contiguous())
 
 
@@ -130,7 +134,7 @@ def _trace_backward(arguments: AdjointArguments) -> Gradients:
 
 
 def _save(ctx: Any, arguments: Arguments, outputs: Forward) -> None:
-    ctx.save_for_backward(*arguments.inputs, *outputs.residuals)
+    ctx.save_for_backward(*_SAVED.flat(_Saved(arguments.inputs, outputs.residuals)))
     settings = arguments.settings
     ctx.settings = settings if _last_backend.name is None else settings._replace(backend=_last_backend.name)
     ctx.set_materialize_grads(False)
@@ -138,13 +142,11 @@ def _save(ctx: Any, arguments: Arguments, outputs: Forward) -> None:
 
 def _differentiate(ctx: Any, gradients: Forward) -> Arguments:
     """The gradients of a call's arguments: None of those that have none."""
-    none: Any = None
-    of_settings = Settings(*(none,) * len(Settings._fields))
     if gradients.o is None:
-        return Arguments(Inputs(none, none, none, none), of_settings)
-    inputs, residuals = _SAVED.record(ctx.saved_tensors)
-    found = backward(AdjointArguments(gradients.o, inputs, residuals, ctx.settings))
-    return Arguments(Inputs(found.q, found.k, found.v, found.ridge_lambda), of_settings)
+        return _NO_GRADIENTS
+    saved = _SAVED.record(ctx.saved_tensors)
+    found = backward(AdjointArguments(gradients.o, saved.inputs, saved.residuals, ctx.settings))
+    return _NO_GRADIENTS._replace(inputs=_NO_GRADIENTS.inputs._replace(**found._asdict()))
 
 
 # Which backend.
@@ -290,9 +292,9 @@ def _unfold(t: Tensor, size: int) -> Tensor:
 
 def _batch_forward(size: int, dims: Any, arguments: Arguments) -> Forward:
     inputs = _fold_inputs(arguments.inputs, dims.inputs, size)
-    o, residuals, report = forward(arguments._replace(inputs=inputs))
+    outputs = forward(arguments._replace(inputs=inputs))
     unfold = lambda record: type(record)(*(_unfold(t, size) for t in record))
-    return Forward(_unfold(o, size), unfold(residuals), unfold(report))
+    return Forward(o=_unfold(outputs.o, size), residuals=unfold(outputs.residuals), report=unfold(outputs.report))
 
 
 def _batch_which(size: int, dims: Any, arguments: Arguments) -> Choice:
@@ -301,11 +303,10 @@ def _batch_which(size: int, dims: Any, arguments: Arguments) -> Choice:
 
 def _batch_backward(size: int, dims: Any, arguments: AdjointArguments) -> Gradients:
     residuals = (_fold(t, dim, size) for t, dim in zip(arguments.residuals, dims.residuals))
-    folded = AdjointArguments(
-        _fold(arguments.grad_o, dims.grad_o, size),  # type: ignore[arg-type]
-        _fold_inputs(arguments.inputs, dims.inputs, size),
-        Residuals(*residuals),  # type: ignore[arg-type]
-        arguments.settings,
+    folded = arguments._replace(
+        grad_o=_fold(arguments.grad_o, dims.grad_o, size),  # type: ignore[arg-type]
+        inputs=_fold_inputs(arguments.inputs, dims.inputs, size),
+        residuals=Residuals(*residuals),  # type: ignore[arg-type]
     )
     return Gradients(*(_unfold(t, size) for t in backward(folded)))
 
@@ -362,7 +363,8 @@ def decode(arguments: Arguments) -> Tensor:
 
 def decode_out(arguments: Arguments, out: Tensor) -> None:
     """The same, written to ``out``."""
-    tensors = (*arguments.inputs[:4], out)
+    inputs = arguments.inputs
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.ridge_lambda, out)
     tangent = lambda t: torch.autograd.forward_ad.unpack_dual(t).tangent
     if not torch.compiler.is_compiling() and any(tangent(t) is not None for t in tensors):
         _refuse_forward_mode()

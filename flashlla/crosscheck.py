@@ -20,7 +20,7 @@ from flashlla.problem import describe
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from flashlla.api import AnyOptions
+    from flashlla.options import AnyOptions
 
 Floats = NDArray[np.float64]
 
@@ -106,12 +106,13 @@ def verify(
             z = torch.full_like(inputs.q, float("nan"))
             problem, inputs = plain_cache(problem, inputs)
         else:
-            o, residuals, _ = forward(arguments)
-            z, name = residuals.probe, dispatch.backend_numbered(int(which(arguments))).name
+            outputs = forward(arguments)
+            o, z = outputs.o, outputs.residuals.probe
+            name = dispatch.backend_numbered(int(which(arguments))).name
     spans = problem.key_spans(inputs)
     start, stop = (t.cpu().expand(problem.batch, 1, problem.q_len)[:, 0] for t in spans)  # (B, Sq)
     picked = _pick(tuple(inputs.q.shape[:3]), rows, seed)
-    q, k, v, ridge = inputs[:4]
+    q, k, v, ridge = inputs.q, inputs.k, inputs.v, inputs.ridge_lambda
     found = [
         _check_row(
             _numpy(k[b, h // problem.group, start[b, i] : stop[b, i]]),

@@ -50,7 +50,8 @@ class Operator(Generic[A, G]):
         self.run, self._batch, self._place = run, batch, 0 if batched else None
         arguments = self.takes.schema
         if writes is not None:
-            arguments = arguments.replace(f"Tensor {writes}", f"Tensor(a!) {writes}")
+            assert f"{arguments},".count(f"Tensor {writes},") == 1
+            arguments = f"{arguments},".replace(f"Tensor {writes},", f"Tensor(a!) {writes},").removesuffix(",")
         _library.define(
             f"{name}({arguments}) -> ({', '.join(['Tensor'] * self.gives.size)})", tags=(torch.Tag.pt2_compliant_tag,)
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashlla.problem import Forward, Gradients, Inputs, Problem, accumulator, largest_key
+from flashlla.problem import Forward, Gradients, Inputs, Problem, Residuals, accumulator, largest_key
 
 
 @dataclass(frozen=True)
@@ -23,23 +23,23 @@ class Poison:
 
     def forward(self, result: Forward) -> Forward:
         """``result`` with NaN in all that the poisoned queries own."""
-        o, residuals, report = result
+        report = result.report
         spoil = lambda t: t.masked_fill_(self.queries if t.dim() == 3 else self.queries.unsqueeze(-1), float("nan"))
         converged = report.converged & ~self.queries
         return Forward(
-            spoil(o),
-            type(residuals)(*map(spoil, residuals)),
-            report._replace(omega=spoil(report.omega), residual=spoil(report.residual), converged=converged),
+            o=spoil(result.o),
+            residuals=Residuals(*map(spoil, result.residuals)),
+            report=report._replace(omega=spoil(report.omega), residual=spoil(report.residual), converged=converged),
         )
 
     def backward(self, gradients: Gradients) -> Gradients:
         """``gradients`` with NaN for the poisoned queries and for every key that one of them sees."""
         nan = float("nan")
         return Gradients(
-            gradients.q.masked_fill_(self.queries.unsqueeze(-1), nan),
-            gradients.k.masked_fill_(self.keys.unsqueeze(-1), nan),
-            gradients.v.masked_fill_(self.keys.unsqueeze(-1), nan),
-            gradients.ridge_lambda.masked_fill_(self.queries, nan),
+            q=gradients.q.masked_fill_(self.queries.unsqueeze(-1), nan),
+            k=gradients.k.masked_fill_(self.keys.unsqueeze(-1), nan),
+            v=gradients.v.masked_fill_(self.keys.unsqueeze(-1), nan),
+            ridge_lambda=gradients.ridge_lambda.masked_fill_(self.queries, nan),
         )
 
 

@@ -66,6 +66,10 @@ class Row(Generic[R]):
         self.schema: str = ", ".join(spelled)
         self.plain = self.size == len(self.parts)  # no field is a record
 
+    def filled(self, value: Any) -> R:
+        """The record that has ``value`` everywhere."""
+        return self.record((value,) * self.size)
+
     def flat(self, record: R) -> tuple[Any, ...]:
         """The row of ``record``."""
         if self.plain:

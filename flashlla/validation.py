@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,11 @@ from torch import Tensor
 from flashlla.problem import SUPPORTED_DTYPES, Arguments, Inputs, Settings, accumulator
 from flashlla.solvers import CG, Solver, to_spelling
 from flashlla.solvers.cg import check_tolerances
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from flashlla.options import SettingOptions
 
 # Asked once: torch.compile cannot trace the question before torch 2.12.
 _AUTOCAST = frozenset(d for d in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(d))
@@ -64,18 +69,9 @@ def prepare(
     v: Tensor,
     *,
     ridge_lambda: float | Tensor,
-    qk_scale: float | None,
-    delta_eps: float,
-    cg_atol: float,
-    cg_rtol: float,
-    cg_max_iters: int,
-    cg_use_preconditioner: bool,
-    solver: str | Solver | None,
-    backend: str | None,
-    causal: bool,
-    window: int | None,
     seqlens_k: Tensor | None,
     layout: str,
+    **options: Unpack[SettingOptions],
 ) -> Call:
     """Check everything that can be checked without looking at the tensors' numbers; bring it to canonical form."""
     _check_layout(layout)
@@ -91,9 +87,7 @@ def prepare(
         ridge_lambda=_check_ridge(ridge_lambda, q, layout),
         seqlens_k=_check_seqlens(seqlens_k, q, k),
     )
-    cg = _CGArguments(cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
-    settings = _check_settings(q, qk_scale, delta_eps, cg, solver, backend, causal, window)
-    return Call(Arguments(inputs, settings), layout)
+    return Call(Arguments(inputs, _check_settings(q, **options)), layout)
 
 
 def prepare_varlen(
@@ -108,16 +102,7 @@ def prepare_varlen(
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     ridge_lambda: float | Tensor,
-    qk_scale: float | None,
-    delta_eps: float,
-    cg_atol: float,
-    cg_rtol: float,
-    cg_max_iters: int,
-    cg_use_preconditioner: bool,
-    solver: str | Solver | None,
-    backend: str | None,
-    causal: bool,
-    window: int | None,
+    **options: Unpack[SettingOptions],
 ) -> Call:
     """The same for packed sequences."""
     q, k, v = _check_tensors(q, k, v, "thd")
@@ -133,8 +118,7 @@ def prepare_varlen(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )
-    cg = _CGArguments(cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
-    settings = _check_settings(q, qk_scale, delta_eps, cg, solver, backend, causal, window)._replace(
+    settings = _check_settings(q, **options)._replace(
         max_seqlen_q=_check_max_seqlen(max_seqlen_q, max_seqlen, "max_seqlen_q", cu_seqlens_q),
         max_seqlen_k=_check_max_seqlen(max_seqlen_k, max_seqlen, "max_seqlen_k", cu_seqlens_k),
     )
@@ -182,7 +166,16 @@ def prepare_decode(
         seqlens_k=_check_seqlens(seqlens_k, q, k),
         block_table=block_table,
     )
-    settings = _check_settings(q, qk_scale, delta_eps, _CGArguments(), solver or "direct", backend, True, window)
+    settings = _check_settings(
+        q,
+        qk_scale=qk_scale,
+        delta_eps=delta_eps,
+        solver=solver or "direct",
+        backend=backend,
+        causal=True,
+        window=window,
+        **_CGArguments()._asdict(),
+    )
     settings = settings._replace(at_lengths=True, solver_demanded=solver is not None)
     return Call(Arguments(inputs, settings), layout)
 
@@ -211,15 +204,20 @@ def check_out(out: Tensor, call: Call) -> Tensor:
 
 def _check_settings(
     q: Tensor,
+    *,
     qk_scale: float | None,
     delta_eps: float,
-    cg: _CGArguments,
+    cg_atol: float,
+    cg_rtol: float,
+    cg_max_iters: int,
+    cg_use_preconditioner: bool,
     solver: str | Solver | None,
     backend: str | None,
     causal: bool,
     window: int | None,
 ) -> Settings:
     """What every kind of call says beside its tensors."""
+    cg = _CGArguments(cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
     causal, window = _check_mask(causal, window)
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: got {type(backend).__name__}, wanted a backend's name, 'auto' or None")
@@ -548,6 +546,6 @@ def _check_solver(solver: str | Solver | None, cg: _CGArguments) -> tuple[str, S
         raise TypeError(f"solver: got the class {solver.__name__}, wanted an object of it; try {solver.__name__}()")
     if not isinstance(solver, (str, Solver)):
         raise TypeError(
-            f"solver: got {type(solver).__name__}, wanted 'cg', 'pcg', 'direct' or a flashlla.Solver object"
+            f"solver: got {type(solver).__name__}, wanted 'cg', 'pcg', 'pcg_gram', 'direct' or a flashlla.Solver object"
         )
     return to_spelling(solver)

@@ -16,6 +16,7 @@ from flashlla.api import prepared
 from flashlla.autograd import DECODE, DECODE_OUT, OutArguments
 from flashlla.backends.base import Backend
 from flashlla.backends.naive import Naive
+from flashlla.problem import empty_output
 from tests.support.budget import Excess, allowance, spreads
 from tests.support.decoding import CASES, NAN, Decoding, paged
 from tests.support.helpers import (
@@ -219,7 +220,8 @@ def test_numbers_that_only_the_device_sees(backend: Backend) -> None:
     def decode(first: int, second: int, lengths: tuple[int, int]) -> Tensor:
         pages = table.clone()
         pages[0, 1], pages[0, 2] = first, second
-        return backend.decode(problem, inputs._replace(block_table=pages, seqlens_k=torch.tensor(lengths).int()))
+        given = inputs._replace(block_table=pages, seqlens_k=torch.tensor(lengths).int())
+        return backend.decode(problem, given, empty_output(inputs.q, inputs.v))
 
     wanted = decode(0, len(k) - 1, (64, 0))
     assert wanted.isfinite().all()

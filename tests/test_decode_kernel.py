@@ -23,7 +23,7 @@ from flashlla import lla_decode  # noqa: E402
 from flashlla.backends.naive import Naive  # noqa: E402
 from flashlla.backends.triton import configs  # noqa: E402 (after hasten)
 from flashlla.backends.triton.decode import decode  # noqa: E402
-from flashlla.problem import Inputs, Mask, Problem  # noqa: E402
+from flashlla.problem import Inputs, Mask, Problem, empty_output  # noqa: E402
 from flashlla.solvers import Direct  # noqa: E402
 from tests.support.helpers import problem_of  # noqa: E402
 
@@ -104,7 +104,8 @@ class Call:
         keywords = {"ridge_lambda": ridge, "qk_scale": self.factor, "window": self.window}
         problem, inputs = problem_of(q, k, v, lla_decode, seqlens_k=torch.zeros_like(self.lengths), **keywords)
         problem = dataclasses.replace(problem, delta_eps=self.delta_eps)
-        return Naive().decode(problem, inputs._replace(seqlens_k=self.lengths))
+        out = empty_output(inputs.q, inputs.v)
+        return Naive().decode(problem, inputs._replace(seqlens_k=self.lengths), out)
 
 
 def paged(cache: Tensor, table: Tensor, page: int, spoil: float) -> Tensor:

@@ -339,3 +339,24 @@ def test_import_is_light():
     run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, env=environment)
     times = [float(run([sys.executable, "-c", code]).stdout) for _ in range(3)]
     assert min(times) < 0.3
+
+
+def test_info_names_the_backend_of_the_call_not_of_what_it_calls():
+    class Delegating(Chunked):
+        name = "delegating"
+
+        def forward(self, problem, inputs):
+            flashlla.lla_attention(inputs.q, inputs.k, inputs.v, backend="naive")
+            return super().forward(problem, inputs)
+
+        def backward(self, problem, inputs, residuals, grad_o):
+            ran.append(self.name)
+            return super().backward(problem, inputs, residuals, grad_o)
+
+    ran = []
+    flashlla.register_backend(Delegating())
+    q, k, v = (torch.randn(1, 9, 4, requires_grad=True) for _ in range(3))
+    o, info = flashlla.lla_attention(q, k, v, backend="delegating", return_info=True)
+    o.sum().backward()
+    assert info.backend == "delegating"
+    assert ran == ["delegating"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flashlla import api
+from flashlla import api, options
 
 ROOT = Path(__file__).resolve().parents[1]
 CALLS = ROOT / "tests" / "typing" / "calls.py"
@@ -28,21 +28,21 @@ def test_mypy_tells_right_calls_from_wrong_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "options"),
-    [(api.lla_attention, api.AttentionOptions), (api.lla_attention_varlen, api.VarlenOptions)],
+    ("op", "kind"),
+    [(api.lla_attention, options.AttentionOptions), (api.lla_attention_varlen, options.VarlenOptions)],
     ids=lambda x: x.__name__,
 )
-def test_overloads_have_the_arguments_of_the_signature(op: typing.Any, options: type) -> None:
+def test_overloads_have_the_arguments_of_the_signature(op: typing.Any, kind: type) -> None:
     types = typing.get_type_hints(op)
     keywords = [p.name for p in inspect.signature(op).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    assert typing.get_type_hints(options) == {name: types[name] for name in keywords if name != "return_info"}
+    assert typing.get_type_hints(kind) == {name: types[name] for name in keywords if name != "return_info"}
 
 
 def test_whoever_takes_any_call_takes_every_argument() -> None:
     decode = inspect.signature(api.lla_decode).parameters.values()
     names = {p.name for p in decode if p.kind is p.KEYWORD_ONLY and p.name != "out"}
-    names |= set(typing.get_type_hints(api.AttentionOptions)) | set(typing.get_type_hints(api.VarlenOptions))
-    assert set(typing.get_type_hints(api.AnyOptions)) == names
+    names |= set(typing.get_type_hints(options.AttentionOptions)) | set(typing.get_type_hints(options.VarlenOptions))
+    assert set(typing.get_type_hints(options.AnyOptions)) == names
 
 
 @pytest.mark.parametrize("op", [api.lla_attention, api.lla_attention_varlen, api.lla_decode], ids=lambda x: x.__name__)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from flashlla.nonfinite import isolate
-from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals, empty_output
+from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals
 from flashlla.solvers.base import warn_unconverged
 
 
@@ -47,18 +47,17 @@ class Backend(ABC):
     def backward(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
         """The gradients of ``sum(o * grad_o)``, by (3.1) to (3.6)."""
 
-    def decode(self, problem: Problem, inputs: Inputs, out: Tensor | None = None) -> Tensor:
-        """The output of new tokens against a cache, (B, Hq, N, Dv), written to ``out`` where that is given.
+    def decode(self, problem: Problem, inputs: Inputs, out: Tensor) -> Tensor:
+        """The output of new tokens against a cache, written to ``out``, (B, Hq, N, Dv), which is returned.
 
         No residuals, no report. Here by :meth:`forward`, on a cache gathered from its pages.
         """
         problem, inputs = plain_cache(problem, inputs)
         if problem.empty:
-            o = empty_output(inputs.q, inputs.v).zero_()
-        else:
-            o, _, report = self.forward(problem, inputs)
-            warn_if_stopped_early(problem, inputs, report)
-        return o if out is None else out.copy_(o)
+            return out.zero_()
+        outputs = Forward(*self.forward(problem, inputs))
+        warn_if_stopped_early(problem, inputs, outputs.report)
+        return out.copy_(outputs.o)
 
 
 def plain_cache(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs]:

@@ -77,7 +77,6 @@ class _Sequence(NamedTuple):
 
 def _sequences(problem: Problem, inputs: Inputs) -> Iterator[_Sequence]:
     """Those with something to compute, each as a call of its own."""
-    q, k, v, ridge = inputs.q, inputs.k, inputs.v, inputs.ridge_lambda
     own_mask = dataclasses.replace(problem.mask, packed=False)
     q_edges = sequence_bounds(inputs.cu_seqlens_q, problem.q_len, problem.max_seqlen_q)
     k_edges = sequence_bounds(inputs.cu_seqlens_k, problem.k_len, problem.max_seqlen_k)
@@ -94,5 +93,12 @@ def _sequences(problem: Problem, inputs: Inputs) -> Iterator[_Sequence]:
             max_seqlen_k=0,
         )
         if not alone.empty:
-            views = Inputs(q[:, :, queries], k[:, :, keys], v[:, :, keys], ridge[:, :, queries])
+            views = inputs._replace(
+                q=inputs.q[:, :, queries],
+                k=inputs.k[:, :, keys],
+                v=inputs.v[:, :, keys],
+                ridge_lambda=inputs.ridge_lambda[:, :, queries],
+                cu_seqlens_q=None,
+                cu_seqlens_k=None,
+            )
             yield _Sequence(number, queries, keys, alone, views)

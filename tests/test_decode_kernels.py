@@ -1,7 +1,7 @@
 """The decode kernels against the naive backend in float64: on a GPU where there is one, else in Triton's interpreter.
 
-python -m pytest tests/test_decode_kernel.py            # without a GPU
-python -m pytest -m gpu tests/test_decode_kernel.py     # on one
+python -m pytest tests/test_decode_kernels.py            # without a GPU
+python -m pytest -m gpu tests/test_decode_kernels.py     # on one
 """
 
 from __future__ import annotations

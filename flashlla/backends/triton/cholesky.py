@@ -11,9 +11,10 @@ doing so also looks for NaN, at two instructions more for each number.
 import triton
 import triton.language as tl
 
+from flashlla.backends.triton import configs
 from flashlla.backends.triton.primitives import to_tf32
 
-PANEL: tl.constexpr = tl.constexpr(16)
+PANEL: tl.constexpr = tl.constexpr(configs.PANEL)
 
 
 @triton.jit

@@ -24,6 +24,9 @@ FEW = 2
 # Queries that share a preconditioner of gram, and keys a chunk of its sums: a multiple of every tile. Causal queries of
 # the first have none; a matrix more costs time and memory, and with 256 it saved 2 % of the iterations.
 SEGMENT = 512
+# Columns of a panel of Cholesky's factor: the fewest that a matrix product takes, and twice as many are the lanes of a
+# warp, which eliminates in [square | 1].
+PANEL = 16
 
 
 class Config(NamedTuple):
@@ -91,7 +94,8 @@ _HALF_SMALL: dict[int, dict[str, Config]] = {
     },
     256: {**dict.fromkeys(PASSES, Config(32, 32, 4, 2)), "dk": Config(16, 32, 4, 1)},
 }
-# float32 operands. Full products are sums of scalar multiply-adds, unrolled: small tiles keep them in registers.
+# float32 operands. Full products are sums of scalar multiply-adds, unrolled: small tiles keep them in registers. No
+# times of others are on record.
 _SINGLE: dict[int, dict[str, Config]] = {
     16: dict.fromkeys(PASSES, Config(32, 32, 4, 1)),
     32: dict.fromkeys(PASSES, Config(32, 32, 4, 1)),
@@ -99,6 +103,7 @@ _SINGLE: dict[int, dict[str, Config]] = {
     128: dict.fromkeys(PASSES, Config(32, 32, 8, 1)),
     256: {**dict.fromkeys(PASSES, Config(16, 16, 4, 1)), "dk": Config(16, 16, 8, 1)},
 }
+# The same in as little as 99 KiB of shared memory: at 128 columns, dq and dk of 32 rows would need more.
 _SINGLE_SMALL: dict[int, dict[str, Config]] = {
     **_SINGLE,
     128: {**_SINGLE[128], "dq": Config(16, 32, 8, 1), "dk": Config(16, 32, 8, 1)},
@@ -164,26 +169,45 @@ def candidates(name: str, head_dim: int, operand: torch.dtype, capability: tuple
     return [first, *(c for c in others if c != first)]
 
 
-def gram_tiles(d: int, panel: int) -> dict[str, int]:
-    """Tiles and warps of `gram_kernel` for padded width ``d``: it holds a (D, D) matrix in registers, and each warp
-    factors ``panel`` rows or more of the 2 D."""
-    warps = min(4 if d <= 64 else 8, 2 * d // panel)
+def factor_warps(most: int, rows: int) -> int:
+    """Warps of a kernel that factors ``rows`` rows by Cholesky: each has at least a panel's height of them."""
+    return min(most, rows // PANEL)
+
+
+def gram_tiles(d: int) -> dict[str, int]:
+    """Tiles and warps of `gram_kernel` for padded width ``d``: it holds a (D, D) matrix in registers, and its warps
+    factor 2 D rows."""
+    warps = factor_warps(4 if d <= 64 else 8, 2 * d)
     return {"BLOCK_M": 64 if d <= 64 else 32, "WARPS": warps, "num_warps": warps, "num_stages": 2}
 
 
 def gram_sums_tiles(d: int) -> dict[str, int]:
-    """The same of `gram_sums_kernel`, which adds up a (D, D) matrix in registers."""
+    """The same of `gram_sums_kernel`, which adds up a (D, D) matrix in registers. 64 keys a tile, as in most sweeps: no
+    other number was measured."""
     return {"BLOCK_N": 64, "num_warps": 4 if d <= 64 else 8, "num_stages": 2}
 
 
 class DecodeConfig(NamedTuple):
-    """Keys a tile, warps a program, tiles in flight; ``pieces`` of the cache, None: as many as fill the device."""
+    """Keys a tile, warps a program, tiles in flight; ``pieces`` of the cache, None: as many as fill the device.
+
+    ``solve_warps``: one for each scheduler of a processor; 2 and 8 were measured slower (docs/performance.md).
+    """
 
     tile: int
     warps: int
     stages: int
     pieces: int | None = None
     solve_warps: int = 4
+
+    def thread_rows(self, width: int, half: bool) -> int:
+        """Rows of a (tile, width) tile that all the threads hold at once, each with the numbers of one load of 16
+        bytes: in sums of every so many rows (`decode_kernels.folded`) nothing goes from thread to thread."""
+        numbers = 8 if half else 4
+        return min(self.tile, max(1, 32 * self.warps * numbers // max(width, numbers)))
+
+    def programs_a_processor(self) -> int:
+        """That its registers hold: one of eight warps, or two of four."""
+        return max(1, 8 // self.warps)
 
 
 # Decode: numbers of moments that the registers of one program hold; half of it where matrix instructions take both
@@ -195,6 +219,8 @@ DECODE_SCRATCH = 256 * 2**20
 DECODE_PIECES = 32
 # Rows of the moments that a program of the merge adds up: few, as it runs where few systems share the device.
 MERGE_ROWS, MERGE_WARPS, MERGE_STAGES = 16, 4, 4
+# Of the decode solve, which loads ahead by hand (cholesky.py); no other number was measured.
+SOLVE_STAGES = 2
 
 
 def decode_rows(d: int, v: int, count: int) -> tuple[int, int]:
@@ -211,7 +237,11 @@ def decode_slices(d: int, v: int, large: bool) -> int:
 
 
 def decode_config(d: int, v: int, half: bool, full: bool, large: bool = True) -> DecodeConfig:
-    """For padded widths ``d`` and ``v``; ``full``: float32 products without tensor cores, which are unrolled."""
+    """For padded widths ``d`` and ``v``; ``full``: float32 products without tensor cores, which are unrolled.
+
+    Of 16-bit inputs three stages and 64 keys were measured best (docs/performance.md). The rest was not measured: half
+    the keys where rows are wider than 128, and for float32 small tiles, as in _SINGLE.
+    """
     wide = sum(decode_rows(d, v, decode_slices(d, v, large))) * d >= DECODE_MOMENTS // 2
     if half:
         return DecodeConfig(64 if max(d, v) <= 128 else 32, 8 if wide else 4, 3)

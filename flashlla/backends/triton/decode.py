@@ -9,7 +9,6 @@ from torch import Tensor
 
 from flashlla import products
 from flashlla.backends.triton import configs
-from flashlla.backends.triton.cholesky import PANEL
 from flashlla.backends.triton.configs import DecodeConfig
 from flashlla.backends.triton.decode_kernels import (
     SCALARS,
@@ -39,8 +38,6 @@ def decode(problem: Problem, inputs: Inputs, out: Tensor, config: DecodeConfig |
     assert seqlens_k is not None
     # Whatever the strides of rows: a cache is large, and copied only where it must be.
     k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (inputs.k, inputs.v))
-    if problem.empty or problem.v_dim == 0:
-        return out.zero_()
     d, v_block = configs.padded(problem.head_dim), configs.padded(problem.v_dim)
     half = problem.dtype != torch.float32
     full = products.allowed(problem.device) == "ieee"
@@ -55,8 +52,7 @@ def decode(problem: Problem, inputs: Inputs, out: Tensor, config: DecodeConfig |
     pieces = config.pieces
     if pieces is None:
         tiles = min(cdiv(problem.k_len, config.tile), cdiv(window, config.tile) + 1)
-        # Two programs of four warps go where one of eight does.
-        slots = configs.processors(device) * max(1, 8 // config.warps)
+        slots = configs.processors(device) * config.programs_a_processor()
         pieces = configs.decode_pieces(pairs * members * slices, tiles, slots)
     at_once = max(1, min(pairs, configs.DECODE_SCRATCH // (members * pieces * (d + v_block) * d * 4)))
     systems = at_once * members
@@ -68,9 +64,7 @@ def decode(problem: Problem, inputs: Inputs, out: Tensor, config: DecodeConfig |
     found = Moments(make(rows, d), make(rows), make(SCALARS.value), parts.offset) if merging else parts
     y = make(d)
     solve_rows = triton.next_power_of_2(rows)
-    solve_warps = min(config.solve_warps, solve_rows // PANEL.value)  # each has at least a panel's height of rows
-    vector = 8 if half else 4  # numbers of one load of a thread
-    thread_rows = min(config.tile, max(1, 32 * config.warps * vector // max(d, vector)))
+    solve_warps = configs.factor_warps(config.solve_warps, solve_rows)
 
     lengths = seqlens_k, seqlens_k.stride(0)
     table = BlockTable(seqlens_k, 0, 0)  # which nobody reads where there are no pages
@@ -86,7 +80,7 @@ def decode(problem: Problem, inputs: Inputs, out: Tensor, config: DecodeConfig |
             parts, *sight, pieces, k.shape[0], problem.scale,
             SHAPE=shape, PAGE=problem.page_size or 0, SLICES=slices, OPERAND=tl.float16 if half else tl.float32,
             FAR=FAR if half or not full else FAR_FULL, BLOCK_T=config.tile, SLICE_D=slice_d, SLICE_V=slice_v,
-            ROWS=thread_rows, num_warps=config.warps, num_stages=config.stages,
+            ROWS=config.thread_rows(d, half), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if merging:
             launch(
@@ -99,6 +93,7 @@ def decode(problem: Problem, inputs: Inputs, out: Tensor, config: DecodeConfig |
         launch(
             decode_solve_kernel, "decode", (programs,), device,
             found, lengths, ridge, y, o_out, *sight, problem.delta_eps,
-            SHAPE=shape, MERGED=merging, BLOCK_R=solve_rows, WARPS=solve_warps, num_warps=solve_warps, num_stages=2,
+            SHAPE=shape, MERGED=merging, BLOCK_R=solve_rows, WARPS=solve_warps, num_warps=solve_warps,
+            num_stages=configs.SOLVE_STAGES,
         )  # fmt: skip
     return out

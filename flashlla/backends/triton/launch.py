@@ -12,7 +12,6 @@ from flashlla.backends.triton import backward as backward_kernels
 from flashlla.backends.triton import configs, prepare
 from flashlla.backends.triton import forward as forward_kernels
 from flashlla.backends.triton import gram as gram_kernels
-from flashlla.backends.triton.cholesky import PANEL
 from flashlla.backends.triton.records import (
     Adjoint,
     Ended,
@@ -54,7 +53,7 @@ class Call:
         sequences = problem.sequences if mask.packed else problem.batch
         self.n_heads, self.n_kv_heads = sequences * problem.q_heads, sequences * problem.kv_heads
         half = problem.dtype != torch.float32
-        self.operand = torch.float16 if half else torch.float32
+        self.operand_dtype = torch.float16 if half else torch.float32
         full = products.allowed(self.device) == "ieee"
         self.shape = Shape(
             problem.head_dim, problem.v_dim, configs.padded(problem.head_dim), configs.padded(problem.v_dim),
@@ -73,8 +72,11 @@ class Call:
         # float32 has digits to lose: keys are taken relative to their sequence's first (docs/math.md, section 6).
         self.k_most: float = prepare.MOST.value if half else largest_key(problem.dtype, problem.head_dim)
         self.origin = None if half else self.first_keys(inputs.k)  # (sequences Hkv, D)
-        self.operands, self.units, self.flaws = self.cast(*map(with_unit_stride, inputs[:3]))
-        self.q, self.k, self.v = (self.strided(t) for t in self.operands)
+        self.operands, self.units, self.flaws = self.cast(
+            with_unit_stride(inputs.q), with_unit_stride(inputs.k), with_unit_stride(inputs.v)
+        )
+        self.q, self.k = self.strided(self.operands.q), self.strided(self.operands.k)
+        self.v = self.strided(self.operands.v)
 
     def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uninitialised. The dtype is said, whatever torch's default is."""
@@ -131,7 +133,7 @@ class Call:
         logit = self.problem.scale * (self.operands.q * origin).sum(-1)
         return lse - sign * logit, k_mean - sign * origin
 
-    def cast(self, *tensors: Tensor) -> tuple[Operands, Tensor, Flaws]:
+    def cast(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Operands, Tensor, Flaws]:
         """q, k and v contiguous and finite, in the operands' dtype and in units of a head; these units; and which heads
         and which rows of q, k and v were not finite."""
         chunks = configs.CAST_CHUNKS if self.device.type == "cuda" else 1
@@ -139,9 +141,11 @@ class Call:
         chunk = cdiv(cdiv(longest, chunks), configs.CAST_ROWS) * configs.CAST_ROWS
         largest, flawed = self.scratch(2, slots, chunks)
         units, flaws = self.scratch(2, slots)
-        outs = Operands(*[self.scratch(*t.shape, dtype=self.operand) for t in tensors])
-        found = Flaws(flaws, *[self.scratch(*t.shape[:3]) for t in tensors])
-        given = [self.strided(t) for t in tensors]
+        of_operand = lambda t: self.scratch(*t.shape, dtype=self.operand_dtype)
+        of_rows = lambda t: self.scratch(*t.shape[:3])
+        outs = Operands(q=of_operand(q), k=of_operand(k), v=of_operand(v))
+        found = Flaws(heads=flaws, q=of_rows(q), k=of_rows(k), v=of_rows(v))
+        given = self.strided(q), self.strided(k), self.strided(v)
         tiles = {"SHAPE": self.shape, "CHUNKS": chunks, "BLOCK_M": configs.CAST_ROWS}
         self.launch(
             prepare.largest_kernel, "cast", (self.n_heads * chunks, 3), *given, self.k_most, largest, flawed,
@@ -157,8 +161,8 @@ class Call:
         """``guard * grad_o`` in the operands' dtype, contiguous, in units of a power of two a row; and the probe so, in
         rows of unit length."""
         grad_o = with_unit_stride(grad_o)
-        do = Scaled(self.vectors(self.operand, grad_o.shape[-1]), self.rows())
-        z = Scaled(self.vectors(self.operand), self.rows())
+        do = Scaled(self.vectors(self.operand_dtype, grad_o.shape[-1]), self.rows())
+        z = Scaled(self.vectors(self.operand_dtype), self.rows())
         self.launch(
             prepare.cast_rows_kernel, "cast", (self.n_heads * cdiv(self.max_seqlens[0], configs.CAST_ROWS),),
             self.strided(grad_o), guard, probe, do, z, self.seqlens.cu_q, *self.lengths,
@@ -180,7 +184,7 @@ class Call:
             self.launch(kernel, name, (programs(c),), *arguments, SHAPE=self.shape, **c.options(), **settings)
 
         widest = max(self.problem.head_dim, self.problem.v_dim)
-        key = name, widest, self.operand, configs.capability(self.device)
+        key = name, widest, self.operand_dtype, configs.capability(self.device)
         launch_with(chosen_config(key, programs, self.device, launch_with if tune else None))
 
     def launch(self, kernel: Kernel, name: str, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
@@ -209,7 +213,7 @@ def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
         k_mean, image, *call.sight, problem.scale, FLIP=problem.scale < 0,
     )  # fmt: skip
     probe = call.vectors()
-    ended = Ended(call.rows(torch.int32), call.rows(), call.rows(torch.bool))
+    ended = Ended(iterations=call.rows(torch.int32), residual=call.rows(), converged=call.rows(torch.bool))
     if problem.mask.packed:
         ended.converged.fill_(True)
     solve(call, inputs.ridge_lambda, lse2, k_mean, image, probe, preconditioner, ended=ended)
@@ -223,7 +227,9 @@ def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
     if o_rows is not o:
         o.copy_(o_rows)
     lse, k_mean = call.moved(lse, k_mean, back=True)
-    return Forward(o, Residuals(lse, guard, probe, k_mean), Report(omega, *ended))
+    residuals = Residuals(lse=lse, guard=guard, probe=probe, k_mean=k_mean)
+    report = Report(omega=omega, iterations=ended.iterations, residual=ended.residual, converged=ended.converged)
+    return Forward(o, residuals, report)
 
 
 def solve(
@@ -254,8 +260,8 @@ def gram(
     sums = call.scratch(call.n_kv_heads, chunks, d + 1, d)
     scratch = call.scratch(call.n_heads, segments, 2 * d, d)
     made = Preconditioner(
-        call.scratch(call.n_heads, segments, d, d, dtype=call.operand),
-        call.scratch(call.n_heads, segments, dtype=torch.int32),
+        inverse=call.scratch(call.n_heads, segments, d, d, dtype=call.operand_dtype),
+        use=call.scratch(call.n_heads, segments, dtype=torch.int32),
     )
     call.launch(
         gram_kernels.gram_sums_kernel, "gram", (call.n_kv_heads * chunks,), call.k, sums, *call.sight, chunks,
@@ -264,7 +270,7 @@ def gram(
     call.launch(
         gram_kernels.gram_kernel, "gram", (call.n_heads * segments,), call.q, sums, call.units, call.origin, k_mean,
         ridge, b, probe, scratch, made, *call.sight, chunks, segments,
-        ADJOINT=probe is not None, SHAPE=call.shape, SEGMENT=segment, **configs.gram_tiles(d, PANEL.value),
+        ADJOINT=probe is not None, SHAPE=call.shape, SEGMENT=segment, **configs.gram_tiles(d),
     )  # fmt: skip
     return made
 
@@ -275,40 +281,44 @@ def backward(
     """The passes of operator section 4: moments, solve, dq with dlambda, dk and dv."""
     call = Call(problem, inputs)
     q, k, v, ridge = call.q, call.k, call.v, inputs.ridge_lambda
-    lse, guard, probe, k_mean = (t.contiguous() for t in residuals)
-    do, z = call.cast_rows(grad_o, guard, probe)
-    lse, k_mean = (t.contiguous() for t in call.moved(lse, k_mean))
-    lse2, t, t_size, g_near = call.rows(), call.vectors(), call.rows(), None
-    # float32 takes them twice, then about the g_mean of the first time: its t shall hold where weights are sharp.
-    for _ in range(1 if call.operand == torch.float16 else 2):
+    probe = residuals.probe.contiguous()
+    do, z = call.cast_rows(grad_o, residuals.guard.contiguous(), probe)
+    lse, k_mean = call.moved(residuals.lse, residuals.k_mean)
+    lse, k_mean = lse.contiguous(), k_mean.contiguous()
+    lse2, rhs, rhs_size, g_near = call.rows(), call.vectors(), call.rows(), None  # rhs: t of (3.1)
+    # float32 takes them twice, then about the g_mean of the first time: its rhs shall hold where weights are sharp.
+    for _ in range(1 if call.operand_dtype == torch.float16 else 2):
         g_mean = call.rows()
         call.launch_tiles(
-            backward_kernels.moments_kernel, "moments", q, k, v, do.ptr, call.units, lse, k_mean, g_near, lse2, t,
-            t_size, g_mean, *call.sight, problem.scale,
+            backward_kernels.moments_kernel, "moments", q, k, v, do.ptr, call.units, lse, k_mean, g_near, lse2,
+            rhs, rhs_size, g_mean, *call.sight, problem.scale,
         )  # fmt: skip
         g_near = g_mean
-    y_neg, z_y = call.vectors(call.operand), call.rows()
-    solve(call, ridge, lse2, k_mean, t, y_neg, preconditioner, adjoint=Adjoint(t_size, probe, z_y))
-    del t
-    dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
-    outs = [call.target(x) for x in (dq, dk, dv)]
-    dq_out, dk_out, dv_out = (call.strided(x) for x in outs)
-    dridge = call.rows()
+    y_neg, z_y = call.vectors(call.operand_dtype), call.rows()
+    adjoint = Adjoint(b_size=rhs_size, probe=probe, z_y=z_y)
+    solve(call, ridge, lse2, k_mean, rhs, y_neg, preconditioner, adjoint=adjoint)
+    del rhs
+    found = Gradients(
+        q=torch.empty_like(inputs.q), k=torch.empty_like(inputs.k), v=torch.empty_like(inputs.v),
+        ridge_lambda=call.rows(),
+    )  # fmt: skip
+    dq, dk, dv = call.target(found.q), call.target(found.k), call.target(found.v)
     # What queries hand on to keys: whole tiles of queries, a sequence's apart from the next one's.
     tiles = cdiv(problem.q_len, configs.ROWS_PAD) + (problem.sequences if problem.mask.packed else 0)
     rows_len = tiles * configs.ROWS_PAD
-    rows = call.scratch(5, problem.batch * problem.q_heads, rows_len)
-    handed_on = HandedOn(rows, rows.stride(0))
+    handed = call.scratch(5, problem.batch * problem.q_heads, rows_len)
+    handed_on = HandedOn(handed, handed.stride(0))
     top = torch.zeros(call.n_kv_heads, dtype=torch.float32, device=call.device)
     call.launch_tiles(
         backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, call.units, call.origin, z_y, lse2, k_mean,
-        call.strided(ridge), g_mean, dq_out, dridge, handed_on, rows_len, top, *call.sight, problem.scale,
+        call.strided(ridge), g_mean, call.strided(dq), found.ridge_lambda, handed_on, rows_len, top,
+        *call.sight, problem.scale,
     )  # fmt: skip
     call.launch_tiles(
         backward_kernels.dk_kernel, "dk", q, k, v, do.ptr, y_neg, z.ptr, call.units, handed_on, rows_len, top,
-        dk_out, dv_out, *call.sight, problem.scale, over_keys=True, GROUP=problem.group,
+        call.strided(dk), call.strided(dv), *call.sight, problem.scale, over_keys=True, GROUP=problem.group,
     )  # fmt: skip
-    for x, rowed in zip((dq, dk, dv), outs):
+    for x, rowed in ((found.q, dq), (found.k, dk), (found.v, dv)):
         if rowed is not x:
             x.copy_(rowed)
-    return Gradients(dq, dk, dv, dridge)
+    return found

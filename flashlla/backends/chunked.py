@@ -60,10 +60,13 @@ class Chunked(Framed):
             k_0 = block.heads_of(origin)  # (G, 1, D)
             found = dense.statistics(problem, block, q_i, k_j, ridge_i, block.hidden(problem, spans))
             d = dense.offset(found, q_i, k_0)
-            z, *solved = problem.solver.solve_checked(found.systems, d)  # (2.1)
+            solution = problem.solver.solve_checked(found.systems, d)  # (2.1)
+            z = solution.x
             left = dense.residuals_of(problem, found, q_i, d, z, k_0)
+            how = Report(found.omega, solution.iterations, solution.residual, solution.converged)
             o_i = product(linear_weights(found.p, z, k_j, found.k_mean), v_j).mul_(left.guard)  # (2.3)
-            for whole, rows in zip((o, *residuals, *report), (o_i, *left, found.omega, *solved), strict=True):
+            block.put_rows(o, o_i)
+            for whole, rows in (*zip(residuals, left), *zip(report, how)):
                 block.put_rows(whole, rows)
         return dense.as_forward(inputs, o, residuals, report)
 
@@ -81,12 +84,13 @@ class Chunked(Framed):
             do = block.rows_of(grad_o) * block.rows_of(guard).unsqueeze(-1)
             k_j, v_j, hidden = block.keys_of(k), block.keys_of(v), block.hidden(problem, spans)
             # Anew, not from lse and k_mean: where keys are far from the origin those lack digits that fresh sums have.
-            p, _, _, k_mean, systems = dense.statistics(problem, block, q_i, k_j, ridge_i, hidden)
+            found = dense.statistics(problem, block, q_i, k_j, ridge_i, hidden)
+            p, k_mean = found.p, found.k_mean
             g = product(do, v_j.mT)
             if hidden is not None:
                 g.masked_fill_(hidden, 0)  # a hidden value may be too large for the product
             g.sub_((p * g).sum(-1, keepdim=True))
-            solution = problem.solver.solve_scale_free(systems, dense.about_mean(p * g, k_j, k_mean))  # (3.1)
+            solution = problem.solver.solve_scale_free(found.systems, dense.about_mean(p * g, k_j, k_mean))  # (3.1)
             y = solution.x
             early.append(solution.residual[~solution.converged])
             e = add_product(g, y, k_j.mT, alpha=-1).add_(dot(y, k_mean))  # (3.2)

@@ -27,26 +27,29 @@ class Naive(Framed):
         return None
 
     def forward_plain(self, problem: Problem, inputs: Inputs) -> Forward:
-        (q, k, v, _, origin), found = whole(problem, inputs)
-        d = dense.offset(found, q, origin)
+        given, found = whole(problem, inputs)
+        q, k, v = given.q, given.k, given.v
+        d = dense.offset(found, q, given.origin)
         z = solve(found.systems, d)  # (2.1)
         a = covariate(z, k, found.k_mean)  # (2.2)
-        residuals = dense.residuals_of(problem, found, q, d, z, origin)
+        residuals = dense.residuals_of(problem, found, q, d, z, given.origin)
         o = residuals.guard * ((found.p * (1 - a)) @ v)  # (2.3)
-        _, steps, residual, sound = Solution.check(found.systems, d, z, iterations=0, tolerance=SOUND)
-        return dense.as_forward(inputs, o, residuals, Report(found.omega, steps, residual, sound))
+        solution = Solution.check(found.systems, d, z, iterations=0, tolerance=SOUND)
+        report = Report(found.omega, solution.iterations, solution.residual, solution.converged)
+        return dense.as_forward(inputs, o, residuals, report)
 
     def backward_plain(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
-        (q, k, v, ridge_lambda, _), (p, _, _, k_mean, systems) = whole(problem, inputs)
+        given, found = whole(problem, inputs)
+        q, k, v, p, k_mean = given.q, given.k, given.v, found.p, found.k_mean
         grad_o = grad_o.to(q.dtype) * residuals.guard.unsqueeze(-1)
         do, z = (dense.by_key_head(problem, t.to(q.dtype)).flatten(1, 2) for t in (grad_o, residuals.probe))
         a = covariate(z, k, k_mean)  # (2.2)
         g = (do @ v.mT).where(p > 0, 0)  # a hidden value may be too large for the product
         g = g - (p * g).sum(-1, keepdim=True)
-        y = solve(systems, dense.about_mean(p * g, k, k_mean))  # (3.1)
+        y = solve(found.systems, dense.about_mean(p * g, k, k_mean))  # (3.1)
         e = g - covariate(y, k, k_mean)  # (3.2)
         dridge = dot(z, y)  # (3.6)
-        dl = p * ((1 - a) * e + ridge_lambda.unsqueeze(-1) * dridge)
+        dl = p * ((1 - a) * e + given.ridge_lambda.unsqueeze(-1) * dridge)
         dq = problem.scale * dense.about_mean(dl, k, k_mean) + y  # (3.3)
         dk = problem.scale * (dl.mT @ q) - (p * e).mT @ z - (p * (1 - a)).mT @ y  # (3.4)
         dv = (p * (1 - a)).mT @ do  # (3.5)

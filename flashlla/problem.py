@@ -72,6 +72,9 @@ class Inputs(NamedTuple):
 
     def with_dense_lengths(self) -> Inputs:
         """Kernels read lengths and pages one after the other; a column of a table, or torch.vmap, sets them apart."""
+        lengths = self.seqlens_k, self.cu_seqlens_q, self.cu_seqlens_k, self.block_table
+        if all(t is None or t.is_contiguous() for t in lengths):
+            return self
         dense = lambda t: t if t is None else t.contiguous()
         return self._replace(
             seqlens_k=dense(self.seqlens_k),

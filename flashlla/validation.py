@@ -221,10 +221,7 @@ def _check_settings(
     causal, window = _check_mask(causal, window)
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: got {type(backend).__name__}, wanted a backend's name, 'auto' or None")
-    scale = 1 / math.sqrt(q.shape[-1]) if qk_scale is None else _constant(_check_number(qk_scale, "qk_scale"))
-    most = torch.finfo(accumulator(q.dtype)).max
-    if not -most <= scale <= most:
-        raise ValueError(f"qk_scale: got {qk_scale}, wanted a number that sums of {q.dtype} hold: at most {most:.1e}")
+    scale = 1 / math.sqrt(q.shape[-1]) if qk_scale is None else _check_scale(qk_scale, q.dtype)
     delta_eps = _constant(_check_number(delta_eps, "delta_eps"))
     if delta_eps < 0:
         raise ValueError(f"delta_eps: got {delta_eps}, wanted a number of at least 0")
@@ -242,6 +239,13 @@ def _check_settings(
         solver_demanded=solver is not None or cg.cg_use_preconditioner,
         backend=backend,
     )
+
+
+def _check_scale(qk_scale: float, dtype: torch.dtype) -> float:
+    scale, most = _constant(_check_number(qk_scale, "qk_scale")), torch.finfo(accumulator(dtype)).max
+    if not -most <= scale <= most:
+        raise ValueError(f"qk_scale: got {qk_scale}, wanted a number that sums of {dtype} hold: at most {most:.1e}")
+    return scale
 
 
 def _check_layout(layout: str) -> None:
@@ -480,8 +484,10 @@ def _check_ridge(ridge_lambda: float | Tensor, q: Tensor, layout: str) -> Tensor
             raise ValueError(
                 f"ridge_lambda: got {ridge_lambda}, wanted one that {name} holds: {least:.1e} to {most:.1e}"
             )
-        # By arithmetic: torch.compile takes what torch.full fills with for a constant, and compiles anew for each.
-        return (torch.ones((), dtype=dtype, device=q.device) * number).expand(rows)
+        if torch.compiler.is_compiling():
+            # By arithmetic: what torch.full fills with is taken for a constant, and each compiled anew.
+            return (torch.ones((), dtype=dtype, device=q.device) * number).expand(rows)
+        return torch.full((), number, dtype=dtype, device=q.device).expand(rows)
     if not ridge_lambda.is_floating_point():
         raise TypeError(
             f"ridge_lambda: got dtype {ridge_lambda.dtype}, wanted a floating dtype; try ridge_lambda.float()"

@@ -1,4 +1,4 @@
-"""What callers may pass, what they get, and how they are told that it does not fit."""
+"""What callers may pass, and what they get."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""The operators under torch.library's checks, torch.compile, checkpointing and autocast."""
+"""The operators under torch.library's checks and torch.compile: one graph, and what eager gives."""
 
 import dataclasses
 import functools

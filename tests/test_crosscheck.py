@@ -1,4 +1,4 @@
-"""The cross-check with SciPy, and the command line."""
+"""flashlla.verify: the cross-check with SciPy, what it takes, and that it sees what is wrong."""
 
 import numpy as np
 import pytest

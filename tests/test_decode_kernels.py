@@ -26,6 +26,7 @@ from flashlla.backends.triton.decode import decode  # noqa: E402
 from flashlla.problem import Inputs, Mask, Problem, empty_output  # noqa: E402
 from flashlla.solvers import Direct  # noqa: E402
 from tests.support.helpers import problem_of  # noqa: E402
+from tests.support.units import matmul_precision  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -329,13 +330,9 @@ def test_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tf32() -> None:
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        call = make(1, 1, 1, 1, 100, 32, 32, torch.float32)
+    call = make(1, 1, 1, 1, 100, 32, 32, torch.float32)
+    with matmul_precision("high"):
         assert error(call.run(2), call.exact()) <= LIMITS[torch.float16]
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def test_pieces_fill_the_device_and_no_more() -> None:

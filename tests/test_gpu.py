@@ -18,22 +18,21 @@ from torch import Tensor
 
 import flashlla
 from flashlla import CG, PCG, lla_attention
+from tests.support.kernels import NAMES, make, step
 from tests.support.poison import poisoned
 from tests.support.units import matmul_precision
 
 pytestmark = pytest.mark.gpu
 
 EXACT = CG(atol=0.0, rtol=1e-24, max_iters=4000)
-NAMES = ("o", "dq", "dk", "dv", "dridge")
 RIDGES = (0.1, 1.0, 10.0, "per token")
 SOLVERS = {"cg": CG(max_iters=1000), "pcg": PCG(max_iters=1000)}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> list[Tensor]:
+def held_by_all(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> list[Tensor]:
     """q, k, v and grad_o, the same for all dtypes: numbers that each of them holds."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    tensors = [torch.randn(shape, generator=generator, device="cuda").bfloat16() for _ in range(4)]
+    tensors = make(shape, torch.bfloat16, seed=seed, device="cuda")
     return [torch.where(t.abs() < 1e-3, 0, t).to(dtype) for t in tensors]
 
 
@@ -41,15 +40,6 @@ def ridges(ridge: float | str, length: int) -> Tensor:
     if ridge == "per token":
         return torch.logspace(-1, 1, length, device="cuda")[torch.randperm(length, device="cuda")]
     return torch.full((length,), ridge, device="cuda")
-
-
-def step(tensors: list[Tensor], ridge: Tensor, **options: object) -> dict[str, Tensor]:
-    q, k, v = (t.detach().requires_grad_() for t in tensors[:3])
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    ridge = ridge.to(wide).expand(q.shape[:3]).clone().requires_grad_()
-    o = lla_attention(q, k, v, ridge_lambda=ridge, **options)
-    grads = torch.autograd.grad(o, (q, k, v, ridge), tensors[3].to(o.dtype))
-    return dict(zip(NAMES, (o.detach(), *grads)))
 
 
 def limits(dtype: torch.dtype, dim: int, length: int, weak: bool) -> dict[str, float]:
@@ -82,11 +72,11 @@ def test_matrix(dim: int, length: int) -> None:
     failures = []
     for ridge in RIDGES:
         lam = ridges(ridge, length)
-        want = step([t.double() for t in make((1, 2, length, dim))], lam, backend="chunked", solver=EXACT)
+        want = step([t.double() for t in held_by_all((1, 2, length, dim))], lam, backend="chunked", solver=EXACT)
         for dtype in DTYPES:
             for solver in SOLVERS:
                 with poisoned():
-                    got = step(make((1, 2, length, dim), dtype), lam, backend="triton", solver=SOLVERS[solver])
+                    got = step(held_by_all((1, 2, length, dim), dtype), lam, backend="triton", solver=SOLVERS[solver])
                 allowed = limits(dtype, dim, length, ridge in (0.1, "per token"))
                 errors = {}
                 for name in NAMES:
@@ -104,7 +94,7 @@ def test_matrix(dim: int, length: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bitwise_the_same_from_run_to_run(dtype: torch.dtype) -> None:
-    tensors, lam = make((2, 4, 1000, 64), dtype), ridges("per token", 1000)
+    tensors, lam = held_by_all((2, 4, 1000, 64), dtype), ridges("per token", 1000)
     first = step(tensors, lam, backend="triton")
     for _ in range(3):
         again = step(tensors, lam, backend="triton")
@@ -113,14 +103,14 @@ def test_bitwise_the_same_from_run_to_run(dtype: torch.dtype) -> None:
 
 
 def test_triton_is_what_auto_takes() -> None:
-    q, k, v, _ = make((1, 2, 64, 64))
+    q, k, v, _ = held_by_all((1, 2, 64, 64))
     assert flashlla.explain(q, k, v).backend == "triton"
     assert flashlla.explain(q.double(), k.double(), v.double()).backend == "chunked"
 
 
 def test_cuda_graph_of_a_training_step() -> None:
     shape = (2, 4, 300, 64)
-    static = make(shape)
+    static = held_by_all(shape)
     leaves = [t.requires_grad_() for t in static[:3]]
 
     def train() -> tuple[Tensor, ...]:
@@ -135,7 +125,7 @@ def test_cuda_graph_of_a_training_step() -> None:
     with torch.cuda.graph(graph):
         captured = train()
     for seed in (1, 2):
-        fresh = make(shape, seed=seed)
+        fresh = held_by_all(shape, seed=seed)
         with torch.no_grad():
             for t, new in zip(static, fresh):
                 t.copy_(new)
@@ -146,7 +136,7 @@ def test_cuda_graph_of_a_training_step() -> None:
 
 
 def test_no_synchronisation() -> None:
-    q, k, v, grad = make((1, 2, 300, 64))
+    q, k, v, grad = held_by_all((1, 2, 300, 64))
     leaves = [t.requires_grad_() for t in (q, k, v)]
     torch.autograd.grad(lla_attention(*leaves), leaves, grad)
     torch.cuda.synchronize()
@@ -159,7 +149,7 @@ def test_no_synchronisation() -> None:
 
 def packed(lengths: list[int], heads: int = 4, shared: int = 2, seed: int = 0) -> tuple[list[Tensor], Tensor]:
     """q, k, v and grad_o (T, H, 64), and cu_seqlens."""
-    q, k, v, grad = (t[0].transpose(0, 1) for t in make((1, heads, sum(lengths), 64), seed=seed))
+    q, k, v, grad = (t[0].transpose(0, 1) for t in held_by_all((1, heads, sum(lengths), 64), seed=seed))
     edges = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
     return [q, k[:, :shared], v[:, :shared], grad], edges
 
@@ -168,7 +158,7 @@ def test_cuda_graph_of_lengths_that_change() -> None:
     """Packed sequences, and keys hidden by their number: replayed with other lengths and other numbers."""
     (q, k, v, grad), edges = packed([300, 1, 83, 0])
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    rows = [t.clone().requires_grad_() for t in make((2, 4, 200, 64))[:3]]
+    rows = [t.clone().requires_grad_() for t in held_by_all((2, 4, 200, 64))[:3]]
     used = torch.tensor([200, 100], dtype=torch.int32, device="cuda")
 
     def train() -> tuple[Tensor, ...]:
@@ -227,7 +217,7 @@ def test_packed_is_each_sequence_alone(dtype: torch.dtype) -> None:
 
 
 def test_shared_heads_are_bitwise_the_same_from_run_to_run() -> None:
-    q, k, v, grad = make((2, 8, 1000, 64))
+    q, k, v, grad = held_by_all((2, 8, 1000, 64))
     leaves = [t.requires_grad_() for t in (q, k[:, :2].clone(), v[:, :2].clone())]
     run = lambda: torch.autograd.grad(lla_attention(*leaves, window=200), leaves, grad)
     first = run()
@@ -241,7 +231,7 @@ def test_compile(dynamic: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, k, v: lla_attention(q, k, v, ridge_lambda=1.0), fullgraph=True, dynamic=dynamic)
     for length in (64, 100, 333):
-        tensors = make((1, 2, length, 64))
+        tensors = held_by_all((1, 2, length, 64))
         results = []
         for call in (compiled, lambda q, k, v: lla_attention(q, k, v, ridge_lambda=1.0)):
             leaves = [t.detach().requires_grad_() for t in tensors[:3]]
@@ -256,7 +246,7 @@ def test_a_compiled_step_is_cuda_graphs() -> None:
     torch._dynamo.reset()
     loss = lambda q, k, v: lla_attention(q, k, v, ridge_lambda=1.0).float().square().mean()
     compiled = torch.compile(loss, mode="reduce-overhead")
-    tensors = make((1, 4, 300, 64))
+    tensors = held_by_all((1, 4, 300, 64))
     leaves = [t.requires_grad_() for t in tensors[:3]]
 
     def gradients() -> list[Tensor]:
@@ -278,7 +268,7 @@ def test_a_compiled_step_is_cuda_graphs() -> None:
 def test_memory_is_linear_and_small() -> None:
     kept, peak = {}, {}
     for length in (2048, 4096):
-        tensors = make((2, 16, length, 64))
+        tensors = held_by_all((2, 16, length, 64))
         leaves = [t.requires_grad_() for t in tensors[:3]]
         unit = leaves[0].numel() * 2
         torch.autograd.grad(lla_attention(*leaves), leaves, tensors[3])
@@ -296,7 +286,7 @@ def test_memory_is_linear_and_small() -> None:
 
 
 def test_more_heads_than_a_grid_axis_holds() -> None:
-    tensors, lam = make((70000, 1, 4, 16)), ridges(1.0, 4)
+    tensors, lam = held_by_all((70000, 1, 4, 16)), ridges(1.0, 4)
     got = step(tensors, lam, backend="triton")
     want = step([t[-3:].double() for t in tensors], lam, backend="naive")
     for name in NAMES:
@@ -307,7 +297,7 @@ def test_offsets_beyond_32_bits() -> None:
     shape = (1024, 260, 64, 128)  # more than 2**31 numbers
     if torch.cuda.mem_get_info()[0] < 110 * 2**30:
         pytest.skip("needs 110 GiB")
-    small = make((1, 1, 64, 128))
+    small = held_by_all((1, 1, 64, 128))
     big = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
     for t, x in zip(big, small):
         t[-1, -1] = x[0, 0]
@@ -324,7 +314,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 @pytest.mark.parametrize("which", range(4))
 def test_numbers_that_are_not_finite_stay_in_their_rows(which: int) -> None:
-    tensors, lam = make((1, 2, 200, 64)), ridges(1.0, 200)
+    tensors, lam = held_by_all((1, 2, 200, 64)), ridges(1.0, 200)
     clean = step(tensors, lam, backend="triton")
     tensors[which][0, 0, 100, 3] = float("nan")
     got = step(tensors, lam, backend="triton")
@@ -343,17 +333,13 @@ def test_numbers_that_are_not_finite_stay_in_their_rows(which: int) -> None:
 
 
 def test_float32_follows_the_matmul_precision() -> None:
-    before = torch.get_float32_matmul_precision()
     lam = ridges(1.0, 300)
-    want = step([t.double() for t in make((1, 2, 300, 64))], lam, backend="naive")
+    want = step([t.double() for t in held_by_all((1, 2, 300, 64))], lam, backend="naive")
     errors = {}
-    try:
-        for precision in ("highest", "high"):
-            torch.set_float32_matmul_precision(precision)
-            got = step(make((1, 2, 300, 64), torch.float32), lam, backend="triton")
-            errors[precision] = [((got[n].double() - want[n]).norm() / want[n].norm()).item() for n in NAMES]
-    finally:
-        torch.set_float32_matmul_precision(before)
+    for precision in ("highest", "high"):
+        with matmul_precision(precision):
+            got = step(held_by_all((1, 2, 300, 64), torch.float32), lam, backend="triton")
+        errors[precision] = [((got[n].double() - want[n]).norm() / want[n].norm()).item() for n in NAMES]
     assert errors["highest"][0] < 5e-6
     assert max(errors["highest"]) < 1e-5
     assert errors["high"][0] > 1e-5
@@ -370,7 +356,7 @@ def test_float32_follows_the_matmul_precision() -> None:
 def test_the_pytorch_backends_follow_no_matmul_precision(
     backend: str, solver: object, ridge: float, precision: str, dtype: torch.dtype, figure: Callable[[str], None]
 ) -> None:
-    tensors, lam = make((1, 2, 300, 64), dtype), ridges(ridge, 300)
+    tensors, lam = held_by_all((1, 2, 300, 64), dtype), ridges(ridge, 300)
     want = step([t.double() for t in tensors], lam, backend="naive")
 
     def errors() -> list[float]:
@@ -394,7 +380,7 @@ def test_autotune_is_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashlla.backends.triton import runtime
 
     monkeypatch.setattr(runtime, "_tuned", {})
-    tensors, lam = make((1, 2, 128, 32)), ridges(1.0, 128)
+    tensors, lam = held_by_all((1, 2, 128, 32)), ridges(1.0, 128)
     plain = step(tensors, lam, backend="triton")
     assert not runtime._tuned
     monkeypatch.setenv("FLASHLLA_AUTOTUNE", "1")
@@ -403,5 +389,5 @@ def test_autotune_is_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         assert (tuned[name].double() - plain[name].double()).norm() <= 5e-3 * plain[name].double().norm(), name
     keys = set(runtime._tuned)
-    step(make((1, 2, 300, 32)), ridges(1.0, 300), backend="triton")
+    step(held_by_all((1, 2, 300, 32)), ridges(1.0, 300), backend="triton")
     assert set(runtime._tuned) == keys  # no key holds the length

@@ -25,6 +25,7 @@ from tests.support.helpers import (
     skip_if_refused,
     table,
 )
+from tests.support.units import matmul_precision
 
 B, H, S, D = 2, 2, 21, 8
 BAD = (1, 0)  # the sequence and head that something is wrong in
@@ -243,14 +244,10 @@ def test_a_key_as_good_as_infinite_reaches_those_who_see_it(size: float, solver:
 @pytest.mark.quick
 @kernels.interpreted
 def test_the_nan_that_cuda_makes_survives_tf32() -> None:
-    before = torch.get_float32_matmul_precision()
     tensors = kernels.make((1, 1, 40, 8), torch.float32)
     tensors[1][0, 0, 21, 3] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
-    try:
-        torch.set_float32_matmul_precision("high")
+    with matmul_precision("high"):
         o = kernels.step(tensors, 1.0, backend="triton")["o"]
-    finally:
-        torch.set_float32_matmul_precision(before)
     assert o[0, 0, 21:].isnan().all()
     assert o[0, 0, :21].isfinite().all()
 

@@ -262,9 +262,9 @@ def test_verify_and_explain() -> None:
 @every_backend
 def test_edges_may_lie_anyhow_in_memory(backend: Backend) -> None:
     """A column of a table, and every second number: what they say counts, not what lies behind the first."""
-    table = torch.stack([cu(*EDGES), cu(*EDGES) * 0 + 3], 1)
+    columns = torch.stack([cu(*EDGES), cu(*EDGES) * 0 + 3], 1)
     wanted = run(backend, leaves(), EDGES)
-    for edges in (table[:, 0], table.flatten()[::2]):
+    for edges in (columns[:, 0], columns.flatten()[::2]):
         assert not edges.is_contiguous()
         for name, t in run(backend, leaves(), cu_seqlens=edges).items():
             assert torch.equal(t, wanted[name]), name

@@ -17,11 +17,10 @@ from flashlla.backends.base import Backend
 from flashlla.dispatch import all_backends
 from tests import test_conformance
 from tests.support.cases import BY_NAME
-from tests.support.helpers import normal, qkv
+from tests.support.helpers import IN_PYTORCH, called, normal, qkv
 from tests.support.units import BITS, Units, matmul_precision, nearest, on_units, towards_zero
 
 CPU = torch.device("cpu")
-PLAIN = [pytest.param(backend, id=backend.name) for backend in all_backends() if backend.name in ("naive", "chunked")]
 
 
 @pytest.fixture(params=["high", "medium"])
@@ -85,7 +84,7 @@ def test_nan_and_zero_stay(setting: str) -> None:
 @pytest.mark.parametrize("case", ["length_129", "correlated", "ridge_weak", "everything", "varlen_heads_3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("solver", ["cg", "pcg", "gram", "direct"])
-@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("backend", IN_PYTORCH, ids=called)
 def test_against_oracle(backend: Backend, solver: str, dtype: torch.dtype, case: str, setting: str) -> None:
     """What every backend is held to, on units that round."""
     with on_units(backend):

@@ -1,6 +1,6 @@
-"""The Triton backend without a GPU, in Triton's interpreter: what it takes, with which solver, and how exact it is.
+"""The Triton backend without a GPU, in Triton's interpreter: what it takes, and with which solver.
 
-What a GPU run must show is in test_gpu.py.
+How exact it is, test_conformance.py tells, and on a GPU test_gpu.py.
 """
 
 from __future__ import annotations

@@ -22,11 +22,17 @@ interpreted = pytest.mark.skipif(
 NAMES = ("o", "dq", "dk", "dv", "dridge")
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype, offset: float = 0.0) -> list[Tensor]:
-    """q, k, v, grad_o."""
-    generator = torch.Generator().manual_seed(sum(shape))
-    q, k, v, grad = (torch.randn(shape, generator=generator) for _ in range(4))
-    point = torch.randn(shape[-1], generator=generator)
+def make(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    offset: float = 0.0,
+    seed: int | None = None,
+    device: str = "cpu",
+) -> list[Tensor]:
+    """q, k, v, grad_o; each shape has a seed of its own where none is given."""
+    generator = torch.Generator(device).manual_seed(sum(shape) if seed is None else seed)
+    q, k, v, grad = (torch.randn(shape, generator=generator, device=device) for _ in range(4))
+    point = torch.randn(shape[-1], generator=generator, device=device)
     point *= offset / point.norm()
     return [t.to(dtype) for t in (q + point, k + point, v, grad)]
 
@@ -34,7 +40,7 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, offset: float = 0.0) -> lis
 def step(tensors: list[Tensor], ridge: float | Tensor, **options: Any) -> dict[str, Tensor]:
     q, k, v = (t.detach().requires_grad_() for t in tensors[:3])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    ridge = (torch.as_tensor(ridge).to(wide).expand(q.shape[:-1])).clone().requires_grad_()
+    ridge = (torch.as_tensor(ridge).to(q.device, wide).expand(q.shape[:-1])).clone().requires_grad_()
     o = lla_attention(q, k, v, ridge_lambda=ridge, **options)
     grads = torch.autograd.grad(o, (q, k, v, ridge), tensors[3].to(o.dtype))
     return dict(zip(NAMES, (o.detach(), *grads)))

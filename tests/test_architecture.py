@@ -83,6 +83,24 @@ def test_q_can_be_followed_by_name() -> None:
             assert typing.get_type_hints(method)["inputs"] is Inputs
 
 
+def by_position(source: str) -> Iterator[int]:
+    """Lines that take a record's fields by where they stand: ``inputs[:3]``, ``residuals[0]``, ``q, *_ = inputs``."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Subscript(ast.Name(name) | ast.Attribute(attr=name), ast.Slice() | ast.Constant()):
+                if name in ("inputs", "residuals", "settings"):
+                    yield node.lineno
+            case ast.Starred(ast.Name("_"), ast.Store()):
+                yield node.lineno
+
+
+def test_no_record_goes_by_position() -> None:
+    offenders = ("x = inputs[:3]", "x = call.residuals[0]", "q, *_ = inputs", "for q, *_ in calls: pass")
+    assert all(list(by_position(line)) == [1] for line in offenders)
+    found = {file: list(by_position((PACKAGE / file).read_text(encoding="utf-8"))) for file in FILES}
+    assert {file: lines for file, lines in found.items() if lines} == {}
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_q_can_be_followed_into_the_kernels_launch(direction: str) -> None:
     if not any(interpreted(backend) for backend in all_backends()):

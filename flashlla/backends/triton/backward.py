@@ -29,6 +29,7 @@ from flashlla.backends.triton.primitives import (
     power_of_two,
     query_in_units,
     ridge_in_units,
+    room,
     rounded,
     sees_some,
     store_numbers,
@@ -103,16 +104,16 @@ def moments_kernel(
     k_mean = load_vectors(k_mean_ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
     k_mean = k_mean * inverse_power(k_unit)
     # By the weights' own sum: g - g_mean is then exactly zero for a lone key, and lse that of these very weights.
-    own = inverse_or_zero(whole)
-    t = (acc - k_mean * weighed[:, None]) * own[:, None]
+    share = inverse_or_zero(whole)
+    t = (acc - k_mean * weighed[:, None]) * share[:, None]
     t_size = tl.sqrt(tl.sum(t * t, 1))
     # What is no longer than the rounding of its two halves is rounding: the first query's t is zero.
-    halves = tl.abs(weighed) * own * tl.sqrt(tl.sum(k_mean * k_mean, 1))
+    halves = tl.abs(weighed) * share * tl.sqrt(tl.sum(k_mean * k_mean, 1))
     t_size = tl.where(t_size < 1e-6 * halves, 0.0, t_size)
     t = t * inverse_or_zero(t_size)[:, None]
     store_vectors(t_out, at, t, SHAPE.HEAD_DIM)
     store_numbers(t_size_out, at, t_size)
-    store_numbers(g_mean_out, at, total * own + g_near)
+    store_numbers(g_mean_out, at, total * share + g_near)
     lse2 = load_numbers(lse_ptr, at, BLOCK_M, 0.0) * LOG2E
     store_numbers(lse2_out, at, lse2 + (tl.log2(whole) - WEIGHT_BITS))
 
@@ -179,8 +180,7 @@ def dq_kernel(
     # p a^2 sums to z.C z <= d.z and p e^2 to no more than the variance of g, so both sums bound their terms.
     d = k_mean - query_in_units(q, q_unit, k_unit, origin_ptr, at, SHAPE.HEAD_DIM)
     spread = 1 + tl.sqrt(tl.maximum(z_size * tl.sum(d * z_wide, 1), 0.0))  # >= p |1 - a|
-    ROOM: tl.constexpr = 32 if V > 64 else (16 if V > 16 else 8)  # >= |v|
-    e_top = ROOM * tl.sqrt(tl.sum(do_wide * do_wide, 1))  # >= p |e|
+    e_top = room(V) * tl.sqrt(tl.sum(do_wide * do_wide, 1))  # >= p |e|, as room(V) >= |v|
     dl_top = spread * e_top + tl.abs(push)
     gain = tl.minimum(power_of_two((1 / (dl_top + 1e-30)) * TOP), WEIGHT * WEIGHT)
 

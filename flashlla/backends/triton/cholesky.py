@@ -50,8 +50,8 @@ def turned_inverse(a, least, spot, D: tl.constexpr):
     lane = tl.zeros([W, 1], tl.int32) + tl.arange(0, 2 * PANEL)[None, :]  # (W, 2 P), as each of the rows
     rows = ()
     for i in tl.static_range(PANEL):
-        left = tl.load(spot + i * D + lane, mask=lane < PANEL, other=0.0)
-        rows += (tl.where(lane == PANEL + i, 1.0, left),)  # type: ignore[assignment]
+        of_a = tl.load(spot + i * D + lane, mask=lane < PANEL, other=0.0)
+        rows += (tl.where(lane == PANEL + i, 1.0, of_a),)  # type: ignore[assignment]
     tl.debug_barrier()
     for j in tl.static_range(PANEL):
         pivot = tl.maximum(tl.gather(rows[j], lane * 0 + j, 1), least)
@@ -59,8 +59,8 @@ def turned_inverse(a, least, spot, D: tl.constexpr):
         tl.store(spot + j * D + (lane - PANEL), rows[j] * tl.rsqrt(pivot), mask=lane >= PANEL)
         later = ()
         for i in tl.static_range(PANEL):
-            own = rows[i] - tl.gather(rows[i], lane * 0 + j, 1) * share if i > j else rows[i]
-            later += (own,)  # type: ignore[assignment]
+            left = rows[i] - tl.gather(rows[i], lane * 0 + j, 1) * share if i > j else rows[i]
+            later += (left,)  # type: ignore[assignment]
         rows = later
     tl.debug_barrier()
     return tl.load(spot + column * D + row)
@@ -78,35 +78,35 @@ def panel_of(a, row, p, R: tl.constexpr, D: tl.constexpr):
     """Columns ``p`` to p + P of the rows ``row`` (W, M), (W, M, P), and the square on the diagonal, (W, P, P); nothing
     past the last column, nor above the square."""
     W: tl.constexpr = row.shape[0]
-    panel = p + tl.arange(0, PANEL)
-    own_row = tl.zeros([W, 1], tl.int32) + panel[None, :]
+    column = p + tl.arange(0, PANEL)
+    square_row = tl.zeros([W, 1], tl.int32) + column[None, :]
     there = (row >= p) & (row < R) & (p < D)
-    return tile_of(a, row, panel, there, D), tile_of(a, own_row, panel, own_row < D, D)
+    return tile_of(a, row, column, there, D), tile_of(a, square_row, column, square_row < D, D)
 
 
 @triton.jit
-def factored_panel(rows, own, b, p, a, y_ptr, row, least, R: tl.constexpr, D: tl.constexpr):
-    """The panel at columns ``p`` of L over G, (W, M, P), which is stored as well, but for its square; b - L y of the
-    columns before (``y_ptr`` (D,) holds y, or is None); L^-T of the square, (W, P, P); and the next panel as `panel_of`
-    loads it. ``rows`` and ``own`` are that of this one; ``row`` (W, M) counts the R rows; ``least`` is under every
-    pivot. Nobody may be reading this panel's square any more.
+def factored_panel(panel, square, b, p, a, half_solved, row, least, R: tl.constexpr, D: tl.constexpr):
+    """The panel at columns ``p`` of L over G, (W, M, P), which is stored as well, but for its square; b - L h of the
+    columns before (``half_solved`` (D,) is where the h = L^-1 d that goes with them lies, or None); L^-T of the square,
+    (W, P, P); and the next panel as `panel_of` loads it. ``panel`` and ``square`` are those of this one; ``row`` (W, M)
+    counts the R rows; ``least`` is under every pivot. Nobody may be reading this panel's square any more.
     """
     W: tl.constexpr = row.shape[0]
-    panel = p + tl.arange(0, PANEL)
-    own_row = tl.zeros([W, 1], tl.int32) + panel[None, :]  # (W, P)
+    column = p + tl.arange(0, PANEL)
+    square_row = tl.zeros([W, 1], tl.int32) + column[None, :]  # (W, P)
     below = (row >= p) & (row < R)  # those above are done
     for k in tl.range(0, p, PANEL):
-        column = k + tl.arange(0, PANEL)
-        across = tile_of(a, own_row, column, own_row < D, D)  # (W, P, P)
-        if y_ptr is not None:
-            b -= tl.sum(across * tl.load(y_ptr + column)[None, None, :], 2)
+        earlier = k + tl.arange(0, PANEL)
+        across = tile_of(a, square_row, earlier, square_row < D, D)  # (W, P, P)
+        if half_solved is not None:
+            b -= tl.sum(across * tl.load(half_solved + earlier)[None, None, :], 2)
         turned = tl.permute(-across, (0, 2, 1))
-        own = product(across, turned, own)
-        rows = product(tile_of(a, row, column, below, D), turned, rows)
+        square = product(across, turned, square)
+        panel = product(tile_of(a, row, earlier, below, D), turned, panel)
     # What is under way while the next line, which waits for one pivot after the other, is worked on.
     later = panel_of(a, row, p + PANEL, R, D)
-    inverse = turned_inverse(own, least, a + p * D + p, D)  # (W, P, P)
-    rows = product(rows, inverse, tl.zeros_like(rows))
+    inverse = turned_inverse(square, least, a + p * D + p, D)  # (W, P, P)
+    panel = product(panel, inverse, tl.zeros_like(panel))
     done = (row >= p + PANEL) & (row < R)
-    tl.store(a + row[:, :, None] * D + panel[None, None, :], rows, mask=done[:, :, None])
-    return rows, b, inverse, later
+    tl.store(a + row[:, :, None] * D + column[None, None, :], panel, mask=done[:, :, None])
+    return panel, b, inverse, later

@@ -45,7 +45,10 @@ def decode(problem: Problem, inputs: Inputs, out: Tensor, config: DecodeConfig |
     config = config or configs.decode_config(d, v_block, half, full, large)
     slices = configs.decode_slices(d, v_block, large)
     slice_d, slice_v = configs.decode_rows(d, v_block, slices)
-    shape = Shape(problem.head_dim, problem.v_dim, d, v_block, True, not (half or full))
+    shape = Shape(
+        HEAD_DIM=problem.head_dim, V_DIM=problem.v_dim, BLOCK_D=d, BLOCK_V=v_block, CAUSAL=True,
+        TF32=not (half or full),
+    )  # fmt: skip
 
     window = min(problem.mask.window or problem.k_len, problem.k_len)
     pairs, members = problem.batch * problem.kv_heads, problem.group * problem.q_len
@@ -59,10 +62,14 @@ def decode(problem: Problem, inputs: Inputs, out: Tensor, config: DecodeConfig |
 
     make = lambda *sizes: torch.empty(systems, *sizes, dtype=torch.float32, device=device)
     rows = d + v_block
-    parts = Moments(make(pieces, rows, d), make(pieces, rows), make(pieces, slices, SCALARS.value), make(pieces, d))
+    found = parts = Moments(
+        moments=make(pieces, rows, d), sums=make(pieces, rows),
+        scalars=make(pieces, slices, SCALARS.value), offset=make(pieces, d),
+    )  # fmt: skip
     merging = pieces > 1 or slices > 1
-    found = Moments(make(rows, d), make(rows), make(SCALARS.value), parts.offset) if merging else parts
-    y = make(d)
+    if merging:
+        found = parts._replace(moments=make(rows, d), sums=make(rows), scalars=make(SCALARS.value))
+    half_solved = make(d)
     solve_rows = triton.next_power_of_2(rows)
     solve_warps = configs.factor_warps(config.solve_warps, solve_rows)
 
@@ -92,7 +99,7 @@ def decode(problem: Problem, inputs: Inputs, out: Tensor, config: DecodeConfig |
             )  # fmt: skip
         launch(
             decode_solve_kernel, "decode", (programs,), device,
-            found, lengths, ridge, y, o_out, *sight, problem.delta_eps,
+            found, lengths, ridge, half_solved, o_out, *sight, problem.delta_eps,
             SHAPE=shape, MERGED=merging, BLOCK_R=solve_rows, WARPS=solve_warps, num_warps=solve_warps,
             num_stages=configs.SOLVE_STAGES,
         )  # fmt: skip

@@ -11,10 +11,10 @@ powers of two of at least 16; P = 16, the columns of a panel of A; W, warps of t
 head: (b Hq + h) N + n.
 
 Precision. Keys enter relative to an origin, the last key that the query sees: a common offset costs no digits. The
-operands of the two matrix products are x_j = sqrt(w_j) (k_j - origin) and y_j = sqrt(w_j) v_j, rounded once, and *all*
-sums are made of the rounded numbers. They are then the moments of slightly moved keys and values: C is symmetric and
-not negative, and where one key has all the weight it vanishes, though that key is not the origin. Where the mean of a
-piece turns out to be far from the origin, beside both the spread of the keys and the ridge, the program goes over its
+operands of the two matrix products are x_j = sqrt(w_j) (k_j - origin) and v_scaled_j = sqrt(w_j) v_j, rounded once, and
+*all* sums are made of the rounded numbers. They are then the moments of slightly moved keys and values: C is symmetric
+and not negative, and where one key has all the weight it vanishes, though that key is not the origin. Where the mean of
+a piece turns out to be far from the origin, beside both the spread of the keys and the ridge, the program goes over its
 piece again, with the mean for an origin. Pieces are centred one by one, and added with what lies between their means.
 
 Units. The operands are float16 for 16-bit inputs, in units of powers of two that the origin and its value suggest.
@@ -102,10 +102,10 @@ def of_head(cache, sequence, kv_head, PAGE: tl.constexpr):
 
 
 @triton.jit
-def load_cached(base, rows, seen, first, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Columns ``first`` to ``first + D`` of the cache's ``rows``: (T, D), zero where not ``seen`` or past WIDTH."""
+def load_cached(base, offsets, seen, first, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Columns ``first`` to ``first + D`` of the rows at ``offsets``: (T, D), zero where not ``seen`` or past WIDTH."""
     dim = first + tl.arange(0, D)
-    return tl.load(base + rows[:, None] + dim[None, :], mask=seen[:, None] & (dim < WIDTH)[None, :], other=0.0)
+    return tl.load(base + offsets[:, None] + dim[None, :], mask=seen[:, None] & (dim < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
@@ -113,15 +113,15 @@ def load_keys_and_values(
     k_head, v_head, table, pages, j, start, stop, first_v, PAGE: tl.constexpr, SHAPE: tl.constexpr, T: tl.constexpr,
     SLICE_V: tl.constexpr,
 ):  # fmt: skip
-    """Of keys j to j + T: whether they lie in ``start`` to ``stop``, (T,); their rows in the cache, (T,); keys, (T, D);
+    """Of keys j to j + T: whether they lie in ``start`` to ``stop``, (T,); the offsets of the keys, (T,); keys, (T, D);
     and columns ``first_v`` on of values, (T, SLICE_V)."""
     key = j + tl.arange(0, T)
     seen = (key >= start) & (key < stop)
-    k_rows = tile_offsets(k_head, table, pages, j, seen, PAGE, T)
-    v_rows = tile_offsets(v_head, table, pages, j, seen, PAGE, T)
-    k = load_cached(k_head.ptr, k_rows, seen, 0, SHAPE.HEAD_DIM, SHAPE.BLOCK_D)
-    v = load_cached(v_head.ptr, v_rows, seen, first_v, SHAPE.V_DIM, SLICE_V)
-    return seen, k_rows, k, v
+    k_offsets = tile_offsets(k_head, table, pages, j, seen, PAGE, T)
+    v_offsets = tile_offsets(v_head, table, pages, j, seen, PAGE, T)
+    k = load_cached(k_head.ptr, k_offsets, seen, 0, SHAPE.HEAD_DIM, SHAPE.BLOCK_D)
+    v = load_cached(v_head.ptr, v_offsets, seen, first_v, SHAPE.V_DIM, SLICE_V)
+    return seen, k_offsets, k, v
 
 
 @triton.jit
@@ -187,10 +187,11 @@ def decode_moments_kernel(
     SHAPE: tl.constexpr, PAGE: tl.constexpr, SLICES: tl.constexpr, OPERAND: tl.constexpr, FAR: tl.constexpr,
     BLOCK_T: tl.constexpr, SLICE_D: tl.constexpr, SLICE_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of one query and one piece of its keys, with w_j = 2**(factor q.(k_j - origin) - m), x and y as above:
+    """Of one query and one piece of its keys, with w_j = 2**(factor q.(k_j - origin) - m), x and v_scaled as above:
 
-    moments (systems, pieces, D + V, D) = sum x x^T over sum y x^T; sums (systems, pieces, D + V) = sum sqrt(w) x beside
-    sum sqrt(w) y; scalars (systems, pieces, slices, 4) = m, omega, units; offset (systems, pieces, D) = origin - q.
+    moments (systems, pieces, D + V, D) = sum x x^T over sum v_scaled x^T; sums (systems, pieces, D + V) =
+    sum sqrt(w) x beside sum sqrt(w) v_scaled; scalars (systems, pieces, slices, 4) = m, omega, units; offset
+    (systems, pieces, D) = origin - q.
 
     Where registers do not hold D + V rows of moments, SLICES programs have a share of the rows each.
     Programs: slice, then query of the group, then piece, then pair of sequence and key head, so that those which read
@@ -244,7 +245,7 @@ def decode_moments_kernel(
             slice_sum, squares = no_slice(BLOCK_T, SLICE_D, ROWS)
         k_scale, v_scale = inverse_power(k_unit), inverse_power(v_unit)
         for j in tl.range(begin, end, BLOCK_T):
-            seen, k_rows, k, v = load_keys_and_values(
+            seen, k_offsets, k, v = load_keys_and_values(
                 k_head, v_head, table, pages, j, start, end, first_v, PAGE, SHAPE, BLOCK_T, SLICE_V
             )  # fmt: skip
             x = k.to(tl.float32) - origin[None, :]  # (T, D)
@@ -259,16 +260,16 @@ def decode_moments_kernel(
             if SLICES == 1:
                 k_acc = dot(tl.trans(x), x, k_acc * fade, SHAPE.TF32)  # (D, D)
             else:
-                part = load_cached(k_head.ptr, k_rows, seen, slice_id * SLICE_D, SHAPE.HEAD_DIM, SLICE_D).to(tl.float32)
-                part = (part - slice_origin[None, :]) * (root * k_scale)[:, None]
+                part = load_cached(k_head.ptr, k_offsets, seen, slice_id * SLICE_D, SHAPE.HEAD_DIM, SLICE_D)
+                part = (part.to(tl.float32) - slice_origin[None, :]) * (root * k_scale)[:, None]
                 part = rounded(part, tl.zeros([1], OPERAND), SHAPE.TF32)  # (T, SLICE_D) columns of x
                 slice_sum = slice_sum * fade + folded(part.to(tl.float32) * root[:, None], ROWS)
                 squares = squares * fade + tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
                 k_acc = dot(tl.trans(part), x, k_acc * fade, SHAPE.TF32)  # (SLICE_D, D)
-            y = v.to(tl.float32) * (root * v_scale)[:, None]
-            y = rounded(y, tl.zeros([1], OPERAND), SHAPE.TF32)  # (T, SLICE_V)
-            v_sum = v_sum * fade + folded(y.to(tl.float32) * root[:, None], ROWS)
-            v_acc = dot(tl.trans(y), x, v_acc * fade, SHAPE.TF32)  # (SLICE_V, D)
+            v_scaled = v.to(tl.float32) * (root * v_scale)[:, None]
+            v_scaled = rounded(v_scaled, tl.zeros([1], OPERAND), SHAPE.TF32)  # (T, SLICE_V)
+            v_sum = v_sum * fade + folded(v_scaled.to(tl.float32) * root[:, None], ROWS)
+            v_acc = dot(tl.trans(v_scaled), x, v_acc * fade, SHAPE.TF32)  # (SLICE_V, D)
         # What decides on the keys' origin and unit is of the keys alone: all slices must agree.
         k_total, share_of = tl.sum(k_sum, 0), 1 / tl.sum(omega, 0)
         k_bad, v_bad = not_finite(k_total), not_finite(tl.sum(v_sum, 0))
@@ -360,9 +361,10 @@ def decode_merge_kernel(
     k_scale, v_scale = inverse_power(k_unit), inverse_power(v_unit)
 
     row, dim = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
-    rows, sums_ptr = D + V, parts.sums + system * pieces * (D + V)
+    R: tl.constexpr = D + V
+    sums_ptr = parts.sums + system * pieces * R
     offset_ptr = parts.offset + system * pieces * D
-    means = tl.load(sums_ptr + index[:, None] * rows + dim[None, :], mask=there[:, None], other=0.0)  # (I, D)
+    means = tl.load(sums_ptr + index[:, None] * R + dim[None, :], mask=there[:, None], other=0.0)  # (I, D)
     offsets = tl.load(offset_ptr + index[:, None] * D + dim[None, :], mask=there[:, None], other=0.0)
     centres = means * (k_units * k_scale / omega_all)[:, None] + offsets * k_scale
     d = tl.sum(centres * (weight / omega)[:, None], 0)  # (D,)
@@ -371,43 +373,43 @@ def decode_merge_kernel(
     unit_slot, row_scale = tl.where(is_key, 2, 3), tl.where(is_key, k_scale, v_scale)
     scalars_ptr += owner * SCALARS
     row_units = tl.load(scalars_ptr + index * SLICES * SCALARS + unit_slot, mask=there, other=0.0) * row_scale  # (I,)
-    own = tl.load(sums_ptr + index[:, None] * rows + row[None, :], mask=there[:, None], other=0.0)  # (I, M)
+    row_sums = tl.load(sums_ptr + index[:, None] * R + row[None, :], mask=there[:, None], other=0.0)  # (I, M)
     away = tl.load(offset_ptr + index[:, None] * D + row[None, :], mask=there[:, None] & is_key, other=0.0)
-    own = own * (row_units / omega_all)[:, None] + away * k_scale
-    own_mean = tl.sum(own * (weight / omega)[:, None], 0)  # (M,)
+    row_centres = row_sums * (row_units / omega_all)[:, None] + away * k_scale
+    row_d = tl.sum(row_centres * (weight / omega)[:, None], 0)  # (M,)
 
     total = tl.zeros([BLOCK_M, D], tl.float32)
     for i in tl.range(0, active, num_stages=STAGES):
-        tile = tl.load(parts.moments + ((system * pieces + i) * rows + row)[:, None] * D + dim[None, :])  # (M, D)
+        tile = tl.load(parts.moments + ((system * pieces + i) * R + row)[:, None] * D + dim[None, :])  # (M, D)
         piece = scalars_ptr + i * SLICES * SCALARS
         piece_m, inverse = tl.load(piece), 1 / tl.load(piece + 1)
         column_unit, row_unit = tl.load(piece + 2) * k_scale, tl.load(piece + unit_slot) * row_scale
-        mean = tl.load(sums_ptr + i * rows + dim) * (inverse * column_unit)  # (D,) from the piece's origin
-        row_mean = tl.load(sums_ptr + i * rows + row) * (inverse * row_unit)  # (M,)
+        mean = tl.load(sums_ptr + i * R + dim) * (inverse * column_unit)  # (D,) from the piece's origin
+        row_mean = tl.load(sums_ptr + i * R + row) * (inverse * row_unit)  # (M,)
         centre = mean + tl.load(offset_ptr + i * D + dim) * k_scale
         row_centre = row_mean + tl.load(offset_ptr + i * D + row, mask=(row >= 0) & is_key, other=0.0) * k_scale
         tile = tile * (inverse * column_unit * row_unit) - row_mean[:, None] * mean[None, :]
-        tile += (row_centre - own_mean)[:, None] * (centre - d)[None, :]
+        tile += (row_centre - row_d)[:, None] * (centre - d)[None, :]
         total += tile * (tl.exp2(piece_m - m) / (inverse * omega))
-    row = system * rows + row
+    row = system * R + row
     tl.store(merged_out.moments + row[:, None] * D + dim[None, :], total)
-    tl.store(merged_out.sums + row, own_mean)
+    tl.store(merged_out.sums + row, row_d)
     if block == 0:
         store_scalars(merged_out.scalars + system * SCALARS, m, omega, k_unit, v_unit)
 
 
 @triton.jit(do_not_specialize=["first_pair", "kv_heads", "group", "q_len", "k_len", "window"])
 def decode_solve_kernel(
-    found, seqlens_k, ridge_in, y_ptr, o_out,
+    found, seqlens_k, ridge_in, half_solved_ptr, o_out,
     first_pair, kv_heads, group, q_len, k_len, window, delta_eps,
     SHAPE: tl.constexpr, MERGED: tl.constexpr, BLOCK_R: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """o of one system from its moments (systems, R = D + V, D), which are overwritten. MERGED: the moments are the
     merge kernel's; if not, there is one piece.
 
-    Cholesky's factor of A = C + lambda I, with Cov(v, k) for further rows: A = L L^T, G = Cov(v, k) L^-T, y = L^-1 d,
-    and Cov(v, k) z = G y, so that nothing is solved backwards (cholesky.py). y_ptr: (systems, D). Each warp has M rows,
-    of BLOCK_R, which is R rounded up to a power of two.
+    Cholesky's factor of A = C + lambda I, with Cov(v, k) for further rows: A = L L^T, G = Cov(v, k) L^-T, h = L^-1 d,
+    and Cov(v, k) z = G h, so that nothing is solved backwards (cholesky.py). half_solved_ptr: (systems, D), for h. Each
+    warp has M rows, of BLOCK_R, which is R rounded up to a power of two.
     """
     D: tl.constexpr = SHAPE.BLOCK_D
     system = tl.program_id(0).to(tl.int64)
@@ -419,7 +421,7 @@ def decode_solve_kernel(
     W: tl.constexpr = WARPS
     R: tl.constexpr = D + SHAPE.BLOCK_V
     row = tl.arange(0, W)[:, None] * (BLOCK_R // W) + tl.arange(0, BLOCK_R // W)[None, :]  # (W, M)
-    panel = tl.arange(0, PANEL)
+    first_columns = tl.arange(0, PANEL)  # those of the first panel
     o_ptrs, there = o_base + (row - D) * o_out.stride_d, (row >= D) & (row < D + SHAPE.V_DIM)
     if stop <= start:
         tl.store(o_ptrs, tl.zeros([W, BLOCK_R // W], o_out.ptr.dtype.element_ty), mask=there)
@@ -427,7 +429,7 @@ def decode_solve_kernel(
     moments = found.moments + system * R * D
     sums_ptr = found.sums + system * R
     scalars_ptr = found.scalars + system * SCALARS
-    y_ptr += system * D
+    half_solved_ptr += system * D
     omega, k_unit, v_unit = tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2), tl.load(scalars_ptr + 3)
     ridge = load_query_ridge(ridge_in, sequence, q_head, n)
     scaled_ridge = ridge_in_units(ridge, k_unit)
@@ -440,24 +442,27 @@ def decode_solve_kernel(
 
     d_z = tl.zeros([W], tl.float32)
     slope = tl.zeros([W, BLOCK_R // W], tl.float32)
-    rows, own = panel_of(moments, row, 0, R, D)
+    panel, square = panel_of(moments, row, 0, R, D)
     tl.debug_barrier()
     for p in tl.range(0, D, PANEL):
-        own_row = tl.zeros([W, 1], tl.int32) + (p + panel)[None, :]  # (W, P)
-        b = tl.load(sums_ptr + own_row)  # (W, P) of d
+        column = p + first_columns
+        square_row = tl.zeros([W, 1], tl.int32) + column[None, :]  # (W, P)
+        b = tl.load(sums_ptr + square_row)  # (W, P) of d
         if not MERGED:
             b *= share
-            rows = rows * share - mean[:, :, None] * b[:, None, :]
-            own = own * share - b[:, :, None] * b[:, None, :]
-            b += tl.load(offset_ptr + own_row) * inverse_power(k_unit)
-        # Of the square, which ``rows`` holds too, no more is asked than what ``own`` tells.
-        own += tl.where(own_row[:, :, None] == (p + panel)[None, None, :], scaled_ridge, 0.0)
-        rows, b, inverse, later = factored_panel(rows, own, b, p, moments, y_ptr, row, scaled_ridge, R, D)
-        y = tl.sum(inverse * b[:, :, None], 1)  # (W, P)
-        d_z += tl.sum(y * y, 1)
-        slope += tl.sum(rows * y[:, None, :], 2)
-        tl.store(y_ptr + own_row, y)
-        rows, own = later
+            panel = panel * share - mean[:, :, None] * b[:, None, :]
+            square = square * share - b[:, :, None] * b[:, None, :]
+            b += tl.load(offset_ptr + square_row) * inverse_power(k_unit)
+        # Of the square, which ``panel`` holds too, no more is asked than what ``square`` tells.
+        square += tl.where(square_row[:, :, None] == column[None, None, :], scaled_ridge, 0.0)
+        panel, b, inverse, later = factored_panel(
+            panel, square, b, p, moments, half_solved_ptr, row, scaled_ridge, R, D
+        )  # fmt: skip
+        half_solved = tl.sum(inverse * b[:, :, None], 1)  # (W, P)
+        d_z += tl.sum(half_solved * half_solved, 1)
+        slope += tl.sum(panel * half_solved[:, None, :], 2)
+        tl.store(half_solved_ptr + square_row, half_solved)
+        panel, square = later
         tl.debug_barrier()
 
     # NaN where anything was not finite: of one value, of all.

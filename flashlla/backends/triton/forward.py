@@ -78,8 +78,8 @@ def flaws_seen(
     """Of each query 0, or NaN where it is not finite or sees a key or a value that is not: (M,). ``flaws`` are what
     `cast_kernel` has found."""
     found = tl.zeros([M], tl.float32)
-    own = flaws.heads + n_heads + at.k_head
-    q_flaw, k_flaw, v_flaw = tl.load(flaws.heads + at.q_head), tl.load(own), tl.load(own + n_heads // group)
+    k_flaws = flaws.heads + n_heads + at.k_head
+    q_flaw, k_flaw, v_flaw = tl.load(flaws.heads + at.q_head), tl.load(k_flaws), tl.load(k_flaws + n_heads // group)
     if q_flaw + k_flaw + v_flaw > 0:  # seldom
         found += load_rows(flaws.q + at.q_row, at.start, tl.where(q_flaw > 0, at.q_len, 0), M, 0.0)
         first, _, _, stop = key_range(at, window, SHAPE.CAUSAL, M, N)
@@ -116,8 +116,8 @@ def statistics_kernel(
     wide = q.to(tl.float32)
     short = shortening(q)  # (M,)
     # Keys far from the origin are near each other, but for some: u.k is measured from that of the query's own key.
-    own = gather_tile(k_base, k_in.stride_s, own_key(i, at, BLOCK_M), at.k_stop, SHAPE.HEAD_DIM, D)
-    u_origin = tl.sum(wide * own.to(tl.float32), 1) * short  # (M,)
+    own_keys = gather_tile(k_base, k_in.stride_s, own_key(i, at, BLOCK_M), at.k_stop, SHAPE.HEAD_DIM, D)
+    u_origin = tl.sum(wide * own_keys.to(tl.float32), 1) * short  # (M,)
     nothing, nowhere = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, D], tl.float32)
     m, total, acc, c_total, c_acc = sweep_keys(
         statistics_body, (nothing - float("inf"), nothing, nowhere, nothing, nowhere),

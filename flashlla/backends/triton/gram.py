@@ -77,8 +77,7 @@ def gram_kernel(
     ADJOINT: tl.constexpr, SHAPE: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_M: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Of each segment of queries: made_out.use, whether its queries are to use made_out.inverse, (G + lambda I)^-1 but
-    for a power of two; where not, it is not written. scratch: (heads, segments,
-    2 D, D).
+    for a power of two; where not, it is not written. scratch: (heads, segments, 2 D, D).
 
     lambda is the mean of the segment's finite ones. The keys are those that all of the segment's queries see, with a
     window those before it: the whole chunks of them.
@@ -96,11 +95,11 @@ def gram_kernel(
         if window is not None:
             first = tl.cdiv(clamp(at.start + at.diagonal - window, 0, stop), SEGMENT)
     dim = tl.arange(0, D)
-    square = dim[:, None] * D + dim[None, :]
+    element = dim[:, None] * D + dim[None, :]
     gram, total = tl.zeros([D, D], tl.float32), tl.zeros([D], tl.float32)
     for c in tl.range(first, last):
         sums = sums_ptr + (at.k_head.to(tl.int64) * chunks + c) * (D + 1) * D
-        gram += tl.load(sums + square)  # (D, D)
+        gram += tl.load(sums + element)  # (D, D)
         total += tl.load(sums + D * D + dim)  # (D,)
     share = inverse_or_zero((tl.minimum(last * SEGMENT, at.k_stop) - first * SEGMENT).to(tl.float32))
     mean = total * share
@@ -129,7 +128,7 @@ def gram_kernel(
     for i in tl.range(at.start, tl.minimum(at.start + SEGMENT, at.q_len), BLOCK_M):
         q = load_tile(q_base, q_in.stride_s, i, at.q_len, HEAD_DIM, BLOCK_M, D, True)  # (M, D)
         member = i + tl.arange(0, BLOCK_M)
-        own = load_ridge(ridge_in, member, at, 1.0)  # (M,)
+        ridges = load_ridge(ridge_in, member, at, 1.0)  # (M,)
         if ADJOINT:  # the probe z has z.A z = z.d
             x = load_tile(rows_of(probe_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, D, True)
             x = x * k_unit
@@ -142,8 +141,8 @@ def gram_kernel(
             x = q.to(tl.float32) * shortening(q)[:, None]
             image = load_tile(rows_of(b_ptr, at, HEAD_DIM), HEAD_DIM, i, at.q_len, HEAD_DIM, BLOCK_M, D, True)
             inverse_size = inverse_or_zero(tl.sqrt(tl.sum(x * x, 1)))
-            curvature = tl.sum(x * image, 1) * inverse_size * inverse_size + ridge_in_units(own, k_unit)
-        some = sees_some(member, at, window, SHAPE.CAUSAL) & finite(own) & finite(curvature) & (inverse_size > 0)
+            curvature = tl.sum(x * image, 1) * inverse_size * inverse_size + ridge_in_units(ridges, k_unit)
+        some = sees_some(member, at, window, SHAPE.CAUSAL) & finite(ridges) & finite(curvature) & (inverse_size > 0)
         x = rounded(tl.where(some[:, None], x * inverse_size[:, None], 0.0), q, SHAPE.TF32)  # (M, D) of unit length
         matrix = rounded(scaled, q, SHAPE.TF32)  # (D, D)
         expected += tl.sum(dot(x, matrix, zeros(x, matrix), SHAPE.TF32) * x.to(tl.float32)) * unit
@@ -153,23 +152,23 @@ def gram_kernel(
     tl.store(made_out.use + slot, 1)
     a = scratch + slot * (2 * D * D)  # G + lambda I over the unit matrix
     further = a + D * D
-    tl.store(a + square, gram)
-    tl.store(further + square, tl.where(on_diagonal, 1.0, 0.0))
+    tl.store(a + element, gram)
+    tl.store(further + element, tl.where(on_diagonal, 1.0, 0.0))
     tl.debug_barrier()
     W: tl.constexpr = WARPS
     R: tl.constexpr = 2 * D
     warp_row = tl.arange(0, W)[:, None] * (R // W) + tl.arange(0, R // W)[None, :]  # (W, R / W)
     b = tl.zeros([W, PANEL], tl.float32)
-    rows, own = panel_of(a, warp_row, 0, R, D)
+    panel, square = panel_of(a, warp_row, 0, R, D)
     tl.debug_barrier()
     for p in tl.range(0, D, PANEL):
-        _rows, b, _inverse, later = factored_panel(rows, own, b, p, a, None, warp_row, ridge, R, D)
-        rows, own = later
+        _panel, b, _inverse, later = factored_panel(panel, square, b, p, a, None, warp_row, ridge, R, D)
+        panel, square = later
         tl.debug_barrier()
-    factor = tl.load(further + square) * inverse_power(power_of_two(tl.rsqrt(ridge)))  # (D, D) L^-T
+    factor = tl.load(further + element) * inverse_power(power_of_two(tl.rsqrt(ridge)))  # (D, D) L^-T
     factor = rounded(factor, tl.zeros([1], made_out.inverse.dtype.element_ty), SHAPE.TF32)
     inverse = dot(factor, tl.trans(factor), zeros(factor, tl.trans(factor)), SHAPE.TF32)  # (D, D)
-    tl.store(made_out.inverse + slot * D * D + square, inverse.to(made_out.inverse.dtype.element_ty))
+    tl.store(made_out.inverse + slot * D * D + element, inverse.to(made_out.inverse.dtype.element_ty))
 
 
 @triton.jit

@@ -56,14 +56,15 @@ class Call:
         self.operand_dtype = torch.float16 if half else torch.float32
         full = products.allowed(self.device) == "ieee"
         self.shape = Shape(
-            problem.head_dim, problem.v_dim, configs.padded(problem.head_dim), configs.padded(problem.v_dim),
-            mask.causal, not (half or full),
+            HEAD_DIM=problem.head_dim, V_DIM=problem.v_dim,
+            BLOCK_D=configs.padded(problem.head_dim), BLOCK_V=configs.padded(problem.v_dim),
+            CAUSAL=mask.causal, TF32=not (half or full),
         )  # fmt: skip
         # Queries and keys of the longest sequence.
         self.max_seqlens = problem.q_len, problem.k_len
         if mask.packed:
             self.max_seqlens = problem.max_seqlen_q, problem.max_seqlen_k
-        self.seqlens = Seqlens(inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqlens_k)
+        self.seqlens = Seqlens(cu_q=inputs.cu_seqlens_q, cu_k=inputs.cu_seqlens_k, k=inputs.seqlens_k)
         self.lengths = (
             self.n_heads, problem.q_heads, problem.group, problem.q_len, problem.k_len, *self.max_seqlens,
         )  # fmt: skip
@@ -161,8 +162,8 @@ class Call:
         """``guard * grad_o`` in the operands' dtype, contiguous, in units of a power of two a row; and the probe so, in
         rows of unit length."""
         grad_o = with_unit_stride(grad_o)
-        do = Scaled(self.vectors(self.operand_dtype, grad_o.shape[-1]), self.rows())
-        z = Scaled(self.vectors(self.operand_dtype), self.rows())
+        do = Scaled(ptr=self.vectors(self.operand_dtype, grad_o.shape[-1]), unit=self.rows())
+        z = Scaled(ptr=self.vectors(self.operand_dtype), unit=self.rows())
         self.launch(
             prepare.cast_rows_kernel, "cast", (self.n_heads * cdiv(self.max_seqlens[0], configs.CAST_ROWS),),
             self.strided(grad_o), guard, probe, do, z, self.seqlens.cu_q, *self.lengths,
@@ -201,7 +202,8 @@ def tolerances(problem: Problem, adjoint: bool) -> tuple[Tolerances, int]:
     solver: Any = problem.solver
     floor = resolution(problem.dtype)
     coarse = (PROBE_SLACK * floor) ** 2 if problem.dtype == torch.bfloat16 and not adjoint else 0.0
-    return Tolerances(float(solver.atol), max(float(solver.rtol), floor**2), coarse), int(solver.max_iters)
+    found = Tolerances(atol=float(solver.atol), rtol=max(float(solver.rtol), floor**2), coarse=coarse)
+    return found, int(solver.max_iters)
 
 
 def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:

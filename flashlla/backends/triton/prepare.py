@@ -20,6 +20,7 @@ from flashlla.backends.triton.primitives import (
     outside,
     place,
     power_of_two,
+    room,
     rounded,
     sequence_extent,
     store_numbers,
@@ -152,9 +153,7 @@ def cast_rows_kernel(
     tile = tile * load_numbers(guard, at, BLOCK_M, 1.0)[:, None]
     tile, flaw = cleaned(tile, MOST)
     top = tl.max(tl.abs(tile), 1)  # (M,)
-    # Elements under 2 / (2 sqrt(V)): the row's length is under 1. ROOM is the power of two at or above 2 sqrt(V).
-    ROOM: tl.constexpr = 32 if V > 64 else (16 if V > 16 else 8)
-    unit = power_of_two(top * ROOM)
+    unit = power_of_two(top * room(V))  # elements under 2 / room: the row's length is under 1
     store_vectors(do_out.ptr, at, tile * inverse_power(unit)[:, None], SHAPE.V_DIM)
     store_numbers(do_out.unit, at, unit + flaw)
     z = load_vectors(probe, at, SHAPE.HEAD_DIM, BLOCK_M, D)  # (M, D)

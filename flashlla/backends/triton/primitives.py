@@ -301,6 +301,12 @@ def inverse_or_zero(x):
     return tl.where(x > 0, 1 / tl.where(x > 0, x, 1.0), x)
 
 
+@triton.constexpr_function
+def room(width):
+    """The power of two at or above 2 sqrt(width): rows of ``width`` elements under 2 are no longer."""
+    return 8 if width <= 16 else 16 if width <= 64 else 32
+
+
 @triton.jit
 def shortening(q):
     """Of each row of operands q (M, D) a power of two that makes it no longer than 1, and not by much shorter: (M,).
@@ -308,8 +314,7 @@ def shortening(q):
     Exact but for lengths that no power of two in range mends, so that products made with it in one kernel are those of
     the very vector that another makes with it.
     """
-    span: tl.constexpr = 8.0 if q.shape[1] <= 16 else (16.0 if q.shape[1] <= 64 else 32.0)  # at least 2 sqrt(D)
-    return inverse_power(power_of_two(tl.max(tl.abs(q.to(tl.float32)), 1))) * (1 / span)
+    return inverse_power(power_of_two(tl.max(tl.abs(q.to(tl.float32)), 1))) * (1 / room(q.shape[1]))
 
 
 @triton.jit

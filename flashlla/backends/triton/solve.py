@@ -288,11 +288,11 @@ def solve_kernel(
     solution, r2 = with_last_step(solution, r, r2, share_left, last_size, LAST)
     solution += (0.0 * r2)[:, None]  # NaN where the right-hand side was
     if ADJOINT:
-        size = load_numbers(adjoint.b_size, at, BLOCK_M, 0.0)
-        y_neg = saturated(finite_or_zero(solution * -size[:, None]), q)
+        b_size = load_numbers(adjoint.b_size, at, BLOCK_M, 0.0)
+        y_neg = saturated(finite_or_zero(solution * -b_size[:, None]), q)
         store_vectors(x_out, at, y_neg, SHAPE.HEAD_DIM)
         probe = load_vectors(adjoint.probe, at, SHAPE.HEAD_DIM, BLOCK_M, D)
-        store_numbers(adjoint.z_y, at, k_unit * size * tl.sum(probe * solution, 1))
+        store_numbers(adjoint.z_y, at, k_unit * b_size * tl.sum(probe * solution, 1))
     else:
         store_vectors(x_out, at, solution * inverse_power(k_unit), SHAPE.HEAD_DIM)
         store_numbers(ended_out.iterations, at, iterations)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashlla.backends.base import Backend
 from flashlla.backends.triton import configs
-from flashlla.problem import Forward, Gradients, Inputs, Problem, Residuals, empty_output
+from flashlla.problem import Forward, Gradients, Inputs, Problem, Residuals
 from flashlla.solvers import spelling
 
 # More keys than this, and the default solver has it: fewer are over before it pays.
@@ -112,11 +112,9 @@ class Triton(Backend):
 
         return launch.backward(problem, inputs, residuals, grad_o, self.preconditioner(problem) or "none")
 
-    def decode(self, problem: Problem, inputs: Inputs, out: Tensor | None = None) -> Tensor:
+    def decode(self, problem: Problem, inputs: Inputs, out: Tensor) -> Tensor:
         from flashlla.backends.triton.decode import decode
 
-        if out is None:
-            out = empty_output(inputs.q, inputs.v)
         return decode(problem, inputs, out)
 
 

@@ -36,8 +36,7 @@ docs: $(READY)
 	@echo "site/index.html"
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks run --shapes 1x4x256x64 1x4x1024x16 1x1x1024x64 --ridges 10 0.1 \
-	  --backends triton chunked naive --solvers cg pcg direct
+	$(BIN)/python -m pytest -q benchmarks
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -30,9 +30,9 @@ class LLAInfo(NamedTuple):
     inputs); where the Triton kernels end with a step that no product with A checks, an estimate of it (docs/math.md,
     (4.7)). ``converged``: bool, whether the solver reached its tolerance by its own account; where rounding keeps the
     true residual above it, as with small ridges in float32, the ``residual`` of the PyTorch backends shows it, and
-    above 1e-3 they call nothing converged. ``omega``: sum of the softmax weights relative to the largest,
-    ``sum_j exp(s q.k_j - max_j s q.k_j)``, without a gradient. ``backend``: the name of the backend that ran; the tuple
-    itself holds its number, ``choice``.
+    above 1e-3, or twice a tolerance that is larger, they call nothing converged. ``omega``: sum of the softmax weights
+    relative to the largest, ``sum_j exp(s q.k_j - max_j s q.k_j)``, without a gradient. ``backend``: the name of the
+    backend that ran; the tuple itself holds its number, ``choice``.
     """
 
     iterations: Tensor
@@ -70,6 +70,7 @@ def lla_attention(
     cg_rtol: float = 1e-12,
     cg_max_iters: int = 32,
     cg_use_preconditioner: bool = False,
+    tolerance: float | None = None,
     solver: str | Solver | None = None,
     backend: str | None = None,
     return_info: bool = False,
@@ -102,6 +103,10 @@ def lla_attention(
         cg_atol, cg_rtol, cg_max_iters: the tolerances of conjugate gradients, as in :class:`flashlla.CG`.
             Defaults 1e-12, 1e-12, 32.
         cg_use_preconditioner: use the Jacobi preconditioner. Default False.
+        tolerance: how long the residual of a solve may be beside its right-hand side, from 0 to below 1: the square
+            root of ``cg_rtol``, and instead of it. Larger is faster; gradients are solved to the same. What is below
+            the dtype's resolution (1e-3 for 16-bit inputs, 1e-6 for float32) is raised to it. Also with ``solver`` by
+            one of the names "cg", "pcg" and "pcg_gram". Default None: as ``cg_rtol`` says.
         solver: "cg", "pcg", "direct", a registered name, or a :class:`flashlla.Solver` object, instead of the
             ``cg_*`` arguments. Default None: conjugate gradients, in the form that the backend does best.
         backend: demand a backend by name, or "auto". Default None: as :class:`flashlla.set_backend` says.
@@ -120,9 +125,10 @@ def lla_attention(
     Raises:
         TypeError: an argument has the wrong type, dtypes differ, or a dtype is not supported.
         ValueError: shapes, devices or numbers do not fit; ``solver`` together with a ``cg_*`` argument that is not at
-            its default; a name that is not known. On the CPU, and elsewhere where the environment variable
-            FLASHLLA_CHECK is 1: numbers in ``ridge_lambda`` that are not above 0, or in ``seqlens_k`` that are not 0 to
-            Sk; unchecked, the latter are taken as the nearest of these.
+            its default; ``tolerance`` with ``cg_rtol``, or with a solver that has its own; a name that is not known. On
+            the CPU, and elsewhere where the environment variable FLASHLLA_CHECK is 1: numbers in ``ridge_lambda`` that
+            are not above 0, or in ``seqlens_k`` that are not 0 to Sk; unchecked, the latter are taken as the nearest of
+            these.
         flashlla.UnsupportedError: the demanded backend cannot run the call.
         torch.linalg.LinAlgError: a direct solve met a matrix that is not positive definite in its precision.
         NotImplementedError: a second derivative was asked for.
@@ -155,6 +161,7 @@ def lla_attention(
         cg_rtol=cg_rtol,
         cg_max_iters=cg_max_iters,
         cg_use_preconditioner=cg_use_preconditioner,
+        tolerance=tolerance,
         solver=solver,
         backend=backend,
         causal=causal,
@@ -212,6 +219,7 @@ def lla_attention_varlen(
     cg_rtol: float = 1e-12,
     cg_max_iters: int = 32,
     cg_use_preconditioner: bool = False,
+    tolerance: float | None = None,
     solver: str | Solver | None = None,
     backend: str | None = None,
     return_info: bool = False,
@@ -237,8 +245,8 @@ def lla_attention_varlen(
         max_seqlen_q, max_seqlen_k: the same for queries and for keys. Default None: ``max_seqlen``.
         ridge_lambda: a number, or a tensor that broadcasts to (Hq, T), for (1, Hq, T, D) to (1, Hq, T). Default 10.0.
         causal, window: as for :func:`lla_attention`, aligned at the last key of each sequence. Defaults True, None.
-        qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, solver, backend, return_info: as
-            for :func:`lla_attention`.
+        qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, tolerance, solver, backend,
+            return_info: as for :func:`lla_attention`.
 
     Given ``max_seqlen``, the fused kernels do not wait for the device; the PyTorch backends do, for ``cu_seqlens``.
     The numbers there are checked on the CPU, and elsewhere where the environment variable FLASHLLA_CHECK is 1.
@@ -283,6 +291,7 @@ def lla_attention_varlen(
         cg_rtol=cg_rtol,
         cg_max_iters=cg_max_iters,
         cg_use_preconditioner=cg_use_preconditioner,
+        tolerance=tolerance,
         solver=solver,
         backend=backend,
         cu_seqlens=cu_seqlens,
@@ -312,6 +321,7 @@ def lla_decode(
     backend: str | None = None,
     out: Tensor | None = None,
     layout: str = "bhsd",
+    **others: NoReturn,
 ) -> Tensor:
     """Local Linear Attention of a few new tokens against a cache: inference, without gradients.
 
@@ -369,6 +379,8 @@ def lla_decode(
         >>> torch.allclose(o[1:], full, atol=1e-4)
         True
     """
+    if others:
+        refuse_unknown("lla_decode", others, _known(lla_decode))
     call = prepare_decode(
         q,
         k_cache,

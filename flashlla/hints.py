@@ -19,11 +19,15 @@ _ELSEWHERE = {
     "cu_seqlens": "flashlla.lla_attention_varlen",
     "block_table": "flashlla.lla_decode",
 }
+# The same, where it is another thing for one caller.
+_FOR: dict[str, dict[str, str]] = {
+    "lla_decode": {"tolerance": "without it: decoding is exact; or solver=flashlla.CG(tolerance=...)"},
+}
 
 
 def refuse_unknown(caller: str, names: Iterable[str], known: Iterable[str]) -> NoReturn:
     """The error for arguments ``names`` of ``caller``, which takes the ``known`` ones."""
     name, known = min(names), list(known)
     close = difflib.get_close_matches(name, known, n=1)
-    hint = _ELSEWHERE.get(name, f"{close[0]}=" if close else f"one of {', '.join(known)}")
+    hint = {**_ELSEWHERE, **_FOR.get(caller, {})}.get(name, f"{close[0]}=" if close else f"one of {', '.join(known)}")
     raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}; try {hint}")

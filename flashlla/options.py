@@ -18,6 +18,7 @@ class SettingOptions(TypedDict, total=False):
     cg_rtol: float
     cg_max_iters: int
     cg_use_preconditioner: bool
+    tolerance: float | None
     solver: str | Solver | None
     backend: str | None
     causal: bool

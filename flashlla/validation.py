@@ -23,8 +23,8 @@ from flashlla.checks import (
     constant,
 )
 from flashlla.problem import Arguments, Inputs, Settings, accumulator
-from flashlla.solvers import CG, Solver, to_spelling
-from flashlla.solvers.cg import check_tolerances
+from flashlla.solvers import CG, ITERATIVE, Direct, Solver, to_spelling
+from flashlla.solvers.cg import check_tolerances, squared
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,12 +51,13 @@ class Call(NamedTuple):
 
 
 class _CGArguments(NamedTuple):
-    """The ``cg_*`` arguments."""
+    """The ``cg_*`` arguments, and the one that stands for ``cg_rtol``."""
 
     cg_atol: float = CG.atol
     cg_rtol: float = CG.rtol
     cg_max_iters: int = CG.max_iters
     cg_use_preconditioner: bool = False
+    tolerance: float | None = None
 
 
 def prepare(
@@ -207,13 +208,14 @@ def _check_settings(
     cg_rtol: float,
     cg_max_iters: int,
     cg_use_preconditioner: bool,
+    tolerance: float | None,
     solver: str | Solver | None,
     backend: str | None,
     causal: bool,
     window: int | None,
 ) -> Settings:
     """What every kind of call says beside its tensors."""
-    cg = _CGArguments(cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
+    cg = _CGArguments(cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, tolerance)
     causal, window = _check_mask(causal, window)
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: got {type(backend).__name__}, wanted a backend's name, 'auto' or None")
@@ -274,10 +276,16 @@ def _check_solver(solver: str | Solver | None, cg: _CGArguments) -> tuple[str, S
             f"cg_use_preconditioner: got {cg.cg_use_preconditioner!r}, wanted True or False; for a preconditioner "
             f"by name or object try solver=flashlla.PCG(preconditioner=...)"
         )
+    rtol = cg.cg_rtol if cg.tolerance is None else squared(cg.tolerance)
+    if cg.tolerance is not None and cg.cg_rtol != CG.rtol:
+        raise ValueError(
+            f"cg_rtol: got {cg.cg_rtol} together with tolerance={cg.tolerance}, wanted one of the two: the one is the "
+            f"square of the other"
+        )
+    numbers = tuple(constant(float(number)) for number in (cg.cg_atol, rtol, cg.cg_max_iters))
     if solver is None:
-        name = "pcg" if cg.cg_use_preconditioner else "cg"
-        return name, tuple(constant(float(number)) for number in (cg.cg_atol, cg.cg_rtol, cg.cg_max_iters))
-    for name, value, default in zip(cg._fields, cg, _CGArguments()):
+        return "pcg" if cg.cg_use_preconditioner else "cg", numbers
+    for name, value, default in zip(cg._fields, cg, _CGArguments(tolerance=cg.tolerance)):
         if value != default:
             raise ValueError(
                 f"{name}: got {value} together with solver={solver!r}, wanted one of the two. Try "
@@ -289,4 +297,13 @@ def _check_solver(solver: str | Solver | None, cg: _CGArguments) -> tuple[str, S
         raise TypeError(
             f"solver: got {type(solver).__name__}, wanted 'cg', 'pcg', 'pcg_gram', 'direct' or a flashlla.Solver object"
         )
-    return to_spelling(solver)
+    if cg.tolerance is None:
+        return to_spelling(solver)
+    if isinstance(solver, str) and solver in ITERATIVE:
+        return solver, numbers
+    direct = solver == "direct" or isinstance(solver, Direct)
+    why = "which is exact and has none" if direct else "which has its own"
+    hint = "solver='cg'" if direct else "solver=flashlla.CG(tolerance=...)"
+    raise ValueError(
+        f"tolerance: got {cg.tolerance} together with solver={solver!r}, {why}; try it without tolerance, or {hint}"
+    )

@@ -204,14 +204,15 @@ def test_layouts_are_those_of_the_fakes(backend):
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("name", ["ridge_lambda", "qk_scale", "delta_eps", "cg_rtol"])
+@pytest.mark.parametrize("name", ["ridge_lambda", "qk_scale", "delta_eps", "cg_rtol", "tolerance"])
 def test_a_number_that_varies_is_not_kept(name, dynamic):
     """It also multiplies a tensor, so that torch.compile has it as a symbol."""
     torch._dynamo.reset()
     q, k, v = (t.detach() for t in inputs(17)[:3])
 
     def call(q, k, v, number):
-        return flashlla.lla_attention(q * number, k, v, **{"cg_rtol": 1e-24, "cg_max_iters": 99, name: number / 8})
+        options = {"cg_max_iters": 99, **({} if name == "tolerance" else {"cg_rtol": 1e-24}), name: number / 8}
+        return flashlla.lla_attention(q * number, k, v, **options)
 
     frames = torch._dynamo.testing.CompileCounterWithBackend("inductor" if HAS_COMPILER else "aot_eager")
     compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=frames)

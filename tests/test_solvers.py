@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,55 @@ def test_tolerance_below_the_resolution_is_raised(dtype: torch.dtype) -> None:
     assert raised.converged.all()
     looser = CG(atol=0, rtol=100 * resolution(dtype) ** 2, max_iters=300).solve(systems, b)
     assert looser.iterations.sum() < asked.iterations.sum()
+
+
+def test_a_tolerance_is_the_root_of_rtol() -> None:
+    for kind in (CG, PCG):
+        solver = kind(tolerance=1e-2, max_iters=50)
+        assert solver == kind(rtol=1e-4, max_iters=50)
+        assert hash(solver) == hash(kind(rtol=1e-4, max_iters=50))
+        assert repr(solver) == repr(kind(rtol=1e-4, max_iters=50))
+        assert (solver.tolerance, solver.rtol) == (1e-2, 1e-4)
+        assert dataclasses.replace(solver, max_iters=9) == kind(rtol=1e-4, max_iters=9)
+        assert from_spelling(*to_spelling(solver)) == solver
+        with pytest.raises(ValueError, match=r"rtol: got 1e-08 together with tolerance=0\.01"):
+            kind(rtol=1e-8, tolerance=1e-2)
+    with pytest.raises(ValueError, match=r"tolerance: got 1\.5, wanted a number from 0 to below 1"):
+        CG(tolerance=1.5)
+    with pytest.raises(TypeError, match="tolerance: got str"):
+        PCG(tolerance="1e-2")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("solver", [None, "cg", "pcg", "pcg_gram"])
+def test_a_call_takes_a_tolerance_and_its_gradient_too(solver: str | None) -> None:
+    """As of the object that says the same; in both directions: one iteration more shows in the numbers."""
+    leaves = [normal(1, 60, 16, seed=i, dtype=torch.float32).requires_grad_() for i in range(3)]
+    name = solver or "cg"
+    same = from_spelling(name, [CG.atol, 1e-4, CG.max_iters])
+    found = []
+    for options in ({"tolerance": 1e-2, "solver": solver}, {"solver": same}, {"solver": solver}):
+        o, info = flashlla.lla_attention(*leaves, ridge_lambda=0.1, backend="chunked", return_info=True, **options)
+        found.append([o, info.residual, *torch.autograd.grad(o.square().sum(), leaves)])
+    assert (found[0][1] <= 1e-2).all()
+    assert (found[0][1] > 1e-3).any()
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1]))
+    assert not any(torch.equal(a, b) for a, b in zip(found[0], found[2]))
+
+
+def test_a_call_of_packed_sequences_takes_a_tolerance() -> None:
+    q, k, v = (normal(60, 2, 16, seed=i, dtype=torch.float32) for i in range(3))
+    call = lambda **options: flashlla.lla_attention_varlen(
+        q, k, v, cu_seqlens=torch.tensor([0, 20, 60]), ridge_lambda=0.1, backend="chunked", **options
+    )
+    assert torch.equal(call(tolerance=1e-2), call(cg_rtol=1e-4))
+    assert not torch.equal(call(tolerance=1e-2), call())
+
+
+def test_a_tolerance_below_the_resolution_of_the_inputs_is_raised() -> None:
+    q, k, v = (normal(1, 60, 16, seed=i, dtype=torch.bfloat16) for i in range(3))
+    call = lambda tolerance: flashlla.lla_attention(q, k, v, ridge_lambda=0.1, tolerance=tolerance, backend="chunked")
+    assert torch.equal(call(0.0), call(1e-3))
+    assert not torch.equal(call(1e-2), call(1e-3))
 
 
 @pytest.mark.parametrize(("dtype", "reached"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-3), (torch.float32, 1e-6)])

@@ -37,6 +37,8 @@ _OWN: tuple[Solver, ...] = (
     Direct(),
 )
 _OWN_CLASSES = tuple(type(solver) for solver in _OWN)
+# Names of those that iterate, to a tolerance.
+ITERATIVE = tuple(own.name for solver in _OWN if isinstance(solver, CG) and (own := solver.spelled()))
 # All that go by a name; and the names of objects that came without one.
 _named: dict[str, Solver] = {own.name: solver for solver in _OWN if (own := solver.spelled())}
 _unnamed: dict[Solver, str] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import ClassVar
 
@@ -26,9 +26,13 @@ class CG(Solver):
         atol: floor under ``|b|^2`` in the rule, the square of a length in key space. Default 1e-12.
         rtol: squared relative residual to reach. Default 1e-12.
         max_iters: cap on iterations a row. Default 32.
+        tolerance: the relative residual itself, instead of ``rtol``, which becomes its square: two solvers that say
+            the same either way are equal. By keyword. Default None: as ``rtol`` says.
 
     Raises:
-        ValueError: a tolerance is negative or not finite, or ``max_iters`` is under 1.
+        TypeError: an argument is no number.
+        ValueError: ``atol`` or ``rtol`` is negative or not finite, ``tolerance`` is not from 0 to below 1 or comes
+            together with another ``rtol``, or ``max_iters`` is under 1.
 
     Source: Hestenes and Stiefel (1952); the rule is that of Zuo et al. (ICLR 2026). docs/math.md, section 4.
 
@@ -36,17 +40,29 @@ class CG(Solver):
         >>> import torch, flashlla
         >>> q, k, v = torch.randn(3, 1, 20, 4, dtype=torch.float64).unbind(0)
         >>> o = flashlla.lla_attention(q, k, v, solver=flashlla.CG(rtol=1e-26, max_iters=100))
+        >>> flashlla.CG(tolerance=1e-2)
+        CG(atol=1e-12, rtol=0.0001, max_iters=32)
     """
 
     advice: ClassVar[str] = (
-        "more iterations (cg_max_iters, or max_iters of the solver object), a looser cg_rtol, solver='direct'"
+        "more iterations (cg_max_iters, or max_iters of the solver object), a looser tolerance, solver='direct'"
     )
 
     atol: float = 1e-12
     rtol: float = 1e-12
     max_iters: int = 32
+    # What rtol was made of, if anything; rtol alone decides what is equal.
+    tolerance: float | None = field(default=None, kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.tolerance is not None:
+            square = squared(self.tolerance)
+            if self.rtol not in (CG.rtol, square):
+                raise ValueError(
+                    f"rtol: got {self.rtol} together with tolerance={self.tolerance}, wanted one of the two: the one "
+                    f"is the square of the other"
+                )
+            object.__setattr__(self, "rtol", square)
         check_tolerances(self.atol, self.rtol, self.max_iters)
 
     def spelled(self) -> Spelling | None:
@@ -73,6 +89,18 @@ def check_tolerances(atol: float, rtol: float, max_iters: int, prefix: str = "")
             raise ValueError(f"{prefix}{name}: got {value}, wanted a finite number of at least 0")
     if max_iters < 1 or max_iters != int(max_iters):
         raise ValueError(f"{prefix}max_iters: got {max_iters}, wanted a whole number of at least 1")
+
+
+def squared(tolerance: float) -> float:
+    """The ``rtol`` that ``tolerance``, a relative residual, stands for."""
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float, Real)):
+        raise TypeError(f"tolerance: got {type(tolerance).__name__}, wanted a number or None")
+    if not 0 <= tolerance < 1:
+        raise ValueError(
+            f"tolerance: got {tolerance}, wanted a number from 0 to below 1: how long a residual may be beside the "
+            f"right-hand side"
+        )
+    return float(tolerance) * float(tolerance)
 
 
 def conjugate_gradients(

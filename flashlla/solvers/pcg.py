@@ -19,7 +19,7 @@ class PCG(CG):
     """Conjugate gradients with a preconditioner; the stopping rule is that of :class:`CG`.
 
     Args:
-        atol, rtol, max_iters: as in :class:`CG`.
+        atol, rtol, max_iters, tolerance: as in :class:`CG`.
         preconditioner: "jacobi" (the default), "gram" (:class:`Gram`) or a :class:`Preconditioner` object.
 
     Raises:

@@ -3,7 +3,7 @@
 The public names are those listed here; README.md shows them at work.
 """
 
-from flashlla import ops
+from flashlla import nn, ops
 from flashlla.api import LLAFunction, LLAInfo, explain, lla_attention, lla_attention_varlen, lla_decode
 from flashlla.backends.base import Backend
 from flashlla.crosscheck import verify
@@ -38,6 +38,7 @@ __all__ = [
     "lla_attention",
     "lla_attention_varlen",
     "lla_decode",
+    "nn",
     "ops",
     "register_backend",
     "register_solver",

@@ -70,8 +70,12 @@ def calls(head_dim: int, dtype: torch.dtype, architecture: int) -> Iterator[tupl
     yield dataclasses.replace(plain, mask=Mask(causal=False)), Inputs(q, q, q, rows), "none"
     yield grouped, Inputs(q, shared, shared, rows), "none"
     yield dataclasses.replace(plain, mask=Mask(window=100)), Inputs(q, q, q, rows), "none"
-    yield dataclasses.replace(plain, mask=Mask(padded=True)), Inputs(q, q, q, rows, meta(2)), "none"
-    yield packed, Inputs(q[:1], shared[:1], shared[:1], rows[:1], None, cu_seqlens, cu_seqlens), "none"
+    padded = dataclasses.replace(plain, mask=Mask(padded=True))
+    yield padded, Inputs(q, q, q, rows, seqlens_k=meta(2)), "none"
+    yield padded, Inputs(q, q, q, rows, seqlens_k=meta(2), seqstarts_k=meta(2)), "none"
+    yield dataclasses.replace(plain, mask=DECODING), Inputs(q, q, q, rows, seqlens_k=meta(2)), "none"
+    packs = Inputs(q[:1], shared[:1], shared[:1], rows[:1], cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+    yield packed, packs, "none"
 
 
 def decodings(head_dim: int, dtype: torch.dtype, plain: bool) -> None:
@@ -130,6 +134,8 @@ def variant(launch: Launch) -> str:
     if (seqlens := given.get("seqlens")) is not None:  # to decode lengths always are there, and the window is a number
         found += [] if seqlens.cu_q is None else ["packed"]
         found += [] if seqlens.k is None else ["seqlens_k"]
+        found += [] if seqlens.k_start is None else ["seqstarts_k"]
+        found += [] if seqlens.own_end is None else ["prompt"]
         found += [] if given.get("window") is None else ["window"]
     found += [f"page {settings['PAGE']}"] if settings.get("PAGE") else []
     found += ["merged"] if settings.get("MERGED") else []

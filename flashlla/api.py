@@ -77,6 +77,7 @@ def lla_attention(
     causal: bool = True,
     window: int | None = None,
     seqlens_k: Tensor | None = None,
+    seqstarts_k: Tensor | None = None,
     layout: str = "bhsd",
     **others: Any,
 ) -> Tensor | tuple[Tensor, LLAInfo]:
@@ -116,6 +117,8 @@ def lla_attention(
         window: sees only the latest so many of those, its own included. Default None: all.
         seqlens_k: (B,) int32 on the device of k, how many keys each sequence has: keys at or beyond it are invisible,
             whatever they hold. The causal diagonal stays where the tensors' lengths put it. Default None: all.
+        seqstarts_k: (B,) int32 on the device of k, the first key of each sequence: keys before it are invisible,
+            whatever they hold, as those of a batch that is padded on the left. The diagonal stays. Default None: 0.
         layout: "bhsd", or "bshd" for tensors (B, S, H, D), outputs and info likewise; nothing is copied. ridge_lambda
             stays (B, Hq, Sq). Default "bhsd".
 
@@ -127,8 +130,8 @@ def lla_attention(
         ValueError: shapes, devices or numbers do not fit; ``solver`` together with a ``cg_*`` argument that is not at
             its default; ``tolerance`` with ``cg_rtol``, or with a solver that has its own; a name that is not known. On
             the CPU, and elsewhere where the environment variable FLASHLLA_CHECK is 1: numbers in ``ridge_lambda`` that
-            are not above 0, or in ``seqlens_k`` that are not 0 to Sk; unchecked, the latter are taken as the nearest of
-            these.
+            are not above 0, or in ``seqlens_k`` or ``seqstarts_k`` that are not 0 to Sk; unchecked, the latter are
+            taken as the nearest of these.
         flashlla.UnsupportedError: the demanded backend cannot run the call.
         torch.linalg.LinAlgError: a direct solve met a matrix that is not positive definite in its precision.
         NotImplementedError: a second derivative was asked for.
@@ -167,6 +170,7 @@ def lla_attention(
         causal=causal,
         window=window,
         seqlens_k=seqlens_k,
+        seqstarts_k=seqstarts_k,
         layout=layout,
     )
     return _attend(call, return_info)
@@ -316,6 +320,7 @@ def lla_decode(
     qk_scale: float | None = None,
     delta_eps: float = 1e-12,
     window: int | None = None,
+    seqstarts_k: Tensor | None = None,
     block_table: Tensor | None = None,
     solver: str | Solver | None = None,
     backend: str | None = None,
@@ -323,14 +328,14 @@ def lla_decode(
     layout: str = "bhsd",
     **others: NoReturn,
 ) -> Tensor:
-    """Local Linear Attention of a few new tokens against a cache: inference, without gradients.
+    """Local Linear Attention of new tokens against a cache: inference, without gradients.
 
     What :func:`lla_attention` gives for the last N queries of each sequence, with caches that have room for more. The
     keys and values of the new tokens are in the cache already, the last N of the ``seqlens_k`` in use: new token i
     sees keys up to seqlens_k - N + i. Slots beyond the length are not looked at and may hold anything, NaN too.
 
     Args:
-        q: (B, Hq, N, D), N from 1 to 16; dtypes and strides as for :func:`lla_attention`.
+        q: (B, Hq, N, D), N any number of new tokens; dtypes and strides as for :func:`lla_attention`.
         k_cache: (B, Hkv, L, D); with ``block_table`` pages, (pages, Hkv, page size, D), the page size a multiple of 16.
             Hq is a multiple of Hkv.
         v_cache: (B, Hkv, L, Dv), or (pages, Hkv, page size, Dv).
@@ -340,10 +345,14 @@ def lla_decode(
         ridge_lambda: a number, or a tensor that broadcasts to (B, Hq, N). Default 10.0.
         qk_scale, delta_eps: as for :func:`lla_attention`. Defaults 1 / sqrt(D), 1e-12.
         window: a new token sees only the latest so many keys, its own included. Default None: all.
+        seqstarts_k: (B,) int32 on the device of q, the first key of each sequence: those before it, as of a prompt that
+            is padded on the left, are not looked at either; checked as ``seqlens_k`` is. Default None: 0.
         block_table: (B, pages a sequence) int32 on the device of q: the page that holds each sequence's keys 0 to
             page size - 1, the page of the next, and so on; checked as ``seqlens_k`` is, and unchecked taken as the
             nearest page there is. Fill places not in use with 0. Default None: no pages.
-        solver: as for :func:`lla_attention`. Default None: exact, by Cholesky.
+        solver: as for :func:`lla_attention`. Default None: exact, by Cholesky; of more than 16 new tokens, as where a
+            prompt is read, the Triton backends gather the pages and solve by conjugate gradients, as closely as the
+            dtype can tell.
         backend: as for :func:`lla_attention`.
         out: written and returned, any strides; shape, dtype and device of the result, and no memory of the other
             arguments. Default None: a new tensor.
@@ -392,6 +401,7 @@ def lla_decode(
         solver=solver,
         backend=backend,
         window=window,
+        seqstarts_k=seqstarts_k,
         block_table=block_table,
         layout=layout,
     )

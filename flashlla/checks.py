@@ -52,22 +52,33 @@ def _check_integers(t: Tensor, name: str, shape: str, device: torch.device) -> T
 
 def check_seqlens(seqlens_k: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """seqlens_k as (B,) int32."""
-    if seqlens_k is None:
+    hint = "how many keys each sequence has, (B,) int32; try seqlens_k.sum(-1).to(torch.int32), if the mask is True for"
+    return _check_ends(seqlens_k, "seqlens_k", hint, q, k)
+
+
+def check_seqstarts(seqstarts_k: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """seqstarts_k as (B,) int32."""
+    hint = "each sequence's first key, (B,) int32; try (~seqstarts_k).sum(-1).to(torch.int32), if the mask is False for"
+    return _check_ends(seqstarts_k, "seqstarts_k", hint, q, k)
+
+
+def _check_ends(ends: Tensor | None, name: str, hint: str, q: Tensor, k: Tensor) -> Tensor | None:
+    """``ends``, one number a sequence, as (B,) int32; ``hint``: what is wanted instead of a mask that tells them."""
+    if ends is None:
         return None
-    if isinstance(seqlens_k, Tensor) and seqlens_k.dtype == torch.bool:
+    if isinstance(ends, Tensor) and ends.dtype == torch.bool:
         raise TypeError(
-            f"seqlens_k: got a mask, torch.bool of shape {tuple(seqlens_k.shape)}, wanted how many keys each sequence "
-            f"has, (B,) int32; try seqlens_k.sum(-1).to(torch.int32), if the mask is True for a sequence's first keys"
+            f"{name}: got a mask, torch.bool of shape {tuple(ends.shape)}, wanted {hint} a sequence's first keys"
         )
-    if isinstance(seqlens_k, Integral):
+    if isinstance(ends, Integral):
         raise TypeError(
-            f"seqlens_k: got {type(seqlens_k).__name__}, wanted a tensor of (B,) integers; for the same in each "
-            f"sequence try torch.full(({q.shape[0]},), seqlens_k, dtype=torch.int32, device=q.device)"
+            f"{name}: got {type(ends).__name__}, wanted a tensor of (B,) integers; for the same in each "
+            f"sequence try torch.full(({q.shape[0]},), {name}, dtype=torch.int32, device=q.device)"
         )
-    seqlens_k = _check_integers(seqlens_k, "seqlens_k", "(B,)", k.device)
-    if seqlens_k.shape != q.shape[:1]:
-        raise ValueError(f"seqlens_k: got shape {tuple(seqlens_k.shape)}, wanted (B,) = {tuple(q.shape[:1])}")
-    return seqlens_k
+    ends = _check_integers(ends, name, "(B,)", k.device)
+    if ends.shape != q.shape[:1]:
+        raise ValueError(f"{name}: got shape {tuple(ends.shape)}, wanted (B,) = {tuple(q.shape[:1])}")
+    return ends
 
 
 def check_edges(

@@ -62,7 +62,10 @@ def isolate(
     # Bad keys in a query's span: a running count, read off at its ends.
     count = torch.nn.functional.pad(bad_key.cumsum(-1), (1, 0))  # (B, Hkv, Sk + 1)
     seen = count.gather(-1, stop) > count.gather(-1, start)
-    queries = ~(finite_q.all(-1) & finite_ridge & finite_g.all(-1)) | seen.repeat_interleave(problem.group, 1)
+    by_query_head = lambda t: t.repeat_interleave(problem.group, 1)  # (B, Hq, Sq)
+    # One that sees no key has an output of 0, whatever it is: padding need not be finite.
+    bad_query = ~(finite_q.all(-1) & finite_ridge & finite_g.all(-1)) & by_query_head(start < stop)
+    queries = bad_query | by_query_head(seen)
     # A key's gradient is due NaN where a poisoned query sees it: spans that have begun and not ended there.
     poisoned = queries.unflatten(1, (-1, problem.group)).any(2).long()  # (B, Hkv, Sq)
     begun = torch.zeros_like(count).scatter_add_(-1, start, poisoned).scatter_add_(-1, stop, -poisoned).cumsum(-1)

@@ -30,6 +30,7 @@ class AttentionOptions(SettingOptions, total=False):
 
     ridge_lambda: float | Tensor
     seqlens_k: Tensor | None
+    seqstarts_k: Tensor | None
     layout: str
 
 

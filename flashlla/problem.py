@@ -51,7 +51,7 @@ class KeySpans(NamedTuple):
 
     def first_of(self, k: Tensor) -> Tensor:
         """The first of the keys k, (B, H, Sk, D), that a query sees: (B, H, 1, D)."""
-        first = self.start[..., :1, None].expand(*k.shape[:2], 1, k.shape[-1])
+        first = self.start[..., :1, None].clamp(max=k.shape[2] - 1).expand(*k.shape[:2], 1, k.shape[-1])
         return k.gather(2, first)
 
 
@@ -65,19 +65,21 @@ class Inputs(NamedTuple):
     k: Tensor  # (B, Hkv, Sk, D)
     v: Tensor  # (B, Hkv, Sk, Dv)
     ridge_lambda: Tensor  # (B, Hq, Sq), accumulator dtype, often expanded from fewer numbers
-    seqlens_k: Tensor | None = None  # (B,) int32, keys of each sequence; None: all
+    seqlens_k: Tensor | None = None  # (B,) int32, one past each sequence's last key; None: all
+    seqstarts_k: Tensor | None = None  # (B,) int32, each sequence's first key; None: 0
     cu_seqlens_q: Tensor | None = None  # (sequences + 1,) int32, where each packed sequence begins, and the end
     cu_seqlens_k: Tensor | None = None  # the same for keys
     block_table: Tensor | None = None  # (B, pages) int32, which page holds a sequence's keys; None: no pages
 
     def with_dense_lengths(self) -> Inputs:
         """Kernels read lengths and pages one after the other; a column of a table, or torch.vmap, sets them apart."""
-        lengths = self.seqlens_k, self.cu_seqlens_q, self.cu_seqlens_k, self.block_table
+        lengths = self.seqlens_k, self.seqstarts_k, self.cu_seqlens_q, self.cu_seqlens_k, self.block_table
         if all(t is None or t.is_contiguous() for t in lengths):
             return self
         dense = lambda t: t if t is None else t.contiguous()
         return self._replace(
             seqlens_k=dense(self.seqlens_k),
+            seqstarts_k=dense(self.seqstarts_k),
             cu_seqlens_q=dense(self.cu_seqlens_q),
             cu_seqlens_k=dense(self.cu_seqlens_k),
             block_table=dense(self.block_table),
@@ -112,10 +114,10 @@ class Mask:
     """Which keys a query sees. Under every mask they are contiguous.
 
     causal: no key beyond the query's own place, the last query's being the last key. window: only the last ``window``
-    of those. padded: sequences have lengths of their own, ``Inputs.seqlens_k``, and no keys beyond them; where
-    the causal diagonal lies does not depend on them, but for at_lengths (decoding): there the last query's place is
-    the last key of that length. packed: all sequences lie in one row, one behind the other, and ``Inputs.cu_seqlens_q``
-    and ``cu_seqlens_k`` tell where each begins; a query sees keys of its own sequence.
+    of those. padded: sequences have keys from ``Inputs.seqstarts_k`` to before ``Inputs.seqlens_k`` only, one of which
+    may be None; where the causal diagonal lies does not depend on them, but for at_lengths (decoding): there the last
+    query's place is the last key of ``seqlens_k``. packed: all sequences lie in one row, one behind the other, and
+    ``Inputs.cu_seqlens_q`` and ``cu_seqlens_k`` tell where each begins; a query sees keys of its own sequence.
     """
 
     causal: bool = True
@@ -185,8 +187,8 @@ class Problem:
         """The keys that every query sees, by their places in k."""
         mask, device = self.mask, inputs.q.device
         i = torch.arange(self.q_len, device=device)
-        first: Tensor | int
-        last: Tensor | int
+        first: Tensor | int = 0
+        last: Tensor | int = self.k_len
         if mask.packed:
             q_first, q_last = sequence_bounds(inputs.cu_seqlens_q, self.q_len, self.max_seqlen_q)
             k_first, k_last = sequence_bounds(inputs.cu_seqlens_k, self.k_len, self.max_seqlen_k)
@@ -196,9 +198,11 @@ class Problem:
             last = torch.where(inside.any(0), k_last[sequence], first)  # a row of no sequence sees nothing
             own = i + 1 - q_last[sequence] + k_last[sequence]  # one past the query's own key
         else:
-            first, last = 0, self.k_len
+            in_place = lambda t: t.long().clamp(0, self.k_len)[:, None, None]  # (B, 1, 1)
+            if inputs.seqstarts_k is not None:
+                first = in_place(inputs.seqstarts_k)
             if inputs.seqlens_k is not None:
-                last = inputs.seqlens_k.long().clamp(0, self.k_len)[:, None, None]  # (B, 1, 1)
+                last = in_place(inputs.seqlens_k)
             own = i + 1 - self.q_len + (last if mask.at_lengths else self.k_len)
         start = torch.zeros_like(i) + first if mask.window is None else (own - mask.window).clamp(min=first)
         stop = own.clamp(min=first) if mask.causal else torch.full_like(own, self.k_len)
@@ -227,7 +231,7 @@ def describe(arguments: Arguments) -> Problem:
         v_dim=inputs.v.shape[-1],
         dtype=inputs.q.dtype,
         device=inputs.q.device,
-        padded=inputs.seqlens_k is not None,
+        padded=inputs.seqlens_k is not None or inputs.seqstarts_k is not None,
         sequences=None if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.shape[0] - 1,
         pages=None if inputs.block_table is None else inputs.block_table.shape[1],
     )

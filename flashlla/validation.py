@@ -18,6 +18,7 @@ from flashlla.checks import (
     check_number,
     check_ridge,
     check_seqlens,
+    check_seqstarts,
     check_tensors,
     check_whole,
     constant,
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from flashlla.options import SettingOptions
-
-# The most new tokens of a sequence that decoding takes.
-MOST_NEW = 16
 
 
 class Call(NamedTuple):
@@ -67,6 +65,7 @@ def prepare(
     *,
     ridge_lambda: float | Tensor,
     seqlens_k: Tensor | None,
+    seqstarts_k: Tensor | None,
     layout: str,
     **options: Unpack[SettingOptions],
 ) -> Call:
@@ -83,6 +82,7 @@ def prepare(
         v=v,
         ridge_lambda=check_ridge(ridge_lambda, q, layout),
         seqlens_k=check_seqlens(seqlens_k, q, k),
+        seqstarts_k=check_seqstarts(seqstarts_k, q, k),
     )
     return Call(Arguments(inputs, _check_settings(q, **options)), layout)
 
@@ -132,6 +132,7 @@ def prepare_decode(
     qk_scale: float | None,
     delta_eps: float,
     window: int | None,
+    seqstarts_k: Tensor | None,
     block_table: Tensor | None,
     solver: str | Solver | None,
     backend: str | None,
@@ -147,10 +148,6 @@ def prepare_decode(
     q, k, v = check_tensors(q, k_cache, v_cache, layout, names, paged=block_table is not None)
     if layout == "bshd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if not 1 <= q.shape[2] <= MOST_NEW:
-        raise ValueError(
-            f"q: got {q.shape[2]} new tokens a sequence, wanted 1 to {MOST_NEW}; for more, lla_attention with seqlens_k"
-        )
     if block_table is not None:
         block_table = check_block_table(block_table, q, k)
     if seqlens_k is None:
@@ -161,6 +158,7 @@ def prepare_decode(
         v=v,
         ridge_lambda=check_ridge(ridge_lambda, q, layout),
         seqlens_k=check_seqlens(seqlens_k, q, k),
+        seqstarts_k=check_seqstarts(seqstarts_k, q, k),
         block_table=block_table,
     )
     settings = _check_settings(

@@ -22,7 +22,9 @@ def check_values(problem: Problem, inputs: Inputs) -> None:
         return
     _check_ridge(inputs.ridge_lambda)
     if inputs.seqlens_k is not None:
-        _check_lengths(inputs.seqlens_k, problem.k_len)
+        _check_keys("seqlens_k", inputs.seqlens_k, problem.k_len)
+    if inputs.seqstarts_k is not None:
+        _check_keys("seqstarts_k", inputs.seqstarts_k, problem.k_len)
     if inputs.block_table is not None:
         _check_pages(inputs.block_table, inputs.k.shape[0])
     shared = inputs.cu_seqlens_q is inputs.cu_seqlens_k  # given as cu_seqlens
@@ -45,11 +47,10 @@ def _check_ridge(ridge_lambda: Tensor) -> None:
         )
 
 
-def _check_lengths(seqlens_k: Tensor, room: int) -> None:
-    if place := _first((seqlens_k < 0) | (seqlens_k > room)):
+def _check_keys(name: str, ends: Tensor, room: int) -> None:
+    if place := _first((ends < 0) | (ends > room)):
         raise ValueError(
-            f"seqlens_k: got {seqlens_k[place].item()} at sequence {place[0]}, wanted 0 to {room}, the keys there is "
-            f"room for"
+            f"{name}: got {ends[place].item()} at sequence {place[0]}, wanted 0 to {room}, the keys there is room for"
         )
 
 

@@ -16,6 +16,7 @@ from flashlla.api import prepared
 from flashlla.autograd import DECODE, DECODE_OUT, OutArguments
 from flashlla.backends.base import Backend
 from flashlla.backends.naive import Naive
+from flashlla.backends.triton import FEW_NEW, Triton
 from flashlla.problem import empty_output
 from tests.support.budget import Excess, allowance, spreads
 from tests.support.decoding import CASES, NAN, Decoding, paged
@@ -40,13 +41,13 @@ def expected(case: Decoding, dtype: torch.dtype) -> Tensor:
     """(B, Hq, N, Dv) in float64: the last rows of a full forward pass of each sequence, from inputs of ``dtype``."""
     q, k, v, keywords = case.make(dtype)
     found = []
-    for b, length in enumerate(case.lengths):
+    for b, (start, length) in enumerate(case.spans):
         ridge = keywords["ridge_lambda"]
         if isinstance(ridge, Tensor):
             ridge = ridge.double().expand(len(case.lengths), case.heads, case.new)[b : b + 1]
-        keys, values = (t[b : b + 1, :, :length].double() for t in (k, v))
+        keys, values = (t[b : b + 1, :, start:length].double() for t in (k, v))
         # Earlier queries before the new ones: their rows are computed and left.
-        before = max(0, length - case.new)
+        before = max(0, length - start - case.new)
         queries = torch.cat([normal(1, case.heads, before, case.dim, seed=9), q[b : b + 1].double()], 2)
         if isinstance(ridge, Tensor):
             ridge = torch.cat([torch.ones(1, case.heads, before, dtype=torch.float64), ridge], 2)
@@ -89,8 +90,8 @@ def spread(case: Decoding) -> dict[str, Tensor]:
 
     def run(rounding: Rounding, draws: int) -> list[list[Tensor]]:
         many = [t.repeat(1, draws, *(1,) * (t.dim() - 2)) for t in (q, k, v, ridge)]
-        options = {"seqlens_k": keywords["seqlens_k"], "window": case.window, "qk_scale": case.scale}
-        problem, inputs = problem_of(*many[:3], lla_decode, ridge_lambda=many[3], **options)
+        options = {**keywords, "ridge_lambda": many[3], "window": case.window, "qk_scale": case.scale}
+        problem, inputs = problem_of(*many[:3], lla_decode, **options)
         o = disturbed(lambda: Naive().forward(problem, inputs).o, rounding, many)
         return [[one] for one in o.split(case.heads, 1)]
 
@@ -123,11 +124,19 @@ def test_the_last_rows_of_a_full_forward(backend: Backend, device: str, case: De
         o = o.transpose(1, 2)
     assert o.shape == wanted.shape
     assert o.dtype == dtype
-    allowed = allowance(wanted, spread(case), dtype, iterative=False, truncates=interpreted(backend))
+    iterative = case.new > FEW_NEW and isinstance(backend, Triton)
+    allowed = allowance(wanted, spread(case), dtype, iterative=iterative, truncates=interpreted(backend))
     excess = Excess.of(o, wanted, allowed)
     assert excess.ratio <= 1, f"error over budget: {excess}"
     unseen = wanted.abs().amax(-1) == 0
     assert not o[unseen].any(), "a new token before the first key has an output of 0"
+
+
+@every_backend
+def test_no_new_tokens(backend: Backend) -> None:
+    q, k, v, keywords = Decoding("", new=0).make(torch.float32)
+    skip_if_refused(backend, q, k, v, op=lla_decode, **keywords)
+    assert lla_decode(q, k, v, **keywords, backend=backend.name).shape == q.shape
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""seqlens_k and block_table may lie anyhow in memory: what they say counts, not what lies behind their first number."""
+"""Lengths, first keys and pages may lie anyhow in memory: what they say counts, not what lies behind."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def test_lengths_of_a_batch(backend: Backend, strided: Callable[[Tensor], Tensor
     for lengths in (torch.tensor([9, 4, 6], dtype=torch.int32), torch.tensor([9, 4, 6], dtype=torch.int32)):
         seqlens_k = lengths if not found else strided(lengths)
         assert seqlens_k.is_contiguous() == (not found)
-        keywords = {"seqlens_k": seqlens_k, "causal": False}
+        seqstarts_k = lengths // 2 if not found else strided(lengths // 2)
+        keywords = {"seqlens_k": seqlens_k, "seqstarts_k": seqstarts_k, "causal": False}
         skip_if_refused(backend, q, k, v, **keywords)
         o = lla_attention(q, k, v, **keywords, backend=backend.name)
         found.append([o, *torch.autograd.grad(o.square().sum(), given)])
@@ -69,6 +70,8 @@ def test_lengths_and_pages_of_a_cache(backend: Backend, strided: Callable[[Tenso
     k, v = (normal(4, 1, 16, 8, seed=i, dtype=torch.float32) for i in (1, 2))  # four pages of 16 keys
     lengths, table = torch.tensor([20, 31], dtype=torch.int32), torch.tensor([[2, 0], [3, 1]], dtype=torch.int32)
     skip_if_refused(backend, q, k, v, op=lla_decode, seqlens_k=lengths, block_table=table)
-    wanted = lla_decode(q, k, v, lengths, block_table=table, backend=backend.name)
-    got = lla_decode(q, k, v, strided(lengths), block_table=strided(table), backend=backend.name)
+    starts = lengths // 3
+    wanted = lla_decode(q, k, v, lengths, seqstarts_k=starts, block_table=table, backend=backend.name)
+    tables = {"seqstarts_k": strided(starts), "block_table": strided(table)}
+    got = lla_decode(q, k, v, strided(lengths), **tables, backend=backend.name)
     assert torch.equal(got, wanted)

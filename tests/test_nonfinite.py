@@ -168,6 +168,25 @@ def test_nothing_leaves_a_window(backend: Backend, where: str) -> None:
     torch.testing.assert_close(spoilt["k"][BAD][~keys], clean["k"][BAD][~keys])
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{}, {"window": 5}], ids=["all", "window"])
+@every_backend
+def test_padding_on_the_left_goes_nowhere(backend: Backend, options: dict[str, int], bad: float) -> None:
+    """Queries, keys, values, ridges and grad_o before the first key: zeros there, the rest as if it were cut off."""
+    starts = torch.tensor([AT, 0], dtype=torch.int32)
+    given = inputs()
+    for t in given.values():
+        t[0, :, :AT] = bad
+    padded = run(backend, given, seqstarts_k=starts, **options)
+    cut = run(backend, {name: t[:1, :, AT:] for name, t in inputs().items()}, **options)
+    whole = run(backend, {name: t[1:] for name, t in inputs().items()}, **options)
+    for name, t in padded.items():
+        assert not t[0, :, :AT].any(), name
+        torch.testing.assert_close(t[:1, :, AT:], cut[name])
+        torch.testing.assert_close(t[1:], whole[name])
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["naive", "chunked"])

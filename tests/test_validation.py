@@ -61,6 +61,11 @@ class Thawed(flashlla.Solver):
         ({"seqlens_k": torch.ones(2, dtype=torch.int32, device="meta")}, ValueError, ["seqlens_k", "meta", "cpu"]),
         ({"seqlens_k": torch.tensor([2**32 + 3, 3])}, ValueError, ["seqlens_k", "at sequence 0", "0 to 9"]),
         ({"seqlens_k": torch.tensor([3, 3 - 2**32])}, ValueError, ["seqlens_k", "at sequence 1", "0 to 9"]),
+        ({"seqstarts_k": [3, 4]}, TypeError, ["seqstarts_k", "list", "torch.tensor"]),
+        ({"seqstarts_k": 3}, TypeError, ["seqstarts_k", "int", "torch.full((2,), seqstarts_k"]),
+        ({"seqstarts_k": torch.ones(2, 9).bool()}, TypeError, ["seqstarts_k", "a mask", "(~seqstarts_k).sum(-1)"]),
+        ({"seqstarts_k": torch.tensor([9, 10])}, ValueError, ["seqstarts_k", "10 at sequence 1", "0 to 9"]),
+        ({"seqstarts_k": torch.ones(3, dtype=torch.int32)}, ValueError, ["seqstarts_k", "(3,)", "(2,)"]),
         ({"qk_scale": 1e39}, ValueError, ["qk_scale", "1e+39", "float32", "at most 3.4e+38"]),
         ({"qk_scale": -(10**40)}, ValueError, ["qk_scale", "float32", "at most 3.4e+38"]),
         ({"layout": "sbhd"}, ValueError, ["layout", "'sbhd'", "'bshd'"]),
@@ -250,8 +255,7 @@ def test_lla_attention_varlen(change: dict[str, Any], error: type, words: list[s
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"q": torch.zeros(2, 2, 17, 8)}, ValueError, ["q:", "17 new tokens", "1 to 16", "lla_attention"]),
-        ({"q": torch.zeros(2, 2, 0, 8)}, ValueError, ["q:", "0 new tokens"]),
+        ({"seqstarts_k": torch.tensor([-1, 20])}, ValueError, ["seqstarts_k", "-1 at sequence 0"]),
         ({"q": torch.zeros(2, 2, 8)}, ValueError, ["q:", "(2, 2, 8)", "unsqueeze(2) for one new", "unsqueeze(1)"]),
         ({"q": torch.zeros(2, 2, 8), "layout": "bshd"}, ValueError, ["q:", "(B, N, H, D)", "unsqueeze(1) for one new"]),
         (

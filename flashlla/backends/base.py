@@ -63,13 +63,16 @@ class Backend(ABC):
 def plain_cache(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs]:
     """A decoding call on caches without pages, (B, Hkv, L, D); on the CPU without what no new token sees."""
     assert inputs.seqlens_k is not None
-    k, v, seqlens_k, table = inputs.k, inputs.v, inputs.seqlens_k, inputs.block_table
+    k, v, table = inputs.k, inputs.v, inputs.block_table
+    seqlens_k, seqstarts_k = inputs.seqlens_k, inputs.seqstarts_k
     first, last = 0, problem.k_len
     if problem.device.type == "cpu" and not problem.empty:  # elsewhere to read the lengths would wait for the device
         seqlens_k = seqlens_k.clamp(0, problem.k_len)
         last = int(seqlens_k.max())
         if problem.mask.window is not None:
             first = max(0, int(seqlens_k.min()) - problem.q_len + 1 - problem.mask.window)
+        if seqstarts_k is not None:
+            first = min(last, max(first, int(seqstarts_k.min())))
     gathered_from = 0  # the place of the first key that k and v hold
     if table is not None:
         size = k.shape[2]
@@ -78,7 +81,13 @@ def plain_cache(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs]:
         gathered_from = first // size * size
     seen = slice(first - gathered_from, last - gathered_from)
     problem = dataclasses.replace(problem, k_len=last - first, page_size=None)
-    return problem, inputs._replace(k=k[:, :, seen], v=v[:, :, seen], seqlens_k=seqlens_k - first, block_table=None)
+    return problem, inputs._replace(
+        k=k[:, :, seen],
+        v=v[:, :, seen],
+        seqlens_k=seqlens_k - first,
+        seqstarts_k=None if seqstarts_k is None else seqstarts_k - first,
+        block_table=None,
+    )
 
 
 def warn_if_stopped_early(problem: Problem, inputs: Inputs, report: Report) -> None:

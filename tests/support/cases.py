@@ -166,7 +166,8 @@ class Case:
     ridge_lambda: the number, or the middle of the numbers (from a third of it to three times it) of a tensor.
     small: fit for backends that run slowly, such as kernels in an interpreter.
     key_heads, keys, value_dim: of k and v, where they are not those of q.
-    causal, window: as in ``lla_attention``. seqlens: of seqlens_k; keys beyond hold NaN.
+    causal, window: as in ``lla_attention``. seqlens, seqstarts: of seqlens_k and seqstarts_k; keys beyond or before
+    hold NaN, and queries before the first key as well, where none of them sees one.
     packed, packed_keys: lengths of packed sequences, of keys where they are others; tokens behind them hold NaN.
     scarce: float32 has no digits to spare: keys far from the origin; weights so sharp that the adjoint's right-hand
     side is a difference of large sums; probes so long that what k_mean is off by shows in z.k_mean.
@@ -191,6 +192,7 @@ class Case:
     causal: bool = True
     window: int | None = None
     seqlens: tuple[int, ...] | None = None
+    seqstarts: tuple[int, ...] | None = None
     packed: tuple[int, ...] | None = None
     packed_keys: tuple[int, ...] | None = None
     scarce: bool = False
@@ -233,6 +235,8 @@ class Case:
         seen = self._seen(queries, keys)
         if self.seqlens is not None:
             seen = seen & (torch.arange(keys) < torch.tensor(self.seqlens)[:, None, None, None])
+        if self.seqstarts is not None:
+            seen = seen & (torch.arange(keys) >= torch.tensor(self.seqstarts)[:, None, None, None])
         return seen
 
     def _seen(self, queries: int, keys: int) -> Tensor:
@@ -255,6 +259,10 @@ class Case:
         v, grad_o = rng.standard_normal(v_shape), rng.standard_normal((*q_shape[:-1], v_shape[-1]))
         for sequence, length in enumerate(self.seqlens or ()):
             k[sequence, :, length:] = v[sequence, :, length:] = np.nan
+        for sequence, start in enumerate(self.seqstarts or ()):
+            k[sequence, :, :start] = v[sequence, :, :start] = np.nan
+            if self.causal:
+                q[sequence, :, : max(0, start - k.shape[2] + q.shape[2])] = np.nan
         if self.packed is not None:
             in_q, in_k = map(sum, self.sequences)
             q[:, :, in_q:] = k[:, :, in_k:] = v[:, :, in_k:] = np.nan
@@ -281,6 +289,8 @@ class Case:
         found = {"ridge_lambda": ridge, "qk_scale": self.scale, "delta_eps": self.delta_eps}
         if self.seqlens is not None:
             found["seqlens_k"] = torch.tensor(self.seqlens, dtype=torch.int32, device=leaves["grad_o"].device)
+        if self.seqstarts is not None:
+            found["seqstarts_k"] = torch.tensor(self.seqstarts, dtype=torch.int32, device=leaves["grad_o"].device)
         if not self.causal or self.window is not None:
             found |= {"causal": self.causal, "window": self.window}
         if self.packed is not None:
@@ -364,6 +374,14 @@ CASES = (
     Case("padded", batch=3, heads=2, length=33, dim=8, seqlens=(33, 17, 0), ridge_lambda=0.1, quick=True),
     Case("padded_window", batch=2, length=63, dim=8, seqlens=(40, 63), window=9),
     Case("padded_all_keys", batch=2, length=17, keys=33, dim=8, seqlens=(20, 1), causal=False),
+    Case("starts", batch=3, heads=2, length=33, dim=8, seqstarts=(5, 0, 33), ridge_lambda=0.1, quick=True),
+    Case("starts_heads", batch=2, heads=6, key_heads=2, length=63, dim=16, seqstarts=(40, 1), layout="transposed"),
+    Case("starts_window", batch=2, length=63, dim=8, seqstarts=(40, 3), window=9),
+    Case("starts_all_keys", batch=2, length=17, keys=33, dim=8, seqstarts=(20, 1), causal=False),
+    Case(
+        "starts_ends", batch=4, length=33, keys=63, dim=8, seqstarts=(20, 40, 1, 9), seqlens=(63, 60, 33, 9), quick=True
+    ),
+    Case("starts_offset", batch=2, length=64, dim=16, data="offset", seqstarts=(13, 40), scarce=True),
     # heads and dims
     Case("heads_shared_3", batch=2, heads=6, key_heads=2, length=33, dim=8, ridge_lambda=0.1, quick=True),
     Case("heads_shared_8", heads=8, key_heads=1, length=63, dim=16, ridge="per_head_and_token"),

@@ -15,10 +15,12 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Decoding:
-    """One call; keys beyond a sequence's length hold NaN. quick: stands for its feature where time is short."""
+    """One call; keys beyond a sequence's length, or before its first of ``starts``, hold NaN. quick: stands for its
+    feature where time is short."""
 
     name: str
     lengths: tuple[int, ...] = (40, 17)
+    starts: tuple[int, ...] | None = None
     new: int = 1
     heads: int = 2
     key_heads: int = 2
@@ -39,15 +41,23 @@ class Decoding:
         q = normal(batch, self.heads, self.new, self.dim, seed=1, dtype=dtype)
         k = normal(batch, self.key_heads, self.room, self.dim, seed=2, dtype=dtype)
         v = normal(batch, self.key_heads, self.room, self.value_dim, seed=3, dtype=dtype)
-        for sequence, length in enumerate(self.lengths):
-            k[sequence, :, length:] = v[sequence, :, length:] = NAN
+        for sequence, (start, length) in enumerate(self.spans):
+            for t in (k, v):
+                t[sequence, :, :start] = t[sequence, :, length:] = NAN
         shapes = {"per_head": (self.heads, 1), "per_token": (self.new,), "full": (batch, self.heads, self.new)}
         ridge: Any = self.ridge_lambda
         if self.ridge != "number":
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             ridge = ridge * 3 ** normal(*shapes[self.ridge], seed=4, dtype=wide).clamp(-1, 1)
-        lengths = torch.tensor(self.lengths, dtype=torch.int32)
-        return q, k, v, {"ridge_lambda": ridge, "seqlens_k": lengths}
+        keywords = {"ridge_lambda": ridge, "seqlens_k": torch.tensor(self.lengths, dtype=torch.int32)}
+        if self.starts is not None:
+            keywords["seqstarts_k"] = torch.tensor(self.starts, dtype=torch.int32)
+        return q, k, v, keywords
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where each sequence's keys begin and end."""
+        return list(zip(self.starts or (0,) * len(self.lengths), self.lengths, strict=True))
 
     def options(self) -> dict[str, Any]:
         return {"window": self.window, "qk_scale": self.scale, "layout": self.layout}
@@ -67,6 +77,15 @@ CASES = (
     Decoding("dim_100", dim=100, value_dim=100, lengths=(111,), room=111),
     Decoding("values_narrow", value_dim=5, new=2, quick=True),
     Decoding("values_wide", dim=8, value_dim=60, new=2),
+    Decoding("starts", lengths=(40, 17, 9), starts=(5, 0, 9), heads=4, key_heads=2, new=3, quick=True),
+    Decoding("starts_of_new", lengths=(40, 17), starts=(39, 20), new=3),
+    Decoding("starts_long", lengths=(300, 111), starts=(133, 0), room=300, heads=1, key_heads=1),
+    Decoding("starts_window", lengths=(40, 17), starts=(36, 2), window=7, new=3),
+    Decoding("starts_pages", lengths=(40, 17, 60), starts=(21, 0, 16), page=16, room=64, new=2),
+    Decoding("prompt", lengths=(63, 40, 9), heads=4, key_heads=2, new=40, quick=True),
+    Decoding("prompt_starts", lengths=(63, 40, 9), starts=(5, 40, 2), new=40, quick=True),
+    Decoding("prompt_window", lengths=(63, 40), starts=(40, 3), window=9, new=17, value_dim=5),
+    Decoding("prompt_pages", lengths=(60, 33), starts=(17, 0), page=16, room=64, new=20, layout="bshd", ridge="full"),
     Decoding("window", window=7, new=3, lengths=(40, 5), quick=True),
     Decoding("window_1", window=1, new=2),
     Decoding("window_of_old", window=20, new=2, lengths=(63, 60)),

@@ -6,6 +6,7 @@ interpreter runs the kernels on CPU tensors: slow, for tests.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from flashlla.backends.base import Backend
 from flashlla.backends.triton import configs
-from flashlla.problem import Forward, Gradients, Inputs, Problem, Residuals
-from flashlla.solvers import spelling
+from flashlla.problem import Forward, Gradients, Inputs, Problem, Residuals, resolution
+from flashlla.solvers import CG, spelling
 
+# So many new tokens of a sequence, or fewer, are decoded by sums over the cache and a direct solve; more are a forward
+# pass by the training kernels.
+FEW_NEW = 16
 # More keys than this, and the default solver has it: fewer are over before it pays.
 GRAM_LEAST_KEYS = 1024
 
@@ -82,7 +86,7 @@ class Triton(Backend):
         return None
 
     def _solver(self, problem: Problem) -> str | None:
-        if problem.mask.at_lengths:
+        if _decodes(problem):
             if problem.solver_demanded and _name(problem) != "direct":
                 return f"it decodes with a direct solve, not with {problem.solver.described()}"
             return None
@@ -113,6 +117,8 @@ class Triton(Backend):
         return launch.backward(problem, inputs, residuals, grad_o, self.preconditioner(problem) or "none")
 
     def decode(self, problem: Problem, inputs: Inputs, out: Tensor) -> Tensor:
+        if not _decodes(problem):
+            return super().decode(_without_direct(problem), inputs, out)
         from flashlla.backends.triton.decode import decode
 
         return decode(problem, inputs, out)
@@ -127,6 +133,19 @@ class TritonPCG(Triton):
 
     def _best(self, problem: Problem) -> str:
         return "jacobi"
+
+
+def _decodes(problem: Problem) -> bool:
+    """Whether the kernels for a few new tokens take it, and not those for training."""
+    return problem.mask.at_lengths and problem.q_len <= FEW_NEW
+
+
+def _without_direct(problem: Problem) -> Problem:
+    """``problem``, whose caller has named no solver, solved as well as its dtype can tell."""
+    if problem.solver_demanded:
+        return problem
+    rtol = resolution(problem.dtype) ** 2
+    return dataclasses.replace(problem, solver=CG(rtol=rtol, max_iters=max(CG.max_iters, 2 * problem.head_dim)))
 
 
 def _without_gram(problem: Problem) -> str | None:

@@ -165,10 +165,11 @@ def dq_kernel(
     k_mean = k_mean * inverse_power(k_unit)
     z = load_vectors(z_in.ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
     row = i + tl.arange(0, BLOCK_M)
-    ridge = load_ridge(ridge_in, row, at, 1.0)  # (M,)
+    some = sees_some(row, at, window, SHAPE.CAUSAL)
+    ridge = tl.where(some, load_ridge(ridge_in, row, at, 1.0), 1.0)  # (M,)
     lse2 = load_numbers(lse2_ptr, at, BLOCK_M, 0.0)
     g_mean = load_numbers(g_mean_ptr, at, BLOCK_M, 0.0)
-    do_unit = load_numbers(do_in.unit, at, BLOCK_M, 1.0)
+    do_unit = tl.where(some, load_numbers(do_in.unit, at, BLOCK_M, 1.0), 0.0)
     z_size = load_numbers(z_in.unit, at, BLOCK_M, 0.0) * k_unit
 
     z_wide = z.to(tl.float32)
@@ -212,7 +213,6 @@ def dq_kernel(
     top = tl.where(top < float("inf"), top, 0.0)  # a row of NaN must not decide for the others
     # Any NaN of this query must reach the weights of dk_kernel's products, where keys see it; and no others.
     shift = lse2 - tl.log2(do_unit) + 0.0 * (a_mean + e_mean + push + z_size)
-    some = sees_some(row, at, window, SHAPE.CAUSAL)
     shift = tl.where(some, shift, float("inf"))
     base = handed_on(rows_out.ptr, at, at.q_head, heads, rows_len, seqlens.cu_q)
     store_rows(base, i, rows_len, shift)

@@ -16,7 +16,7 @@ from flashlla.backends.triton.decode_kernels import (
     decode_moments_kernel,
     decode_solve_kernel,
 )
-from flashlla.backends.triton.records import BlockTable, Columns, Moments, Shape, Strided
+from flashlla.backends.triton.records import BlockTable, Caches, Columns, Moments, Shape, Strided
 from flashlla.backends.triton.runtime import cdiv, launch
 from flashlla.problem import Inputs, Problem
 
@@ -28,11 +28,11 @@ FAR, FAR_FULL = 4096.0, 128.0
 def decode(problem: Problem, inputs: Inputs, out: Tensor, config: DecodeConfig | None = None) -> Tensor:
     """Local linear attention of the N newest tokens of each sequence with all cached keys, into ``out`` (B, Hq, N, Dv).
 
-    Query n sees the keys up to seqlens_k - N + n, with a window only the latest of them; if none, its output is 0. What
-    else the cache holds does not matter. Key j of sequence b lies in page block_table[b, j // page size], the page size
-    being a multiple of 16; lengths and pages out of range are taken for the nearest that exists: garbage stays in its
-    own sequence. Grids depend on shapes alone, so a CUDA graph of the call stays right while lengths, tables and
-    contents change.
+    Query n sees the keys from seqstarts_k up to seqlens_k - N + n, with a window only the latest of them; if none, its
+    output is 0. What else the cache holds does not matter. Key j of sequence b lies in page block_table[b, j // page
+    size], the page size being a multiple of 16; lengths and pages out of range are taken for the nearest that exists:
+    garbage stays in its own sequence. Grids depend on shapes alone, so a CUDA graph of the call stays right while
+    lengths, tables and contents change.
     """
     q, device, seqlens_k = inputs.q, problem.device, inputs.seqlens_k
     assert seqlens_k is not None
@@ -73,7 +73,8 @@ def decode(problem: Problem, inputs: Inputs, out: Tensor, config: DecodeConfig |
     solve_rows = triton.next_power_of_2(rows)
     solve_warps = configs.factor_warps(config.solve_warps, solve_rows)
 
-    lengths = seqlens_k, seqlens_k.stride(0)
+    starts = inputs.seqstarts_k
+    caches = Caches(seqlens_k, seqlens_k.stride(0), starts, 0 if starts is None else starts.stride(0))
     table = BlockTable(seqlens_k, 0, 0)  # which nobody reads where there are no pages
     if inputs.block_table is not None:
         table = BlockTable(inputs.block_table, *inputs.block_table.stride())
@@ -83,7 +84,7 @@ def decode(problem: Problem, inputs: Inputs, out: Tensor, config: DecodeConfig |
         sight = first, problem.kv_heads, problem.group, problem.q_len, problem.k_len, window
         launch(
             decode_moments_kernel, "decode", (programs * pieces * slices,), device,
-            Columns(q, *q.stride()), Strided(k, *k.stride()[:3]), Strided(v, *v.stride()[:3]), lengths, table, ridge,
+            Columns(q, *q.stride()), Strided(k, *k.stride()[:3]), Strided(v, *v.stride()[:3]), caches, table, ridge,
             parts, *sight, pieces, k.shape[0], problem.scale,
             SHAPE=shape, PAGE=problem.page_size or 0, SLICES=slices, OPERAND=tl.float16 if half else tl.float32,
             FAR=FAR if half or not full else FAR_FULL, BLOCK_T=config.tile, SLICE_D=slice_d, SLICE_V=slice_v,
@@ -92,14 +93,14 @@ def decode(problem: Problem, inputs: Inputs, out: Tensor, config: DecodeConfig |
         if merging:
             launch(
                 decode_merge_kernel, "decode", (programs * rows // configs.MERGE_ROWS,), device,
-                parts, lengths, found, *sight, pieces,
+                parts, caches, found, *sight, pieces,
                 SHAPE=shape, SLICES=slices, SLICE_V=slice_v, PIECES=triton.next_power_of_2(pieces),
                 BLOCK_T=config.tile, BLOCK_M=configs.MERGE_ROWS, STAGES=configs.MERGE_STAGES,
                 num_warps=configs.MERGE_WARPS,
             )  # fmt: skip
         launch(
             decode_solve_kernel, "decode", (programs,), device,
-            found, lengths, ridge, half_solved, o_out, *sight, problem.delta_eps,
+            found, caches, ridge, half_solved, o_out, *sight, problem.delta_eps,
             SHAPE=shape, MERGED=merging, BLOCK_R=solve_rows, WARPS=solve_warps, num_warps=solve_warps,
             num_stages=configs.SOLVE_STAGES,
         )  # fmt: skip

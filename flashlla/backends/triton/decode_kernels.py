@@ -44,13 +44,14 @@ SCALARS: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
-def key_span(seqlens_k, sequence, n, q_len, k_len, window):
-    """First and one past the last of the keys that new query ``n`` of ``sequence`` sees; ``seqlens_k``: (lengths,
-    their stride)."""
-    pointer, stride = seqlens_k
-    length = tl.load(pointer + sequence.to(tl.int64) * stride).to(tl.int32)
+def key_span(caches, sequence, n, q_len, k_len, window):
+    """First and one past the last of the keys that new query ``n`` of ``sequence`` sees, which may be none."""
+    length = tl.load(caches.stop + sequence.to(tl.int64) * caches.stop_stride).to(tl.int32)
     stop = tl.maximum(clamp(length, 0, k_len) - q_len + n + 1, 0)
-    return tl.maximum(stop - window, 0), stop
+    start = tl.maximum(stop - window, 0)
+    if caches.start is not None:
+        start = tl.maximum(start, tl.load(caches.start + sequence.to(tl.int64) * caches.start_stride).to(tl.int32))
+    return start, stop
 
 
 @triton.jit
@@ -182,7 +183,7 @@ def not_finite(x):
 
 @triton.jit(do_not_specialize=["first_pair", "kv_heads", "group", "q_len", "k_len", "window", "pieces", "pages"])
 def decode_moments_kernel(
-    q_in, k_in, v_in, seqlens_k, block_table, ridge_in, parts_out,
+    q_in, k_in, v_in, caches, block_table, ridge_in, parts_out,
     first_pair, kv_heads, group, q_len, k_len, window, pieces, pages, scale,
     SHAPE: tl.constexpr, PAGE: tl.constexpr, SLICES: tl.constexpr, OPERAND: tl.constexpr, FAR: tl.constexpr,
     BLOCK_T: tl.constexpr, SLICE_D: tl.constexpr, SLICE_V: tl.constexpr, ROWS: tl.constexpr,
@@ -204,7 +205,7 @@ def decode_moments_kernel(
     pair = program // (SLICES * group * q_len * pieces)  # of this launch; in the cache it is first_pair + pair
     sequence, kv_head = (first_pair + pair) // kv_heads, (first_pair + pair) % kv_heads
     q_head, n = kv_head * group + member // q_len, member % q_len
-    start, stop = key_span(seqlens_k, sequence, n, q_len, k_len, window)
+    start, stop = key_span(caches, sequence, n, q_len, k_len, window)
     first, each, active = piece_of(start, stop, pieces, BLOCK_T)
     if piece >= active:
         return
@@ -323,7 +324,7 @@ def decode_moments_kernel(
 
 @triton.jit(do_not_specialize=["first_pair", "kv_heads", "group", "q_len", "k_len", "window", "pieces"])
 def decode_merge_kernel(
-    parts, seqlens_k, merged_out,
+    parts, caches, merged_out,
     first_pair, kv_heads, group, q_len, k_len, window, pieces,
     SHAPE: tl.constexpr, SLICES: tl.constexpr, SLICE_V: tl.constexpr, PIECES: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
@@ -339,7 +340,7 @@ def decode_merge_kernel(
     blocks: tl.constexpr = (D + V) // BLOCK_M
     system, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     pair, n = first_pair + tl.program_id(0) // blocks // (group * q_len), tl.program_id(0) // blocks % q_len
-    start, stop = key_span(seqlens_k, pair // kv_heads, n, q_len, k_len, window)
+    start, stop = key_span(caches, pair // kv_heads, n, q_len, k_len, window)
     _, _, active = piece_of(start, stop, pieces, BLOCK_T)
     if stop <= start:
         return
@@ -400,7 +401,7 @@ def decode_merge_kernel(
 
 @triton.jit(do_not_specialize=["first_pair", "kv_heads", "group", "q_len", "k_len", "window"])
 def decode_solve_kernel(
-    found, seqlens_k, ridge_in, half_solved_ptr, o_out,
+    found, caches, ridge_in, half_solved_ptr, o_out,
     first_pair, kv_heads, group, q_len, k_len, window, delta_eps,
     SHAPE: tl.constexpr, MERGED: tl.constexpr, BLOCK_R: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
@@ -416,7 +417,7 @@ def decode_solve_kernel(
     pair, member = first_pair + tl.program_id(0) // (group * q_len), tl.program_id(0) % (group * q_len)
     sequence, n = pair // kv_heads, member % q_len
     q_head = ((pair % kv_heads) * group + member // q_len).to(tl.int64)
-    start, stop = key_span(seqlens_k, sequence, n, q_len, k_len, window)
+    start, stop = key_span(caches, sequence, n, q_len, k_len, window)
     o_base = o_out.ptr + sequence.to(tl.int64) * o_out.stride_b + q_head * o_out.stride_h + n * o_out.stride_s
     W: tl.constexpr = WARPS
     R: tl.constexpr = D + SHAPE.BLOCK_V

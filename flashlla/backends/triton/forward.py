@@ -90,6 +90,7 @@ def flaws_seen(
             flaw += load_rows(flaws.v + k_row, j, tl.where(v_flaw > 0, stop, 0), N, 0.0)
             seen = visible(row[:, None], (j + tl.arange(0, N))[None, :], at, window, SHAPE.CAUSAL)
             found += tl.sum(tl.where(seen, flaw[None, :], 0.0), 1)
+        found = tl.where(sees_some(row, at, window, SHAPE.CAUSAL), found, 0.0)
     return found
 
 

@@ -64,7 +64,10 @@ class Call:
         self.max_seqlens = problem.q_len, problem.k_len
         if mask.packed:
             self.max_seqlens = problem.max_seqlen_q, problem.max_seqlen_k
-        self.seqlens = Seqlens(cu_q=inputs.cu_seqlens_q, cu_k=inputs.cu_seqlens_k, k=inputs.seqlens_k)
+        self.seqlens = Seqlens(
+            cu_q=inputs.cu_seqlens_q, cu_k=inputs.cu_seqlens_k, k=inputs.seqlens_k, k_start=inputs.seqstarts_k,
+            own_end=inputs.seqlens_k if mask.at_lengths else None,
+        )  # fmt: skip
         self.lengths = (
             self.n_heads, problem.q_heads, problem.group, problem.q_len, problem.k_len, *self.max_seqlens,
         )  # fmt: skip
@@ -104,12 +107,17 @@ class Call:
     def target(self, out: Tensor) -> Tensor:
         """What a kernel writes instead of ``out``: itself, where its rows are such as kernels take."""
         rowed = out if with_unit_stride(out) is out else out.new_empty(out.shape)
-        return rowed.zero_() if self.problem.mask.packed else rowed  # no program comes to tokens of no sequence
+        # No program comes to tokens of no sequence, nor to keys before the first.
+        whole = not self.problem.mask.packed and self.inputs.seqstarts_k is None
+        return rowed if whole else rowed.zero_()
 
     def first_keys(self, k: Tensor) -> Tensor:
         if self.problem.mask.packed:
             first, _ = sequence_bounds(self.inputs.cu_seqlens_k, self.problem.k_len, self.problem.max_seqlen_k)
             found = k[0].index_select(1, first.clamp(max=self.problem.k_len - 1)).transpose(0, 1)  # (sequences, Hkv, D)
+        elif self.inputs.seqstarts_k is not None:
+            first = self.inputs.seqstarts_k.long().clamp(0, self.problem.k_len - 1)[:, None, None, None]
+            found = k.gather(2, first.expand(*k.shape[:2], 1, k.shape[3])).squeeze(2)
         else:
             found = k[:, :, 0]
         return torch.where(found.abs() <= self.k_most, found, 0).flatten(0, 1).contiguous()

@@ -9,10 +9,10 @@ import triton.language as tl
 
 from flashlla.backends.triton.primitives import (
     NUMBERS,
-    clamp,
     finite_or_zero,
     inverse_or_zero,
     inverse_power,
+    key_at,
     load_numbers,
     load_queries,
     load_tile,
@@ -54,8 +54,12 @@ def rows_of_operand(
         cu, total, max_seqlen = seqlens.cu_q, q_len, max_seqlen_q
     sequence, head = program // heads, program % heads
     first, length = sequence_extent(cu, sequence, total, max_seqlen)
-    if OVER_KEYS and seqlens.k is not None:
-        length = clamp(tl.load(seqlens.k + sequence), 0, length)
+    if OVER_KEYS:
+        stop = length if seqlens.k is None else key_at(seqlens.k, sequence, length)
+        if seqlens.k_start is not None:
+            start = key_at(seqlens.k_start, sequence, length)
+            first, stop = first + start, tl.maximum(stop - start, 0)
+        length = stop
     base = tensor.ptr + sequence.to(tl.int64) * tensor.stride_b + head.to(tl.int64) * tensor.stride_h
     base += first.to(tl.int64) * tensor.stride_s
     row = (program if cu is None else head).to(tl.int64) * total + first
@@ -143,7 +147,7 @@ def cast_rows_kernel(
 ):  # fmt: skip
     """Row by row do = guard grad_o / its unit, so that no row of do is longer than 1 and none but zeros is short; and
     probe = z times its unit, z of unit length. Of a row that is not finite the unit is NaN."""
-    seqlens = Seqlens(cu_seqlens_q, cu_seqlens_q, None)
+    seqlens = Seqlens(cu_seqlens_q, cu_seqlens_q, None, None, None)
     at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, False, False)
     if outside(at, at.q_len, cu_seqlens_q):
         return

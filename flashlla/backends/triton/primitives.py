@@ -44,10 +44,10 @@ class Place(NamedTuple):
     q_head: Any  # the same two, counted through all sequences
     k_head: Any
     q_first: Any  # where the sequence begins in a packed row; 0
-    k_first: Any
+    k_first: Any  # the first key that may be seen; keys are counted from here on
     q_row: Any  # where the head begins in a contiguous (B, Hq, Sq)
     q_len: Any
-    k_len: Any
+    k_len: Any  # from k_first on
     k_stop: Any  # keys that there are: k_len, or fewer by seqlens_k
     diagonal: Any  # query i is at the place of key i + diagonal
 
@@ -66,6 +66,12 @@ def sequence_extent(cu_seqlens, sequence, total, max_seqlen):
         first = clamp(tl.load(cu_seqlens + sequence), 0, total)
         last = clamp(tl.load(cu_seqlens + sequence + 1), first, total)
         return first, tl.minimum(last - first, max_seqlen)
+
+
+@triton.jit
+def key_at(pointer, sequence, k_len):
+    """What a `Seqlens` tells of a sequence's keys, within them whatever the number."""
+    return clamp(tl.load(pointer + sequence), 0, k_len)
 
 
 @triton.jit
@@ -89,15 +95,21 @@ def place(
         k_head = q_head // group
     q_first, q_len = sequence_extent(seqlens.cu_q, sequence, q_total, max_seqlen_q)
     k_first, k_len = sequence_extent(seqlens.cu_k, sequence, k_total, max_seqlen_k)
-    k_stop = k_len
-    if seqlens.k is not None:
-        k_stop = clamp(tl.load(seqlens.k + sequence), 0, k_len)
+    diagonal = (k_len if seqlens.own_end is None else key_at(seqlens.own_end, sequence, k_len)) - q_len
+    k_stop = k_len if seqlens.k is None else key_at(seqlens.k, sequence, k_len)
+    if seqlens.k_start is not None:
+        start = key_at(seqlens.k_start, sequence, k_len)
+        k_first, k_len, k_stop, diagonal = (
+            k_first + start,
+            k_len - start,
+            tl.maximum(k_stop - start, 0),
+            diagonal - start,
+        )
     q_row = (q_head if seqlens.cu_q is None else head).to(tl.int64) * q_total + q_first
     if CAUSAL and not OVER_KEYS:
         tile = tl.cdiv(q_len, BLOCK) - 1 - tile
     return Place(
-        tile * BLOCK, sequence, head, kv_head, q_head, k_head, q_first, k_first, q_row, q_len, k_len, k_stop,
-        k_len - q_len,
+        tile * BLOCK, sequence, head, kv_head, q_head, k_head, q_first, k_first, q_row, q_len, k_len, k_stop, diagonal,
     )  # fmt: skip
 
 

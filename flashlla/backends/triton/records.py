@@ -33,9 +33,11 @@ class Columns(NamedTuple):
 class Seqlens(NamedTuple):
     """Lengths that lie on the device, as in `problem.Inputs`."""
 
-    cu_q: Tensor | None  # (sequences + 1,)
-    cu_k: Tensor | None
-    k: Tensor | None  # (B,)
+    cu_q: Tensor | None = None  # (sequences + 1,)
+    cu_k: Tensor | None = None
+    k: Tensor | None = None  # (B,)   one past the last key
+    k_start: Tensor | None = None  # (B,)   the first key
+    own_end: Tensor | None = None  # (B,)   one past the last query's own key; None: one past the tensor's last key
 
 
 class Shape(NamedTuple):
@@ -107,6 +109,15 @@ class HandedOn(NamedTuple):
 
     ptr: Tensor
     stride: int
+
+
+class Caches(NamedTuple):
+    """Decoding: from which to which keys of a cache are in use, (B,) each."""
+
+    stop: Tensor
+    stop_stride: int
+    start: Tensor | None  # None: from the first
+    start_stride: int
 
 
 class BlockTable(NamedTuple):

@@ -195,7 +195,8 @@ def solve_kernel(
     k_mean = load_vectors(k_mean_ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
     k_mean = k_mean * inverse_power(k_unit)
     row = at.start + tl.arange(0, BLOCK_M)
-    given_ridge = load_ridge(ridge_in, row, at, 1.0)  # (M,)
+    # Of queries that see nothing neither they nor their ridges need be finite.
+    given_ridge = tl.where(sees_some(row, at, window, SHAPE.CAUSAL), load_ridge(ridge_in, row, at, 1.0), 1.0)  # (M,)
     ridge = ridge_in_units(given_ridge, k_unit)
     shift = load_numbers(lse2_ptr, at, BLOCK_M, 0.0) - WEIGHT_BITS
     factor = scale * LOG2E * q_unit * k_unit

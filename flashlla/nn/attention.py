@@ -17,8 +17,6 @@ from flashlla.nn.rotary import Rotation
 from flashlla.nn.solving import solving
 from flashlla.solvers import Solver
 
-# The most new tokens that are solved directly against a cache.
-_FEW = 16
 _TOLERANCE = 1e-2
 # What models elsewhere hand to every layer: values that ask for nothing but what the layer does; None: all of them.
 _HARMLESS: dict[str, tuple[Any, ...] | None] = {
@@ -227,9 +225,12 @@ class LocalLinearAttention(nn.Module):
         if padding is not None:
             hidden_states = hidden_states.masked_fill(~padding.tokens.unsqueeze(-1), 0)  # NaN there would reach weights
         ridge = self.ridge(hidden_states)
-        q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)))  # (B, S, H, D)
-        k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)))
-        v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))  # (B, S, Hkv, D)
+        q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))  # (B, S, H, D)
+        k, v = (
+            projection(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))  # (B, S, Hkv, D)
+            for projection in (self.k_proj, self.v_proj)
+        )
+        q, k = _normalised(self.q_norm, q), _normalised(self.k_norm, k)
         if self.rope_theta is not None:
             if position_ids is None:
                 position_ids = _positions(new, past, padding, packing, hidden_states.device)
@@ -273,7 +274,7 @@ class LocalLinearAttention(nn.Module):
             window=self.window,
             backend=self.backend,
             layout="bshd",
-            **_starts(keys),
+            seqstarts_k=keys.seqstarts_k,
             **settings,
         )
         return o
@@ -291,13 +292,11 @@ class LocalLinearAttention(nn.Module):
         return o.transpose(1, 2)
 
     def _attend_cached(self, q: Tensor, keys: Keys, ridge: float | Tensor) -> Tensor:
-        batch, new = q.shape[:2]
         seqlens = keys.seqlens_k
         if seqlens is None:
-            learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, keys.k, keys.v))
-            if learns or new > _FEW:
+            if torch.is_grad_enabled() and any(t.requires_grad for t in (q, keys.k, keys.v)):
                 return self._attend(q, keys, ridge, self._solving.exact)
-            seqlens = torch.full((batch,), keys.k.shape[1], dtype=torch.int32, device=q.device)
+            seqlens = torch.full(q.shape[:1], keys.k.shape[1], dtype=torch.int32, device=q.device)
         return lla_decode(
             q,
             keys.k,
@@ -305,10 +304,10 @@ class LocalLinearAttention(nn.Module):
             seqlens,
             ridge_lambda=ridge,
             window=self.window,
-            solver=self._solving.few_decoded if new <= _FEW else self._solving.many_decoded,
+            solver=self._solving.decoding,
             backend=self.backend,
             layout="bshd",
-            **_starts(keys),
+            seqstarts_k=keys.seqstarts_k,
         )
 
     def extra_repr(self) -> str:
@@ -323,8 +322,9 @@ class LocalLinearAttention(nn.Module):
         return ", ".join([str(self.hidden_size), *(f"{name}={value}" for name, value in told.items())])
 
 
-def _starts(keys: Keys) -> dict[str, Any]:
-    return {} if keys.seqstarts_k is None else {"seqstarts_k": keys.seqstarts_k}
+def _normalised(norm: nn.Module, t: Tensor) -> Tensor:
+    # Under autocast t is narrower than the weight.
+    return norm(t.to(norm.weight.dtype)) if isinstance(norm, nn.RMSNorm) else t
 
 
 def _positions(new: int, past: Past, padding: Padding | None, packing: _Packing | None, device: torch.device) -> Tensor:

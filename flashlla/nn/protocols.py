@@ -66,8 +66,14 @@ class _Foreign:
         if isinstance(total, Tensor) or total < room:  # a static cache: the rest is not in use
             seqlens = torch.as_tensor(total, dtype=torch.int32, device=k.device).expand(k.shape[0])
             return Keys(k, v, seqlens, seqstarts)
-        if seqstarts is not None and total > room:  # a sliding one: it has dropped what no query sees
-            seqstarts = (seqstarts - (total - room)).clamp(min=0)
+        if (dropped := total - room) > 0:  # a sliding one
+            if self.window is None or room < self.window + new - 1:
+                raise ValueError(
+                    f"past_key_values: got the latest {room} of {total} keys from {type(self.cache).__name__}, wanted "
+                    f"all that the layer sees, with window={self.window}; try a cache that does not slide, or the "
+                    f"window that it has"
+                )
+            seqstarts = None if seqstarts is None else (seqstarts - dropped).clamp(min=0)
         return Keys(k, v, None, seqstarts)
 
     def update(self, k: Tensor, v: Tensor, past: Past) -> tuple[Tensor, Tensor]:

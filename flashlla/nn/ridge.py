@@ -21,9 +21,10 @@ class Ridge(nn.Module):
     pull raw to 0, the ridge to log 2 + minimum. :func:`flashlla.nn.param_groups` gives them a learning rate of their
     own.
 
-    FSDP2 with a ``MixedPrecisionPolicy(param_dtype=torch.bfloat16)`` casts them all the same, for the time of a pass.
-    That rounds raw to 8 bits, which moves a ridge by under 1 %, and learns as before, since what it casts is a copy. To
-    keep float32, shard the ridge by itself, before the layer: ``fully_shard(layer.ridge)``.
+    FSDP2 shards parameters of one dtype together: where the model is in bfloat16, ``fully_shard(layer.ridge)`` goes
+    before ``fully_shard(layer)``. The same keeps a ridge in float32 under ``MixedPrecisionPolicy``. Without it the
+    policy's ``param_dtype`` rounds what a pass sees, raw to 8 bits, and a ridge moves by under 1 %; what is learned
+    stays in float32.
 
     Args:
         kind: "head": one number a head. "token": one for each token and head, projected from ``hidden_states``, the
@@ -106,12 +107,12 @@ class Ridge(nn.Module):
             return float(self.kind)
         raw = self.raw.to(_widened(self.raw.dtype))
         if self.weight is None:
-            return self._above_minimum(raw).unsqueeze(-1)  # (H, 1)
+            return self._above_minimum(raw.unsqueeze(-1))  # (H, 1)
         if hidden_states is None:
             raise TypeError("hidden_states: got None, wanted (B, S, hidden_size): the ridge is 'token'")
         with _no_autocast(hidden_states.device.type):
             raw = F.linear(hidden_states.to(raw.dtype), self.weight.to(raw.dtype), raw)  # (B, S, H)
-        return self._above_minimum(raw).mT  # (B, H, S)
+        return self._above_minimum(raw.mT)  # (B, H, S)
 
     def _above_minimum(self, raw: Tensor) -> Tensor:
         return F.softplus(raw) + self.minimum

@@ -16,8 +16,7 @@ class Solving(NamedTuple):
 
     training: dict[str, Any]  # to a layer's tolerance
     exact: dict[str, Any]  # to what the dtype resolves
-    many_decoded: Solver | str | None  # the same for new tokens against a cache,
-    few_decoded: Solver | str | None  # and for few of them, which are solved directly
+    decoding: Solver | str | None  # the same for new tokens against a cache; None: as decoding does by itself
 
 
 def solving(solver: str | Solver | None, tolerance: float, default: float, head_dim: int) -> Solving:
@@ -27,7 +26,7 @@ def solving(solver: str | Solver | None, tolerance: float, default: float, head_
     loose, tight = CG(tolerance=tolerance, max_iters=most), CG(tolerance=0.0, max_iters=most)
     if solver is None:
         to = lambda cg: {"tolerance": cg.tolerance, "cg_max_iters": cg.max_iters}
-        return Solving(to(loose), to(tight), tight, None)
+        return Solving(to(loose), to(tight), None)
     found = from_spelling(solver, []) if isinstance(solver, str) else solver
     if not isinstance(found, Solver):
         raise TypeError(f"solver: got {type(solver).__name__}, wanted a name, a flashlla.Solver object or None")
@@ -39,8 +38,8 @@ def solving(solver: str | Solver | None, tolerance: float, default: float, head_
     if type(found) in (CG, PCG):
         exact = _reaching(found, tight)
         training = _reaching(found, loose) if solver in _WITHOUT_TOLERANCE else solver
-        return Solving({"solver": training}, {"solver": exact}, exact, None)
-    return Solving({"solver": solver}, {"solver": solver}, solver, None if type(found) is Direct else solver)
+        return Solving({"solver": training}, {"solver": exact}, None)
+    return Solving({"solver": solver}, {"solver": solver}, None if type(found) is Direct else solver)
 
 
 def _reaching(solver: Solver, other: CG) -> Solver:

@@ -1,0 +1,113 @@
+"""examples/tiny_gpt.py learns, goes on as if it had not been interrupted, generates alike with and without a cache."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm")
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, EVERY, INTERRUPTED = 40, 20, 27
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt() -> Iterator[ModuleType]:
+    """The script as a module; one thread, for the tensors are small."""
+    spec = importlib.util.spec_from_file_location("tiny_gpt", ROOT / "examples" / "tiny_gpt.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny_gpt"] = module  # where its dataclass looks for itself
+    spec.loader.exec_module(module)
+    module.QUICK = replace(module.QUICK, every=EVERY)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield module
+    torch.set_num_threads(threads)
+    del sys.modules["tiny_gpt"]
+
+
+@pytest.fixture(scope="module", params=["lla", "softmax"])
+def run(request: pytest.FixtureRequest, tiny_gpt: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with log.json and gpt.pt of a run without interruption."""
+    folder = tmp_path_factory.mktemp(request.param)
+    train(tiny_gpt, request.param, folder)
+    return folder
+
+
+def train(tiny_gpt: ModuleType, attention: str, folder: Path) -> None:
+    paths = ["--log", str(folder / "log.json"), "--checkpoint", str(folder / "gpt.pt")]
+    tiny_gpt.main(["--quick", "--attention", attention, "--steps", str(STEPS), *paths])
+
+
+def log_of(folder: Path) -> dict[str, Any]:
+    log: dict[str, Any] = json.loads((folder / "log.json").read_text(encoding="utf-8"))
+    return log
+
+
+def entropy(text: torch.Tensor) -> float:
+    """Nats a byte, where each byte is guessed from how frequent it is."""
+    frequencies = torch.bincount(text.long(), minlength=256) / len(text)
+    return torch.special.entr(frequencies).sum().item()
+
+
+def test_it_learns_more_than_which_bytes_are_frequent(tiny_gpt: ModuleType, run: Path) -> None:
+    log = log_of(run)
+    assert [step for step, _ in log["validation"]] == [EVERY, STEPS]
+    assert len(log["loss"]) == len(log["seconds"]) == STEPS
+    unigram = entropy(tiny_gpt.read_text()[1])
+    assert 2.5 < unigram < 4
+    assert log["validation"][-1][1] < unigram - 0.3
+
+
+def test_an_interrupted_run_goes_on_with_the_same_losses(
+    tiny_gpt: ModuleType, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(tiny_gpt.tqdm):  # type: ignore[name-defined]
+        def __iter__(self) -> Iterator[int]:
+            for step in super().__iter__():
+                if step == INTERRUPTED:
+                    raise KeyboardInterrupt
+                yield step
+
+    attention = log_of(run)["run"]["attention"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_gpt, "tqdm", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_gpt, attention, tmp_path)
+    assert len(log_of(tmp_path)["loss"]) == EVERY
+    train(tiny_gpt, attention, tmp_path)
+    resumed, whole = log_of(tmp_path), log_of(run)
+    assert resumed["loss"] == whole["loss"]
+    assert resumed["validation"] == whole["validation"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tiny_gpt: ModuleType, run: Path) -> None:
+    with pytest.raises(SystemExit, match="is of another run"):
+        tiny_gpt.main(["--quick", "--seed", "1", "--checkpoint", str(run / "gpt.pt")])
+
+
+def test_a_sample_is_the_same_with_and_without_a_cache(tiny_gpt: ModuleType, run: Path) -> None:
+    attention = log_of(run)["run"]["attention"]
+    model = tiny_gpt.GPT(tiny_gpt.QUICK, attention)
+    model.load_state_dict(torch.load(run / "gpt.pt")["model"])
+    cached, whole = (tiny_gpt.generate(model, b"def ", 60, temperature=0, use_cache=use) for use in (True, False))
+    assert cached == whole
+    assert len(cached) == 64
+
+
+def test_no_source_is_in_both_texts(tiny_gpt: ModuleType) -> None:
+    train_text, validation_text = (bytes(text.numpy()) for text in tiny_gpt.read_text())
+    assert len(train_text) > 10 * len(validation_text) > 1_000_000
+    assert b"class BaseEventLoop" in validation_text
+    assert b"class BaseEventLoop" not in train_text

@@ -4,8 +4,9 @@ The public names are those listed here; README.md shows them at work.
 """
 
 from flashlla import nn, ops
-from flashlla.api import LLAFunction, LLAInfo, explain, lla_attention, lla_attention_varlen, lla_decode
+from flashlla.api import LLAInfo, lla_attention, lla_attention_varlen, lla_decode
 from flashlla.backends.base import Backend
+from flashlla.calls import LLAFunction, explain
 from flashlla.crosscheck import verify
 from flashlla.dispatch import (
     UnsupportedError,

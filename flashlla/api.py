@@ -7,20 +7,18 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, overload
 
-import torch
 from torch import Tensor
 
 from flashlla import dispatch
-from flashlla.autograd import WithoutGradient, decode, decode_out, forward, which
+from flashlla.autograd import decode, decode_out, forward, which
 from flashlla.hints import refuse_unknown
-from flashlla.problem import describe
 from flashlla.solvers import Solver
 from flashlla.validation import Call, check_out, prepare, prepare_decode, prepare_varlen
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from flashlla.options import AnyOptions, AttentionOptions, VarlenOptions
+    from flashlla.options import AttentionOptions, VarlenOptions
 
 
 class LLAInfo(NamedTuple):
@@ -44,6 +42,16 @@ class LLAInfo(NamedTuple):
     @property
     def backend(self) -> str:
         return dispatch.backend_numbered(int(self.choice.flatten()[0])).name  # one for each under vmap, all the same
+
+
+@functools.cache
+def signature_of(op: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(op)
+
+
+def named_arguments(op: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that ``op`` takes."""
+    return [p.name for p in signature_of(op).parameters.values() if p.kind is not p.VAR_KEYWORD]
 
 
 @overload
@@ -152,7 +160,7 @@ def lla_attention(
         >>> o.sum().backward()
     """
     if others:
-        refuse_unknown("lla_attention", others, _known(lla_attention))
+        refuse_unknown("lla_attention", others, named_arguments(lla_attention))
     call = prepare(
         q,
         k,
@@ -283,7 +291,7 @@ def lla_attention_varlen(
         True
     """
     if others:
-        refuse_unknown("lla_attention_varlen", others, _known(lla_attention_varlen))
+        refuse_unknown("lla_attention_varlen", others, named_arguments(lla_attention_varlen))
     call = prepare_varlen(
         q,
         k,
@@ -389,7 +397,7 @@ def lla_decode(
         True
     """
     if others:
-        refuse_unknown("lla_decode", others, _known(lla_decode))
+        refuse_unknown("lla_decode", others, named_arguments(lla_decode))
     call = prepare_decode(
         q,
         k_cache,
@@ -409,128 +417,3 @@ def lla_decode(
         return call.restore(decode(call.arguments))
     decode_out(call.arguments, check_out(out, call))
     return out
-
-
-class LLAFunction:
-    """The published package's ``LLAFunction``, with its call and its results.
-
-    Example:
-        >>> import torch, flashlla
-        >>> q, k, v = torch.randn(3, 1, 20, 8).unbind(0)
-        >>> ridge = torch.tensor(10.0)
-        >>> o, omega = flashlla.LLAFunction.apply(q, k, v, ridge, None, 1e-12, 1e-12, 1e-12, 32, False)
-        >>> o.shape, omega.shape
-        (torch.Size([1, 20, 8]), torch.Size([1, 20, 1]))
-    """
-
-    @staticmethod
-    def apply(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        ridge_lambda: float | Tensor,
-        qk_scale: float | None = None,
-        delta_eps: float = 1e-12,
-        cg_atol: float = 1e-12,
-        cg_rtol: float = 1e-12,
-        cg_max_iters: int = 32,
-        cg_use_preconditioner: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """``(o, omega)``: the output, and the sum of the softmax weights, (B, S, 1) in float32 at least.
-
-        Arguments, errors and gradients as in :func:`lla_attention`. A gradient of omega is refused with
-        NotImplementedError, not dropped; under torch.compile omega is detached.
-        """
-        call = prepared(
-            lla_attention,
-            "LLAFunction.apply",
-            q,
-            k,
-            v,
-            ridge_lambda=ridge_lambda,
-            qk_scale=qk_scale,
-            delta_eps=delta_eps,
-            cg_atol=cg_atol,
-            cg_rtol=cg_rtol,
-            cg_max_iters=cg_max_iters,
-            cg_use_preconditioner=cg_use_preconditioner,
-        )
-        found = forward(call.arguments)
-        omega = found.report.omega
-        omega = omega.detach() if torch.compiler.is_compiling() else WithoutGradient.apply(omega)
-        return call.restore(found.o), call.restore(omega).unsqueeze(-1)
-
-
-# What checks the arguments of each function.
-_PREPARE: dict[Callable[..., Any], Callable[..., Call]] = {
-    lla_attention: prepare,
-    lla_attention_varlen: prepare_varlen,
-    lla_decode: prepare_decode,
-}
-# Arguments that make no difference to what is computed.
-_RESULTS = ("return_info", "out")
-
-
-@functools.cache
-def _signature(op: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(op)
-
-
-def _known(op: Callable[..., Any]) -> list[str]:
-    """Names of the arguments that ``op`` takes."""
-    return [p.name for p in _signature(op).parameters.values() if p.kind is not p.VAR_KEYWORD]
-
-
-def prepared(
-    op: Callable[..., Any] | None, caller: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AnyOptions]
-) -> Call:
-    """The call ``op(q, k, v, **options)``, of lla_attention where that is None, for ``caller``; not its results."""
-    op = lla_attention if op is None else op
-    if op not in _PREPARE:
-        wanted = ", ".join(f"flashlla.{known.__name__}" for known in _PREPARE)
-        raise ValueError(f"op: got {op!r}, wanted one of {wanted}")
-    known = [name for name in _known(op) if name not in _RESULTS]
-    if unknown := set(options) - set(known):
-        refuse_unknown(caller, unknown, known)
-    bound = _signature(op).bind_partial(q, k, v, **options)
-    bound.apply_defaults()
-    for name in known:
-        if name not in bound.arguments:
-            raise TypeError(f"{caller}() lacks the keyword argument {name!r} of {op.__name__}")
-    return _PREPARE[op](**{name: bound.arguments[name] for name in known})
-
-
-def explain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    op: Callable[..., Any] | None = None,
-    **options: Unpack[AnyOptions],
-) -> dispatch.Explanation:
-    """Which backend a call would run on, and every backend's reason. Runs nothing.
-
-    Args:
-        q, k, v: as for ``op``; the caches of :func:`lla_decode`.
-        op: :func:`lla_attention_varlen` or :func:`lla_decode`. Default None: :func:`lla_attention`.
-        options: its other arguments by keyword, but ``return_info`` and ``out``.
-
-    Returns:
-        A :class:`flashlla.dispatch.Explanation`; ``print`` it. Where the call would be refused, its ``backend`` is
-        None instead of an error.
-
-    Raises:
-        TypeError, ValueError: as ``op``, but for numbers in tensors, which are not looked at.
-
-    Example:
-        >>> import torch, flashlla
-        >>> q, k, v = torch.randn(3, 1, 20, 8).unbind(0)
-        >>> print(flashlla.explain(q, k, v, backend="naive").backend)
-        naive
-        >>> q, k, v = torch.randn(3, 1, 2, 9, 8).unbind(0)
-        >>> lengths = torch.tensor([9])
-        >>> print(flashlla.explain(q, k, v, op=flashlla.lla_decode, seqlens_k=lengths, backend="chunked").backend)
-        chunked
-    """
-    arguments = prepared(op, "explain", q, k, v, **options).arguments
-    return dispatch.explain(describe(arguments), arguments.settings.backend)

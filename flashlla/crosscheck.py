@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashlla import dispatch
-from flashlla.api import prepared
 from flashlla.autograd import decode, forward, which
 from flashlla.backends.base import plain_cache
+from flashlla.calls import prepared
 from flashlla.problem import describe
 
 if TYPE_CHECKING:

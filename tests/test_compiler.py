@@ -43,4 +43,14 @@ def test_every_kernel_compiles_for_three_architectures(tmp_path: Path) -> None:
 
 def test_every_mask_compiles(tmp_path: Path) -> None:
     lines = compiled(tmp_path / "kernels.json", "--architectures", "90", "--dims", "64")
-    assert {x["variant"] for x in lines} >= {"", "full", "group", "window", "seqlens_k", "packed", "packed group"}
+    assert {x["variant"] for x in lines} >= {
+        "",
+        "full",
+        "group",
+        "window",
+        "seqlens_k",
+        "seqlens_k seqstarts_k",
+        "seqlens_k prompt",
+        "packed",
+        "packed group",
+    }

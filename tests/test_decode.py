@@ -12,11 +12,11 @@ from torch import Tensor
 
 import flashlla
 from flashlla import lla_attention, lla_decode
-from flashlla.api import prepared
 from flashlla.autograd import DECODE, DECODE_OUT, OutArguments
 from flashlla.backends.base import Backend
 from flashlla.backends.naive import Naive
 from flashlla.backends.triton import FEW_NEW, Triton
+from flashlla.calls import prepared
 from flashlla.problem import empty_output
 from tests.support.budget import Excess, allowance, spreads
 from tests.support.decoding import CASES, NAN, Decoding, paged

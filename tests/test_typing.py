@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flashlla import api, options
+from flashlla import api, calls, options
 
 ROOT = Path(__file__).resolve().parents[1]
 CALLS = ROOT / "tests" / "typing" / "calls.py"
@@ -48,7 +48,7 @@ def test_whoever_takes_any_call_takes_every_argument() -> None:
 @pytest.mark.parametrize("op", [api.lla_attention, api.lla_attention_varlen, api.lla_decode], ids=lambda x: x.__name__)
 def test_a_default_is_the_same_wherever_it_stands(op: typing.Any) -> None:
     wanted = inspect.signature(api.lla_attention).parameters
-    published = inspect.signature(api.LLAFunction.apply).parameters
+    published = inspect.signature(calls.LLAFunction.apply).parameters
     for name, parameter in inspect.signature(op).parameters.items():
         for other in (wanted, published):
             if name in other and inspect.Parameter.empty not in (parameter.default, other[name].default):

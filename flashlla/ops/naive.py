@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashlla.api import lla_attention, prepared
+from flashlla.api import lla_attention
 from flashlla.autograd import forward
 from flashlla.backends.naive import Naive, whole
+from flashlla.calls import prepared
 from flashlla.problem import Residuals, describe
 
 __all__ = ["lla_backward_naive", "lla_forward_naive"]

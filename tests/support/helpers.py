@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import flashlla
-from flashlla.api import prepared
 from flashlla.backends.base import Backend
+from flashlla.calls import prepared
 from flashlla.covariance import Systems
 from flashlla.dispatch import all_backends
 from flashlla.problem import Inputs, Problem, describe

@@ -12,6 +12,8 @@ import flashlla
 from flashlla.nn import LLACache
 from tests.support.helpers import normal
 
+pytestmark = pytest.mark.quick
+
 KINDS = pytest.mark.parametrize("max_len", [None, 100], ids=["grows", "fixed"])
 
 

@@ -8,6 +8,8 @@ from torch import nn
 
 from flashlla.nn import LocalLinearAttention, param_groups
 
+pytestmark = pytest.mark.quick
+
 
 class Model(nn.Module):
     def __init__(self) -> None:

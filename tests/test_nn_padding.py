@@ -8,6 +8,8 @@ from torch import Tensor
 
 from flashlla.nn.padding import Past, read_mask
 
+pytestmark = pytest.mark.quick
+
 
 def mask(*rows: str) -> Tensor:
     return torch.tensor([[int(sign) for sign in row] for row in rows])
@@ -38,7 +40,7 @@ SAYINGS = {
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8])
 def test_what_a_mask_says(kind: str, dtype: torch.dtype):
     rows, new, past, seqstarts, kept = SAYINGS[kind]
-    padding = read_mask(mask(*rows).to(dtype), len(rows), new, past)
+    padding = read_mask(mask(*rows).to(dtype), torch.zeros(len(rows), new), past)
     assert torch.equal(padding.tokens, mask(*rows)[:, -new:].bool())
     assert padding.seqstarts.tolist() == seqstarts
     assert padding.kept.tolist() == kept
@@ -49,7 +51,12 @@ HOLES = {
     "inside": (("111", "101"), 3, Past(), "hole in row 1, .1, 0, 1."),
     "a prompt padded on the right": (("1101",), 1, Past(3), "hole in row 0.*padding on the left, or an LLACache"),
     "before new tokens": (("01",), 2, Past(lengths(3), lengths(0), remembers=True), "hole in row 0"),
-    "ragged, with a past": (("1111", "1101"), 1, Past(lengths(3, 2), None, True), r"4 columns, wanted 1,.*\[3, 2\]"),
+    "ragged, with a past": (
+        ("1111", "1101"),
+        1,
+        Past(lengths(3, 2), None, True),
+        r"4 columns with .*\[3, 2\].* in the cache, wanted one",
+    ),
 }
 
 
@@ -57,7 +64,7 @@ HOLES = {
 def test_holes_are_refused(kind: str):
     rows, new, past, words = HOLES[kind]
     with pytest.raises(ValueError, match=f"attention_mask: got .*{words}"):
-        read_mask(mask(*rows), len(rows), new, past)
+        read_mask(mask(*rows), torch.zeros(len(rows), new), past)
 
 
 MISFITS = {
@@ -66,6 +73,7 @@ MISFITS = {
     "another batch": (torch.ones(3, 3).bool(), ValueError, r"shape \(3, 3\), wanted \(B, keys\), B = 2"),
     "additive": (torch.zeros(2, 3), TypeError, r"dtype torch.float32, wanted bool.*attention_mask == 0"),
     "a list": ([[1, 1, 1]] * 2, TypeError, r"got list, wanted a tensor"),
+    "elsewhere": (torch.ones(2, 3, device="meta").bool(), ValueError, "got device meta, wanted cpu"),
     "too few": (torch.ones(2, 2).bool(), ValueError, r"got 2 columns, wanted one for each of the 3 new tokens"),
 }
 
@@ -74,9 +82,9 @@ MISFITS = {
 def test_misfits_are_refused(kind: str):
     given, error, words = MISFITS[kind]
     with pytest.raises(error, match=words):
-        read_mask(given, 2, 3, Past())
+        read_mask(given, torch.zeros(2, 3), Past())
 
 
 def test_a_mask_of_new_tokens_alone_needs_a_cache_that_remembers():
     with pytest.raises(ValueError, match="got 1 columns"):
-        read_mask(mask("1", "1"), 2, 1, Past(5))
+        read_mask(mask("1", "1"), torch.zeros(2, 1), Past(5))

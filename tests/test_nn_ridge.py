@@ -15,6 +15,8 @@ import flashlla
 from flashlla.nn import Ridge
 from tests.support.helpers import normal
 
+pytestmark = pytest.mark.quick
+
 HEADS, HIDDEN = 3, 6
 
 
@@ -103,6 +105,7 @@ def test_it_may_be_wider():
     ridge = learned().double()
     assert ridge(normal(1, 2, HIDDEN)).dtype == torch.float64
     assert learned(dtype=torch.float64).raw.dtype == torch.float64
+    assert ridge.bfloat16().raw.dtype == torch.float32
     assert learned(dtype=torch.bfloat16).raw.dtype == torch.float32
 
 

@@ -8,6 +8,8 @@ import torch
 from flashlla.nn.rotary import Rotation
 from tests.support.helpers import normal
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("head_dim", [2, 8, 64])
 @pytest.mark.parametrize("batched", [False, True])

@@ -10,6 +10,8 @@ import flashlla
 from flashlla import CG, PCG, Direct
 from flashlla.nn.solving import solving
 
+pytestmark = pytest.mark.quick
+
 
 def told(solver, tolerance=1e-2):
     return solving(solver, tolerance, 1e-2, 32)

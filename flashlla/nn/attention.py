@@ -212,6 +212,8 @@ class LocalLinearAttention(nn.Module):
         packing = None if cu_seqlens is None else _Packing(cu_seqlens, max_seqlen)
         if packing is not None:
             _check_alone(batch, attention_mask=attention_mask, past_key_values=past_key_values)
+        elif max_seqlen is not None:
+            raise ValueError(f"max_seqlen: got {max_seqlen} without cu_seqlens, wanted None, or both")
         elif use_cache and past_key_values is None:
             past_key_values = LLACache()
         cache = None
@@ -221,7 +223,7 @@ class LocalLinearAttention(nn.Module):
             cache = open_cache(past_key_values, self.layer_idx, self.window)
         past = Past() if cache is None else cache.past()
 
-        padding = None if attention_mask is None else read_mask(attention_mask, batch, new, past)
+        padding = None if attention_mask is None else read_mask(attention_mask, hidden_states, past)
         if padding is not None:
             hidden_states = hidden_states.masked_fill(~padding.tokens.unsqueeze(-1), 0)  # NaN there would reach weights
         ridge = self.ridge(hidden_states)
@@ -234,7 +236,8 @@ class LocalLinearAttention(nn.Module):
         if self.rope_theta is not None:
             if position_ids is None:
                 position_ids = _positions(new, past, padding, packing, hidden_states.device)
-            _check_position_ids(position_ids, batch, new)
+            else:
+                _check_position_ids(position_ids, batch, new)
             turn = Rotation.at(position_ids, self.head_dim, self.rope_theta, v.dtype)
             q, k = turn(q), turn(k)
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -363,7 +366,8 @@ def _check_hidden_states(hidden_states: Tensor, hidden_size: int) -> None:
 def _check_position_ids(position_ids: Tensor, batch: int, new: int) -> None:
     if not isinstance(position_ids, Tensor):
         raise TypeError(f"position_ids: got {type(position_ids).__name__}, wanted a tensor of (B, S) whole numbers")
-    if tuple(position_ids.shape) not in ((new,), (1, new), (batch, new)):
+    rows = position_ids.shape[0] if position_ids.dim() == 2 else 1
+    if position_ids.dim() not in (1, 2) or position_ids.shape[-1] != new or rows not in (1, batch):
         raise ValueError(
             f"position_ids: got shape {tuple(position_ids.shape)}, wanted {(batch, new)}, {(1, new)} or {(new,)}: one "
             f"for each new token"

@@ -113,7 +113,7 @@ class LLACache:
         """
         padding = None
         if attention_mask is not None:
-            padding = read_mask(attention_mask, k.shape[0], k.shape[1], self.past(layer_idx))
+            padding = read_mask(attention_mask, k, self.past(layer_idx))
         return self.append(k, v, layer_idx, padding)
 
     def append(self, k: Tensor, v: Tensor, layer_idx: int, padding: Padding | None) -> Keys:
@@ -160,7 +160,11 @@ class LLACache:
             if needed > layer.k.shape[1]:
                 room = max(2 * layer.k.shape[1], needed)
                 layer.k, layer.v = (_empty(t, room, in_use=layer.most) for t in (layer.k, layer.v))
-        elif looked_at(k.device) and (needed := self.get_seq_length(layer_idx) + new) > self.max_len:
+        elif (
+            looked_at(k.device)
+            and not torch.compiler.is_compiling()
+            and (needed := self.get_seq_length(layer_idx) + new) > self.max_len
+        ):
             raise ValueError(
                 f"max_len: got {self.max_len}, wanted at least {needed} slots for {new} tokens more; try "
                 f"LLACache(max_len={needed}), or LLACache(), which grows"

@@ -10,6 +10,12 @@ from torch import Tensor
 
 from flashlla.values import CHECK_VARIABLE
 
+_MISFIT = "wanted one for each slot in use, or for the new tokens alone"
+_HOLE = (
+    "wanted padding on the left, on the right or both, and none between tokens of a sequence (a prompt padded on the "
+    "right, and then tokens?); try padding on the left, or an LLACache and masks of the new tokens alone"
+)
+
 
 class Past(NamedTuple):
     """What a cache holds before a call. Its slots are numbered from 0; a sequence's keys lie in consecutive ones."""
@@ -29,31 +35,29 @@ class Padding(NamedTuple):
 
 def looked_at(device: torch.device) -> bool:
     """Whether numbers that tensors on ``device`` hold are checked: to look at them may wait for the device."""
-    if torch.compiler.is_compiling():
-        return False
     return device.type == "cpu" or os.environ.get(CHECK_VARIABLE) == "1"
 
 
-def read_mask(attention_mask: Tensor, batch: int, length: int, past: Past) -> Padding:
-    """What ``attention_mask`` says of ``length`` new tokens.
+def read_mask(attention_mask: Tensor, new: Tensor, past: Past) -> Padding:
+    """What ``attention_mask`` says of the tokens ``new``, (B, S, ...).
 
     attention_mask: (B, S), of the new tokens, or (B, keys), with one column for each slot of the past in front.
     """
-    mask = _check(attention_mask, batch, length, past)
-    new = mask[:, -length:]  # (B, S)
-    before = torch.as_tensor(past.length, dtype=torch.int32, device=mask.device)
+    length = new.shape[1]
+    mask = _check(attention_mask, new, past)
+    tokens = mask[:, mask.shape[1] - length :]  # (B, S)
     seqstarts = _zeros_before_a_token(mask)
     begun = torch.zeros_like(seqstarts, dtype=torch.bool)
     if past.remembers and mask.shape[1] == length:  # of the new tokens alone
         earlier = torch.zeros_like(seqstarts) if past.seqstarts is None else past.seqstarts
-        begun = earlier < before
-        seqstarts = torch.where(begun, earlier, before + seqstarts)
-    to_the_last = length - _zeros_before_a_token(new.flip(1))
+        begun = earlier < past.length
+        seqstarts = torch.where(begun, earlier, seqstarts + past.length)
+    to_the_last = length - _zeros_before_a_token(tokens.flip(1))
     # Padding of a sequence that has not begun is on its left.
-    kept = torch.where(new.any(1), to_the_last, torch.where(seqstarts >= before + length, length, 0))
+    kept = torch.where(tokens.any(1), to_the_last, torch.where(seqstarts >= past.length + length, length, 0))
     if looked_at(mask.device):
-        _check_values(mask, length, before, begun)
-    return Padding(new, seqstarts, kept.to(torch.int32))
+        _check_values(mask, length, past, begun)
+    return Padding(tokens, seqstarts, kept.to(torch.int32))
 
 
 def _zeros_before_a_token(mask: Tensor) -> Tensor:
@@ -61,8 +65,9 @@ def _zeros_before_a_token(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) == 0).sum(1, dtype=torch.int32)
 
 
-def _check(mask: Tensor, batch: int, length: int, past: Past) -> Tensor:
+def _check(mask: Tensor, new: Tensor, past: Past) -> Tensor:
     """``mask`` as bool."""
+    batch, length = new.shape[:2]
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask: got {type(mask).__name__}, wanted a tensor (B, keys), True or 1 for tokens")
     if mask.dim() != 2 or mask.shape[0] != batch:
@@ -75,6 +80,8 @@ def _check(mask: Tensor, batch: int, length: int, past: Past) -> Tensor:
             f"attention_mask: got dtype {mask.dtype}, wanted bool or integers, True or 1 for tokens; try "
             f"attention_mask.bool() where 1.0 is a token, attention_mask == 0 where 0.0 is one"
         )
+    if mask.device != new.device:
+        raise ValueError(f"attention_mask: got device {mask.device}, wanted {new.device}, that of the tokens")
     keys = mask.shape[1]
     if keys < length if isinstance(past.length, Tensor) else keys != past.length + length:
         raise ValueError(
@@ -84,20 +91,19 @@ def _check(mask: Tensor, batch: int, length: int, past: Past) -> Tensor:
     return mask if mask.dtype == torch.bool else mask != 0
 
 
-def _check_values(mask: Tensor, length: int, before: Tensor, begun: Tensor) -> None:
-    """mask: (B, keys); before: () or (B,); begun: (B,), whether the mask goes on where a sequence had tokens."""
-    if mask.shape[1] > length and bool((before + length != mask.shape[1]).any()):
-        raise ValueError(
-            f"attention_mask: got {mask.shape[1]} columns, wanted {length}, the new tokens alone: sequences have "
-            f"{before.tolist()} tokens in the cache"
-        )
+def _check_values(mask: Tensor, length: int, past: Past, begun: Tensor) -> None:
+    """mask: (B, keys); begun: (B,), whether the mask goes on where a sequence had tokens."""
     first = _zeros_before_a_token(mask)
     behind_last = mask.shape[1] - _zeros_before_a_token(mask.flip(1))
     holes = (mask.sum(1) < behind_last - first) | (begun & mask.any(1) & (first > 0))
-    if bool(holes.any()):
+    misfits = torch.zeros_like(holes)
+    if mask.shape[1] > length:
+        misfits = misfits | (past.length + length != mask.shape[1])
+    if torch.compiler.is_compiling():  # where no number can be told
+        torch._assert_async(~misfits.any(), f"attention_mask: {_MISFIT}")
+        torch._assert_async(~holes.any(), f"attention_mask: got a hole, {_HOLE}")
+    elif bool(misfits.any()):
+        raise ValueError(f"attention_mask: got {mask.shape[1]} columns with {past.length} in the cache, {_MISFIT}")
+    elif bool(holes.any()):
         row = int(holes.nonzero()[0])
-        raise ValueError(
-            f"attention_mask: got a hole in row {row}, {mask[row].int().tolist()}, wanted padding on the left, on the "
-            f"right or both, and none between tokens of a sequence (a prompt padded on the right, and then tokens?): "
-            f"try padding on the left, or an LLACache and masks of the new tokens alone"
-        )
+        raise ValueError(f"attention_mask: got a hole in row {row}, {mask[row].int().tolist()}, {_HOLE}")

@@ -64,8 +64,8 @@ class _Foreign:
         seqstarts = None if padding is None else padding.seqstarts
         total, room = past.length + new, k.shape[1]
         if isinstance(total, Tensor) or total < room:  # a static cache: the rest is not in use
-            seqlens = torch.as_tensor(total, dtype=torch.int32, device=k.device).expand(k.shape[0])
-            return Keys(k, v, seqlens, seqstarts)
+            seqlens = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device) + total
+            return Keys(k, v, seqlens.to(torch.int32), seqstarts)
         if (dropped := total - room) > 0:  # a sliding one
             if self.window is None or room < self.window + new - 1:
                 raise ValueError(

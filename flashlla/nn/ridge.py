@@ -126,7 +126,8 @@ class Ridge(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Ridge:
         def apply(t: Tensor) -> Tensor:
             applied = fn(t)
-            return t.to(applied.device) if _widened(applied.dtype) != applied.dtype else applied
+            wide = _widened(applied.dtype)
+            return applied if applied.dtype == wide else t.to(applied.device, wide)
 
         super()._apply(apply, recurse)
         self._mark()

@@ -69,7 +69,7 @@ class Case:
             self.batch, HEADS, HEADS, 1, self.length, self.dim, self.dim, self.q.dtype, self.q.device, self.dim**-0.5,
             1e-12, CG(), mask=Mask(padded=True, at_lengths=True),
         )  # fmt: skip
-        return decode(problem, Inputs(self.q, *cache, self.ridge, self.lengths), self.out, config)
+        return decode(problem, Inputs(self.q, *cache, self.ridge, self.lengths), self.out, config=config)
 
     def error(self) -> float:
         """Of up to two sequences."""

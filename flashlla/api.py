@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, overload
 from torch import Tensor
 
 from flashlla import dispatch
-from flashlla.autograd import decode, decode_out, forward, which
+from flashlla.autograd import decode, decode_info, decode_out, forward, which
 from flashlla.hints import refuse_unknown
+from flashlla.problem import Report
 from flashlla.solvers import Solver
 from flashlla.validation import Call, check_out, prepare, prepare_decode, prepare_varlen
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from flashlla.options import AttentionOptions, VarlenOptions
+    from flashlla.options import AttentionOptions, DecodeOptions, VarlenOptions
 
 
 class LLAInfo(NamedTuple):
@@ -185,18 +186,25 @@ def lla_attention(
 
 
 def _attend(call: Call, return_info: bool) -> Tensor | tuple[Tensor, LLAInfo]:
-    if not isinstance(return_info, bool):
-        raise TypeError(f"return_info: got {type(return_info).__name__}, wanted True or False; try bool(return_info)")
+    _check_return_info(return_info)
     found = forward(call.arguments)
     o = call.restore(found.o)
-    if not return_info:
-        return o
+    return (o, _info(call, found.report)) if return_info else o
+
+
+def _check_return_info(return_info: bool) -> None:
+    if not isinstance(return_info, bool):
+        raise TypeError(f"return_info: got {type(return_info).__name__}, wanted True or False; try bool(return_info)")
+
+
+def _info(call: Call, report: Report) -> LLAInfo:
+    """Of the call that has just run."""
     shown = lambda t: call.restore(t.detach())
-    return o, LLAInfo(
-        iterations=shown(found.report.iterations),
-        residual=shown(found.report.residual),
-        converged=shown(found.report.converged),
-        omega=shown(found.report.omega),
+    return LLAInfo(
+        iterations=shown(report.iterations),
+        residual=shown(report.residual),
+        converged=shown(report.converged),
+        omega=shown(report.omega),
         choice=which(call.arguments),
     )
 
@@ -318,6 +326,38 @@ def lla_attention_varlen(
     return _attend(call, return_info)
 
 
+@overload
+def lla_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlens_k: Tensor,
+    *,
+    return_info: Literal[True],
+    **options: Unpack[DecodeOptions],
+) -> tuple[Tensor, LLAInfo]: ...
+@overload
+def lla_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlens_k: Tensor,
+    *,
+    return_info: Literal[False] = False,
+    out: Tensor | None = None,
+    **options: Unpack[DecodeOptions],
+) -> Tensor: ...
+@overload
+def lla_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlens_k: Tensor,
+    *,
+    return_info: bool,
+    out: Tensor | None = None,
+    **options: Unpack[DecodeOptions],
+) -> Tensor | tuple[Tensor, LLAInfo]: ...
 def lla_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -332,10 +372,11 @@ def lla_decode(
     block_table: Tensor | None = None,
     solver: str | Solver | None = None,
     backend: str | None = None,
+    return_info: bool = False,
     out: Tensor | None = None,
     layout: str = "bhsd",
     **others: NoReturn,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, LLAInfo]:
     """Local Linear Attention of new tokens against a cache: inference, without gradients.
 
     What :func:`lla_attention` gives for the last N queries of each sequence, with caches that have room for more. The
@@ -362,8 +403,10 @@ def lla_decode(
             prompt is read, the Triton backends gather the pages and solve by conjugate gradients, as closely as the
             dtype can tell.
         backend: as for :func:`lla_attention`.
+        return_info: also return an :class:`LLAInfo`, of shape (B, Hq, N). Up to 16 new tokens the fused kernels solve
+            directly; they tell a bound on the residual (docs/math.md, (4.8)). Default False.
         out: written and returned, any strides; shape, dtype and device of the result, and no memory of the other
-            arguments. Default None: a new tensor.
+            arguments; not together with ``return_info``. Default None: a new tensor.
         layout: "bhsd", or "bshd" for tensors (B, N, H, D), (B, L, H, D) and (pages, page size, H, D); nothing is
             copied. ridge_lambda stays (B, Hq, N). Default "bhsd".
 
@@ -371,7 +414,7 @@ def lla_decode(
     ``seqlens_k`` and ``block_table``.
 
     Returns:
-        o, with the shape and dtype of q but for the last dimension, which is that of v_cache.
+        o, with the shape and dtype of q but for the last dimension, which is that of v_cache; or (o, info).
 
     Raises:
         TypeError, ValueError, flashlla.UnsupportedError: as :func:`lla_attention`, or an argument above does not fit.
@@ -413,6 +456,12 @@ def lla_decode(
         block_table=block_table,
         layout=layout,
     )
+    _check_return_info(return_info)
+    if return_info:
+        if out is not None:
+            raise ValueError("out: got it together with return_info=True, wanted one of the two; try out.copy_(o)")
+        found = decode_info(call.arguments)
+        return call.restore(found.o), _info(call, found.report)
     if out is None:
         return call.restore(decode(call.arguments))
     decode_out(call.arguments, check_out(out, call))

@@ -25,12 +25,15 @@ from flashlla.problem import (
     Gradients,
     Inputs,
     Problem,
+    Report,
     Residuals,
     Settings,
     describe,
     empty_forward,
     empty_gradients,
     empty_output,
+    empty_report,
+    fill_keyless,
     keyless_forward,
     zero_gradients,
 )
@@ -65,6 +68,11 @@ class Decoded(NamedTuple):
     o: Tensor  # (B, Hq, Sq, Dv)
 
 
+class DecodedInfo(NamedTuple):
+    o: Tensor  # (B, Hq, Sq, Dv)
+    report: Report
+
+
 class NoOutputs(NamedTuple):
     pass
 
@@ -82,7 +90,7 @@ _NO_GRADIENTS = Row(Arguments).filled(None)
 
 
 class _LastBackend(threading.local):
-    """The name of the backend that the last forward pass of this thread ran on; None if it was traced."""
+    """The name of the backend that the last call of this thread ran on; None if it was traced."""
 
     name: str | None = None
 
@@ -173,25 +181,40 @@ def _run_decode(arguments: Arguments) -> Decoded:
     return Decoded(o)
 
 
+def _run_decode_info(arguments: Arguments) -> DecodedInfo:
+    q, v = arguments.inputs.q, arguments.inputs.v
+    found = DecodedInfo(empty_output(q, v), empty_report(q))
+    _write_decoded(arguments, found.o, found.report)
+    return found
+
+
 def _run_decode_out(arguments: OutArguments) -> NoOutputs:
     _write_decoded(Arguments(arguments.inputs, arguments.settings), arguments.out)
     torch.autograd.graph.increment_version(arguments.out)  # who saved it for a backward pass shall notice
     return NoOutputs()
 
 
-def _write_decoded(arguments: Arguments, out: Tensor) -> None:
+def _write_decoded(arguments: Arguments, out: Tensor, report: Report | None = None) -> None:
     problem, inputs = describe(arguments), arguments.inputs.with_dense_lengths()
     check_values(problem, inputs)
     chosen = dispatch.choose(problem, arguments.settings.backend)
     if problem.empty:
         out.zero_()
-        return
-    with _no_autocast(problem):
-        _no_capture(chosen, problem).decode(problem, inputs, out)
+        if report is not None:
+            fill_keyless(report)
+    else:
+        with _no_autocast(problem):
+            _no_capture(chosen, problem).decode(problem, inputs, out, report)
+    _last_backend.name = chosen.name
 
 
 def _trace_decode(arguments: Arguments) -> Decoded:
     return Decoded(empty_output(arguments.inputs.q, arguments.inputs.v))
+
+
+def _trace_decode_info(arguments: Arguments) -> DecodedInfo:
+    _last_backend.name = None
+    return DecodedInfo(empty_output(arguments.inputs.q, arguments.inputs.v), empty_report(arguments.inputs.q))
 
 
 def _trace_decode_out(arguments: OutArguments) -> NoOutputs:
@@ -231,7 +254,7 @@ def _refuse_second(ctx: Any, gradients: Gradients) -> NoReturn:
     )
 
 
-def _refuse_decode(ctx: Any, gradients: Decoded) -> NoReturn:
+def _refuse_decode(ctx: Any, gradients: Decoded | DecodedInfo) -> NoReturn:
     raise NotImplementedError(
         "flashlla: lla_decode has no gradient, and a loss was made of its output; try torch.no_grad() around it, or "
         "lla_attention, which has one"
@@ -325,6 +348,9 @@ BACKWARD = Operator(
 )
 WHICH = Operator("which", Arguments, Choice, run=_run_which, fake=_trace_which, batch=_batch_which, batched=False)
 DECODE = Operator("decode", Arguments, Decoded, run=_run_decode, fake=_trace_decode, batch=_refuse_to_batch)
+DECODE_INFO = Operator(
+    "decode_info", Arguments, DecodedInfo, run=_run_decode_info, fake=_trace_decode_info, batch=_refuse_to_batch
+)
 DECODE_OUT = Operator(
     "decode_out",
     OutArguments,
@@ -336,7 +362,8 @@ DECODE_OUT = Operator(
 )
 FORWARD.differentiate(_differentiate, save=_save, forward_mode=_refuse_forward_mode)
 BACKWARD.differentiate(_refuse_second, forward_mode=_refuse_forward_mode)
-DECODE.differentiate(_refuse_decode, forward_mode=_refuse_forward_mode)
+for _decoding in (DECODE, DECODE_INFO):
+    _decoding.differentiate(_refuse_decode, forward_mode=_refuse_forward_mode)
 
 
 def forward(arguments: Arguments) -> Forward:
@@ -350,7 +377,7 @@ def backward(arguments: AdjointArguments) -> Gradients:
 
 
 def which(arguments: Arguments) -> Tensor:
-    """The number of the backend that :func:`forward` has just run ``arguments`` on."""
+    """The number of the backend that has just run ``arguments``."""
     if torch.compiler.is_compiling() or _last_backend.name is None:
         return WHICH(arguments).number
     return _choice(dispatch.backend_named(_last_backend.name)).number
@@ -359,6 +386,11 @@ def which(arguments: Arguments) -> Tensor:
 def decode(arguments: Arguments) -> Tensor:
     """The output of new tokens against a cache; without a gradient, which it refuses."""
     return DECODE.differentiable(arguments).o
+
+
+def decode_info(arguments: Arguments) -> DecodedInfo:
+    """The same, and how the solve went."""
+    return DECODE_INFO.differentiable(arguments)
 
 
 def decode_out(arguments: Arguments, out: Tensor) -> None:

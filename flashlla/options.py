@@ -46,6 +46,20 @@ class VarlenOptions(SettingOptions, total=False):
     max_seqlen_k: int | None
 
 
+class DecodeOptions(TypedDict, total=False):
+    """Keyword arguments of :func:`flashlla.lla_decode`, but ``return_info`` and ``out``."""
+
+    ridge_lambda: float | Tensor
+    qk_scale: float | None
+    delta_eps: float
+    window: int | None
+    seqstarts_k: Tensor | None
+    block_table: Tensor | None
+    solver: str | Solver | None
+    backend: str | None
+    layout: str
+
+
 class AnyOptions(AttentionOptions, VarlenOptions, total=False):
     """Keyword arguments of any of the three calls."""
 

@@ -320,22 +320,36 @@ class Gradients(NamedTuple):
 def empty_forward(q: Tensor, v: Tensor) -> Forward:
     """Uninitialised outputs of a forward pass."""
     dtype, rows = accumulator(q.dtype), q.shape[:-1]
-    row = lambda dtype: q.new_empty(rows, dtype=dtype)
+    row = lambda: q.new_empty(rows, dtype=dtype)
     vector = lambda: q.new_empty(q.shape, dtype=dtype)
     return Forward(
         empty_output(q, v),
-        Residuals(lse=row(dtype), guard=row(dtype), probe=vector(), k_mean=vector()),
-        Report(omega=row(dtype), iterations=row(torch.int32), residual=row(dtype), converged=row(torch.bool)),
+        Residuals(lse=row(), guard=row(), probe=vector(), k_mean=vector()),
+        empty_report(q),
     )
+
+
+def empty_report(q: Tensor) -> Report:
+    """Uninitialised."""
+    row = lambda dtype: q.new_empty(q.shape[:-1], dtype=dtype)
+    dtype = accumulator(q.dtype)
+    return Report(omega=row(dtype), iterations=row(torch.int32), residual=row(dtype), converged=row(torch.bool))
 
 
 def keyless_forward(q: Tensor, v: Tensor) -> Forward:
     """Outputs of queries that see no key."""
     outputs = empty_forward(q, v)
-    for t in (outputs.o, *outputs.residuals, *outputs.report):
+    for t in (outputs.o, *outputs.residuals):
         t.zero_()
-    outputs.report.converged.fill_(True)
+    fill_keyless(outputs.report)
     return outputs
+
+
+def fill_keyless(report: Report) -> None:
+    """Of queries that see no key: there was nothing to solve."""
+    for t in report:
+        t.zero_()
+    report.converged.fill_(True)
 
 
 def empty_gradients(inputs: Inputs) -> Gradients:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import flashlla
 from flashlla import lla_attention, lla_decode
-from flashlla.autograd import DECODE, DECODE_OUT, OutArguments
+from flashlla.autograd import DECODE, DECODE_INFO, DECODE_OUT, OutArguments
 from flashlla.backends.base import Backend
 from flashlla.backends.naive import Naive
 from flashlla.backends.triton import FEW_NEW, Triton
@@ -130,6 +130,59 @@ def test_the_last_rows_of_a_full_forward(backend: Backend, device: str, case: De
     assert excess.ratio <= 1, f"error over budget: {excess}"
     unseen = wanted.abs().amax(-1) == 0
     assert not o[unseen].any(), "a new token before the first key has an output of 0"
+
+
+@pytest.mark.parametrize("name", ["plain", "fewer_keys_than_new", "bshd", "prompt_starts", "pages_16"])
+@pytest.mark.quick
+@every_backend
+def test_info(backend: Backend, name: str) -> None:
+    case = next(c for c in CASES if c.name == name)
+    tensors, keywords = arguments(case, torch.float32)
+    skip_if_refused(backend, *tensors, op=lla_decode, **keywords)
+    plain = lla_decode(*tensors, **keywords, backend=backend.name)
+    o, info = lla_decode(*tensors, **keywords, return_info=True, backend=backend.name)
+    _, wanted = lla_decode(*tensors, **keywords, return_info=True, backend="naive")
+    assert torch.equal(o, plain)
+    assert info.backend == backend.name
+    assert info.iterations.dtype == torch.int32
+    assert bool(info.iterations.any()) == (case.new > FEW_NEW and isinstance(backend, Triton))
+    assert all(t.shape == plain.shape[:-1] for t in (info.iterations, info.residual, info.converged, info.omega))
+    torch.testing.assert_close(info.omega, wanted.omega, rtol=1e-4, atol=0)
+    assert info.converged.all()
+    assert info.residual.max() < 1e-3
+    assert not info.residual[info.omega == 0].any()
+
+
+@pytest.mark.parametrize("ridge", [1.0, 1e-3, 1e-9])
+@every_backend
+def test_the_bound_on_a_residual(backend: Backend, ridge: float) -> None:
+    """(4.8), of what the kernels of a few new tokens do not compute."""
+    q, k, v, keywords = Decoding("", lengths=(63,)).make(torch.float32)
+    skip_if_refused(backend, q, k, v, op=lla_decode, **keywords)
+    call = lambda name: lla_decode(q, k, v, keywords["seqlens_k"], ridge_lambda=ridge, return_info=True, backend=name)
+    _, info = call(backend.name)
+    if not isinstance(backend, Triton):
+        assert info.residual.max() < 1e-5
+        return
+    p = torch.softmax(q.double() @ k.double().mT / 4, -1)  # (1, H, 1, L)
+    k_mean = p @ k.double()
+    d, apart = k_mean - q, k.double() - k_mean
+    a = (apart * p.mT).mT @ apart + ridge * torch.eye(16, dtype=torch.float64)
+    h_2 = (d @ torch.linalg.solve(a, d.mT)).squeeze(-1)
+    trace = a.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    bound = 2.0**-22 * trace * (h_2 / ridge).sqrt() / d.norm(dim=-1)
+    torch.testing.assert_close(info.residual.double(), bound, rtol=0.01, atol=0)
+    assert torch.equal(info.converged, bound < 1e-3)
+    assert info.converged.all() == (ridge > 1e-6)
+
+
+@pytest.mark.quick
+def test_info_or_out() -> None:
+    q, k, v, keywords = Decoding("").make(torch.float32)
+    with pytest.raises(ValueError, match=r"out: .*return_info=True.*out\.copy_\(o\)"):
+        lla_decode(q, k, v, **keywords, return_info=True, out=torch.empty_like(q))
+    with pytest.raises(TypeError, match=r"return_info: got int.*bool\(return_info\)"):
+        lla_decode(q, k, v, **keywords, return_info=1)
 
 
 @every_backend
@@ -303,7 +356,8 @@ def test_opcheck(backend: str, name: str) -> None:
     case = next(c for c in CASES if c.name == name)
     tensors, keywords = arguments(case, torch.float32)
     asked = prepared(lla_decode, "test_opcheck", *tensors, **keywords, backend=backend).arguments
-    torch.library.opcheck(DECODE.op, DECODE.takes.flat(asked))
+    for operator in (DECODE, DECODE_INFO):
+        torch.library.opcheck(operator.op, operator.takes.flat(asked))
     into = OutArguments(*asked, torch.empty_like(DECODE(asked).o))
     torch.library.opcheck(DECODE_OUT.op, DECODE_OUT.takes.flat(into))
 
@@ -316,7 +370,8 @@ def test_compile(dynamic: bool) -> None:
     def step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         o = lla_decode(q * 2, k, v, lengths, ridge_lambda=1.0, window=9)
         lla_decode(q * 2, k, v, lengths, ridge_lambda=1.0, out=out)
-        return o + 1, out * 3
+        again, info = lla_decode(q * 2, k, v, lengths, ridge_lambda=1.0, window=9, return_info=True)
+        return o + again, out * info.omega.unsqueeze(-1)
 
     compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=dynamic)
     for lengths in ((40, 17), (41, 18), (5, 0)):

@@ -97,7 +97,7 @@ class Call:
             page_size=None if table is None else k.shape[2],
         )  # fmt: skip
         ridge = self.ridge.expand(self.q.shape[:3])
-        return decode(problem, Inputs(self.q, k, v, ridge, self.lengths, block_table=table), out, config)
+        return decode(problem, Inputs(self.q, k, v, ridge, self.lengths, block_table=table), out, config=config)
 
     def exact(self) -> Tensor:
         """The naive backend in float64, lengths out of range taken as the nearest that there are."""

@@ -29,18 +29,22 @@ def test_mypy_tells_right_calls_from_wrong_ones() -> None:
 
 @pytest.mark.parametrize(
     ("op", "kind"),
-    [(api.lla_attention, options.AttentionOptions), (api.lla_attention_varlen, options.VarlenOptions)],
+    [
+        (api.lla_attention, options.AttentionOptions),
+        (api.lla_attention_varlen, options.VarlenOptions),
+        (api.lla_decode, options.DecodeOptions),
+    ],
     ids=lambda x: x.__name__,
 )
 def test_overloads_have_the_arguments_of_the_signature(op: typing.Any, kind: type) -> None:
     types = typing.get_type_hints(op)
     keywords = [p.name for p in inspect.signature(op).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    assert typing.get_type_hints(kind) == {name: types[name] for name in keywords if name != "return_info"}
+    assert typing.get_type_hints(kind) == {name: types[name] for name in keywords if name not in ("return_info", "out")}
 
 
 def test_whoever_takes_any_call_takes_every_argument() -> None:
     decode = inspect.signature(api.lla_decode).parameters.values()
-    names = {p.name for p in decode if p.kind is p.KEYWORD_ONLY and p.name != "out"}
+    names = {p.name for p in decode if p.kind is p.KEYWORD_ONLY and p.name not in ("return_info", "out")}
     names |= set(typing.get_type_hints(options.AttentionOptions)) | set(typing.get_type_hints(options.VarlenOptions))
     assert set(typing.get_type_hints(options.AnyOptions)) == names
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from flashlla.nonfinite import isolate
-from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals
+from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals, keyless_forward
 from flashlla.solvers.base import warn_unconverged
 
 
@@ -47,16 +47,21 @@ class Backend(ABC):
     def backward(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
         """The gradients of ``sum(o * grad_o)``, by (3.1) to (3.6)."""
 
-    def decode(self, problem: Problem, inputs: Inputs, out: Tensor) -> Tensor:
-        """The output of new tokens against a cache, written to ``out``, (B, Hq, N, Dv), which is returned.
+    def decode(self, problem: Problem, inputs: Inputs, out: Tensor, report: Report | None = None) -> Tensor:
+        """The output of new tokens against a cache, written to ``out``, (B, Hq, N, Dv), which is returned; how the
+        solve went is written to ``report``, if it is asked for.
 
-        No residuals, no report. Here by :meth:`forward`, on a cache gathered from its pages.
+        Here by :meth:`forward`, on a cache gathered from its pages.
         """
         problem, inputs = plain_cache(problem, inputs)
         if problem.empty:
-            return out.zero_()
-        outputs = Forward(*self.forward(problem, inputs))
-        warn_if_stopped_early(problem, inputs, outputs.report)
+            outputs = keyless_forward(inputs.q, inputs.v)
+        else:
+            outputs = Forward(*self.forward(problem, inputs))
+            warn_if_stopped_early(problem, inputs, outputs.report)
+        if report is not None:
+            for told, found in zip(report, outputs.report, strict=True):
+                told.copy_(found)
         return out.copy_(outputs.o)
 
 

@@ -20,6 +20,10 @@ def right(q: Tensor, cu_seqlens: Tensor, flag: bool) -> None:
     assert_type(flashlla.lla_attention_varlen(q, q, q, cu_seqlens=cu_seqlens, max_seqlen=8), "Tensor")
     assert_type(flashlla.lla_attention_varlen(q, q, q, return_info=True)[1].backend, str)
     assert_type(flashlla.lla_decode(q, q, q, cu_seqlens, ridge_lambda=q, out=q), "Tensor")
+    assert_type(
+        flashlla.lla_decode(q, q, q, cu_seqlens, seqstarts_k=cu_seqlens, return_info=True),
+        "tuple[Tensor, flashlla.LLAInfo]",
+    )
     assert_type(flashlla.explain(q, q, q, window=7).backend, "str | None")
     assert_type(flashlla.verify(q, q, q, rows=3, ridge_lambda=0.1).backend, str)
 
@@ -33,7 +37,7 @@ def wrong(q: Tensor, lengths: list[int]) -> None:
     flashlla.lla_attention(q, q)  # error: call-overload
     flashlla.lla_attention_varlen(q, q, q, seqlens_k=q)  # error: call-overload
     flashlla.lla_attention_varlen(q, q, q, solver=3)  # error: call-overload
-    flashlla.lla_decode(q, q, q, q, causal=True)  # error: arg-type
-    flashlla.lla_decode(q, q, q, q, out="o")  # error: arg-type
+    flashlla.lla_decode(q, q, q, q, causal=True)  # error: call-overload
+    flashlla.lla_decode(q, q, q, q, out="o")  # error: call-overload
     flashlla.explain(q, q, q, ridge_lamda=1.0)  # error: call-arg
     flashlla.verify(q, q, q, window=7.0)  # error: arg-type

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashlla.backends.base import Backend
 from flashlla.backends.triton import configs
-from flashlla.problem import Forward, Gradients, Inputs, Problem, Residuals, resolution
+from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals, resolution
 from flashlla.solvers import CG, spelling
 
 # So many new tokens of a sequence, or fewer, are decoded by sums over the cache and a direct solve; more are a forward
@@ -116,12 +116,12 @@ class Triton(Backend):
 
         return launch.backward(problem, inputs, residuals, grad_o, self.preconditioner(problem) or "none")
 
-    def decode(self, problem: Problem, inputs: Inputs, out: Tensor) -> Tensor:
+    def decode(self, problem: Problem, inputs: Inputs, out: Tensor, report: Report | None = None) -> Tensor:
         if not _decodes(problem):
-            return super().decode(_without_direct(problem), inputs, out)
+            return super().decode(_without_direct(problem), inputs, out, report)
         from flashlla.backends.triton.decode import decode
 
-        return decode(problem, inputs, out)
+        return decode(problem, inputs, out, report)
 
 
 class TritonPCG(Triton):

@@ -18,15 +18,18 @@ from flashlla.backends.triton.decode_kernels import (
 )
 from flashlla.backends.triton.records import BlockTable, Caches, Columns, Moments, Shape, Strided
 from flashlla.backends.triton.runtime import cdiv, launch
-from flashlla.problem import Inputs, Problem
+from flashlla.problem import Inputs, Problem, Report
 
 # How many ridges the square of a mean may be away from its origin. float32 sums lose the digits of the larger one: of a
 # C that lies below it, and of a Cov(v, k), 1e-7 times this; products of tensor cores, which cut off, a few times that.
 FAR, FAR_FULL = 4096.0, 128.0
 
 
-def decode(problem: Problem, inputs: Inputs, out: Tensor, config: DecodeConfig | None = None) -> Tensor:
-    """Local linear attention of the N newest tokens of each sequence with all cached keys, into ``out`` (B, Hq, N, Dv).
+def decode(
+    problem: Problem, inputs: Inputs, out: Tensor, report: Report | None = None, config: DecodeConfig | None = None
+) -> Tensor:  # fmt: skip
+    """Local linear attention of the N newest tokens of each sequence with all cached keys, into ``out`` (B, Hq, N, Dv),
+    and how each was solved, into ``report``.
 
     Query n sees the keys from seqstarts_k up to seqlens_k - N + n, with a window only the latest of them; if none, its
     output is 0. What else the cache holds does not matter. Key j of sequence b lies in page block_table[b, j // page
@@ -100,7 +103,7 @@ def decode(problem: Problem, inputs: Inputs, out: Tensor, config: DecodeConfig |
             )  # fmt: skip
         launch(
             decode_solve_kernel, "decode", (programs,), device,
-            found, caches, ridge, half_solved, o_out, *sight, problem.delta_eps,
+            found, caches, ridge, half_solved, o_out, report, *sight, problem.delta_eps,
             SHAPE=shape, MERGED=merging, BLOCK_R=solve_rows, WARPS=solve_warps, num_warps=solve_warps,
             num_stages=configs.SOLVE_STAGES,
         )  # fmt: skip

@@ -38,9 +38,13 @@ from flashlla.backends.triton.primitives import (
     rounded,
 )
 from flashlla.backends.triton.records import Strided
+from flashlla.solvers import base as solvers
 
 # Numbers that describe a piece: the maximum m of its logits, omega, and the units of its keys and values.
 SCALARS: tl.constexpr = tl.constexpr(4)
+# What of a product with A the factor may be off by, beside A's trace, (4.8): float32's rounding, a few times.
+FACTOR_ERROR: tl.constexpr = tl.constexpr(2.0**-22)
+SOUND: tl.constexpr = tl.constexpr(solvers.SOUND)
 
 
 @triton.jit
@@ -174,6 +178,16 @@ def store_scalars(pointer, m, omega, k_unit, v_unit):
     tl.store(pointer + 1, omega)
     tl.store(pointer + 2, k_unit)
     tl.store(pointer + 3, v_unit)
+
+
+@triton.jit
+def store_report(report, query, residual, omega):
+    """Of one ``query``; ``residual`` (W,): every warp writes the same."""
+    nowhere = tl.zeros_like(residual).to(tl.int32)
+    tl.store(report.omega + query + nowhere, omega + tl.zeros_like(residual))
+    tl.store(report.iterations + query + nowhere, nowhere)
+    tl.store(report.residual + query + nowhere, residual)
+    tl.store(report.converged + query + nowhere, residual <= SOUND)
 
 
 @triton.jit
@@ -401,11 +415,12 @@ def decode_merge_kernel(
 
 @triton.jit(do_not_specialize=["first_pair", "kv_heads", "group", "q_len", "k_len", "window"])
 def decode_solve_kernel(
-    found, caches, ridge_in, half_solved_ptr, o_out,
+    found, caches, ridge_in, half_solved_ptr, o_out, report_out,
     first_pair, kv_heads, group, q_len, k_len, window, delta_eps,
     SHAPE: tl.constexpr, MERGED: tl.constexpr, BLOCK_R: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """o of one system from its moments (systems, R = D + V, D), which are overwritten. MERGED: the moments are the
+    """o of one system from its moments (systems, R = D + V, D), which are overwritten; and how it went, (4.8), to the
+    `Report` report_out, if there is one. MERGED: the moments are the
     merge kernel's; if not, there is one piece.
 
     Cholesky's factor of A = C + lambda I, with Cov(v, k) for further rows: A = L L^T, G = Cov(v, k) L^-T, h = L^-1 d,
@@ -417,6 +432,7 @@ def decode_solve_kernel(
     pair, member = first_pair + tl.program_id(0) // (group * q_len), tl.program_id(0) % (group * q_len)
     sequence, n = pair // kv_heads, member % q_len
     q_head = ((pair % kv_heads) * group + member // q_len).to(tl.int64)
+    query = (sequence * (kv_heads * group) + q_head) * q_len + n  # of (B, Hq, N)
     start, stop = key_span(caches, sequence, n, q_len, k_len, window)
     o_base = o_out.ptr + sequence.to(tl.int64) * o_out.stride_b + q_head * o_out.stride_h + n * o_out.stride_s
     W: tl.constexpr = WARPS
@@ -426,6 +442,10 @@ def decode_solve_kernel(
     o_ptrs, there = o_base + (row - D) * o_out.stride_d, (row >= D) & (row < D + SHAPE.V_DIM)
     if stop <= start:
         tl.store(o_ptrs, tl.zeros([W, BLOCK_R // W], o_out.ptr.dtype.element_ty), mask=there)
+        if report_out is not None:
+            store_report(
+                report_out, (sequence * (kv_heads * group) + q_head) * q_len + n, tl.zeros([W], tl.float32), 0.0
+            )
         return
     moments = found.moments + system * R * D
     sums_ptr = found.sums + system * R
@@ -441,7 +461,7 @@ def decode_solve_kernel(
         offset_ptr = found.offset + system * D
         mean *= share
 
-    d_z = tl.zeros([W], tl.float32)
+    d_z, d_2, trace = tl.zeros([W], tl.float32), tl.zeros([W], tl.float32), tl.zeros([W], tl.float32)
     slope = tl.zeros([W, BLOCK_R // W], tl.float32)
     panel, square = panel_of(moments, row, 0, R, D)
     tl.debug_barrier()
@@ -455,7 +475,11 @@ def decode_solve_kernel(
             square = square * share - b[:, :, None] * b[:, None, :]
             b += tl.load(offset_ptr + square_row) * inverse_power(k_unit)
         # Of the square, which ``panel`` holds too, no more is asked than what ``square`` tells.
-        square += tl.where(square_row[:, :, None] == column[None, None, :], scaled_ridge, 0.0)
+        on_diagonal = square_row[:, :, None] == column[None, None, :]
+        square += tl.where(on_diagonal, scaled_ridge, 0.0)
+        if report_out is not None:
+            d_2 += tl.sum(b * b, 1)
+            trace += tl.sum(tl.sum(tl.where(on_diagonal, square, 0.0), 2), 1)
         panel, b, inverse, later = factored_panel(
             panel, square, b, p, moments, half_solved_ptr, row, scaled_ridge, R, D
         )  # fmt: skip
@@ -471,3 +495,6 @@ def decode_solve_kernel(
     guard = 1 / (1 + delta_eps * (1 + d_z) / omega)  # (W,)
     o = (mean - slope) * (guard * v_unit)[:, None] + flaw
     tl.store(o_ptrs, o.to(o_out.ptr.dtype.element_ty), mask=there)
+    if report_out is not None:
+        residual = FACTOR_ERROR * trace * tl.sqrt(d_z / (scaled_ridge * tl.where(d_2 > 0, d_2, 1.0))) + flaw
+        store_report(report_out, query, residual, omega + flaw)

@@ -16,12 +16,12 @@ import torch
 
 import flashlla
 from flashlla import dispatch, solvers
-from flashlla.integrations import fla
+from flashlla.integrations import fla, transformers
 from tests.support.helpers import interpreted
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PUBLIC = (flashlla, flashlla.nn, fla, flashlla.ops.naive, solvers)
+PUBLIC = (flashlla, flashlla.nn, fla, transformers, flashlla.ops.naive, solvers)
 FIGURES = {"softmax attention": "0.549", "ridge regression": "0.206", "Local Linear Attention": "0.168"}
 
 

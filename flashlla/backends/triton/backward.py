@@ -165,11 +165,10 @@ def dq_kernel(
     k_mean = k_mean * inverse_power(k_unit)
     z = load_vectors(z_in.ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
     row = i + tl.arange(0, BLOCK_M)
-    some = sees_some(row, at, window, SHAPE.CAUSAL)
-    ridge = tl.where(some, load_ridge(ridge_in, row, at, 1.0), 1.0)  # (M,)
+    ridge = load_ridge(ridge_in, row, at, 1.0)  # (M,)
     lse2 = load_numbers(lse2_ptr, at, BLOCK_M, 0.0)
     g_mean = load_numbers(g_mean_ptr, at, BLOCK_M, 0.0)
-    do_unit = tl.where(some, load_numbers(do_in.unit, at, BLOCK_M, 1.0), 0.0)
+    do_unit = load_numbers(do_in.unit, at, BLOCK_M, 1.0)
     z_size = load_numbers(z_in.unit, at, BLOCK_M, 0.0) * k_unit
 
     z_wide = z.to(tl.float32)
@@ -202,9 +201,10 @@ def dq_kernel(
         k_unit
     )
     unit = do_unit * v_unit
-    store_queries(dq_out, at, dq * unit[:, None], SHAPE.HEAD_DIM)
+    some = sees_some(row, at, window, SHAPE.CAUSAL)  # what sees nothing need not be finite
+    store_queries(dq_out, at, tl.where(some[:, None], dq * unit[:, None], 0.0), SHAPE.HEAD_DIM)
     dridge = unit * (z_y * inverse_power(k_unit) * inverse_power(k_unit))
-    store_numbers(dridge_out, at, dridge)
+    store_numbers(dridge_out, at, tl.where(some, dridge, 0.0))
 
     if q.dtype == tl.float32:  # weights times 1 - a sum to 1 (output_kernel)
         a_mean -= tl.where(whole > 0, answers / tl.where(whole > 0, whole, 1.0) - 1, 0.0)

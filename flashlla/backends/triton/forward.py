@@ -90,7 +90,6 @@ def flaws_seen(
             flaw += load_rows(flaws.v + k_row, j, tl.where(v_flaw > 0, stop, 0), N, 0.0)
             seen = visible(row[:, None], (j + tl.arange(0, N))[None, :], at, window, SHAPE.CAUSAL)
             found += tl.sum(tl.where(seen, flaw[None, :], 0.0), 1)
-        found = tl.where(sees_some(row, at, window, SHAPE.CAUSAL), found, 0.0)
     return found
 
 
@@ -124,12 +123,13 @@ def statistics_kernel(
         statistics_body, (nothing - float("inf"), nothing, nowhere, nothing, nowhere),
         (q, factor, short, u_origin, FLIP), (k_base, k_in.stride_s), at, window, SHAPE, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    total += flaws_seen(flaws, at, seqlens, window, n_heads, group, k_len, SHAPE, BLOCK_M, BLOCK_N)
+    some = sees_some(i + tl.arange(0, BLOCK_M), at, window, SHAPE.CAUSAL)  # (M,) what sees nothing need not be finite
+    found = flaws_seen(flaws, at, seqlens, window, n_heads, group, k_len, SHAPE, BLOCK_M, BLOCK_N)
+    total += tl.where(some, found, 0.0)
     lse2 = m + (tl.log2(total) - WEIGHT_BITS)
     store_numbers(lse2_out, at, lse2)
     store_numbers(lse_out, at, lse2 * LN2)
     store_numbers(omega_out, at, total * (1 / WEIGHT))
-    some = sees_some(i + tl.arange(0, BLOCK_M), at, window, SHAPE.CAUSAL)  # (M,)
     whole = tl.where(some, total, 1.0)  # the sums of a query that sees nothing are 0
     k_mean = tl.div_rn(acc, whole[:, None] + tl.zeros_like(acc))  # `/` may be off by 2 units in the last place
     store_vectors(k_mean_out, at, k_mean * k_unit, SHAPE.HEAD_DIM)

@@ -60,7 +60,7 @@ class SoftmaxAttention(nn.Module):
     def forward(self, x: Tensor, past_key_values: LLACache | None = None) -> tuple[Tensor]:
         seen = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each (B, N, H, D)
-        q, k = (rotate(t, seen).to(v.dtype) for t in (self.q_norm(q), self.k_norm(k)))
+        q, k = (rotate(t, seen).to(v.dtype) for t in (self.q_norm(q.float()), self.k_norm(k.float())))
         if past_key_values is not None:
             k, v, *_ = past_key_values.update(k, v, self.layer_idx)  # (B, S, H, D)
         # The new queries are the last of S: one alone sees all, many without a past see causally.

@@ -1,4 +1,6 @@
-"""examples/tiny_gpt.py learns, goes on as if it had not been interrupted, generates alike with and without a cache."""
+"""examples/tiny_gpt.py learns, goes on as if it had not been interrupted, generates alike with and without a cache;
+examples/hf_generate.py shows what it says.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +16,29 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("tqdm")
-
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY, INTERRUPTED = 40, 20, 27
 
 
-@pytest.fixture(scope="module")
-def tiny_gpt() -> Iterator[ModuleType]:
-    """The script as a module; one thread, for the tensors are small."""
-    spec = importlib.util.spec_from_file_location("tiny_gpt", ROOT / "examples" / "tiny_gpt.py")
+def load(script: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(script, ROOT / "examples" / f"{script}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["tiny_gpt"] = module  # where its dataclass looks for itself
+    sys.modules[script] = module  # where dataclasses look for themselves
     spec.loader.exec_module(module)
-    module.QUICK = replace(module.QUICK, every=EVERY)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt() -> Iterator[ModuleType]:
+    """The script as a module; it sets threads to one."""
+    pytest.importorskip("tqdm")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    module = load("tiny_gpt")
+    module.QUICK = replace(module.QUICK, every=EVERY)
     yield module
     torch.set_num_threads(threads)
-    del sys.modules["tiny_gpt"]
 
 
 @pytest.fixture(scope="module", params=["lla", "softmax"])
@@ -111,3 +115,10 @@ def test_no_source_is_in_both_texts(tiny_gpt: ModuleType) -> None:
     assert len(train_text) > 10 * len(validation_text) > 1_000_000
     assert b"class BaseEventLoop" in validation_text
     assert b"class BaseEventLoop" not in train_text
+
+
+def test_a_batch_padded_on_the_left_generates_what_each_prompt_does(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    load("hf_generate").main()  # asserts it
+    out = capsys.readouterr().out
+    assert all(f"{cache} cache, padded on the left: the same bytes" in out for cache in ("dynamic", "static"))

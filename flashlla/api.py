@@ -265,8 +265,8 @@ def lla_attention_varlen(
         max_seqlen_q, max_seqlen_k: the same for queries and for keys. Default None: ``max_seqlen``.
         ridge_lambda: a number, or a tensor that broadcasts to (Hq, T), for (1, Hq, T, D) to (1, Hq, T). Default 10.0.
         causal, window: as for :func:`lla_attention`, aligned at the last key of each sequence. Defaults True, None.
-        qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, tolerance, solver, backend,
-            return_info: as for :func:`lla_attention`.
+        qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner: as for :func:`lla_attention`.
+        tolerance, solver, backend, return_info: as for :func:`lla_attention`.
 
     Given ``max_seqlen``, the fused kernels do not wait for the device; the PyTorch backends do, for ``cu_seqlens``.
     The numbers there are checked on the CPU, and elsewhere where the environment variable FLASHLLA_CHECK is 1.

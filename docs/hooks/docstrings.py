@@ -12,7 +12,7 @@ from markdown.extensions.toc import slugify
 DOCS = Path(__file__).resolve().parents[1]
 ROLE = re.compile(r":(?:class|func|meth):`~?([\w.]+)`")
 PAGE = re.compile(r"\bdocs/(\w+\.md)")
-SECTION = re.compile(r"^(?:Args|Raises|Warns):\n(?: {4}.*\n|\n)*", re.MULTILINE)
+SECTION = re.compile(r"^(?:Args|Attributes|Raises|Warns):\n(?: {4}.*\n|\n)*", re.MULTILINE)
 SEVERAL = re.compile(r"^ {4}([\w.]+(?:, [\w.]+)+): (.*\n(?: {5}.*\n)*)", re.MULTILINE)
 
 

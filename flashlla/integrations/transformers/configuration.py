@@ -8,9 +8,12 @@ from transformers import PreTrainedConfig
 
 
 class LLAConfig(PreTrainedConfig):
-    """The configuration of :class:`LLAModel` and :class:`LLAForCausalLM`. All arguments go by keyword.
+    """The configuration of :class:`LLAModel` and :class:`LLAForCausalLM`.
 
-    Args:
+    All arguments go by keyword. Beside those told here there are those of every ``PreTrainedConfig``: ``pad_token_id``,
+    ``bos_token_id``, ``eos_token_id`` ...
+
+    Attributes:
         vocab_size: tokens that there are. Default 32000.
         hidden_size: of tokens. Default 512.
         intermediate_size: of the MLP. Default None: 8 / 3 of ``hidden_size``, the next multiple of 64.
@@ -23,7 +26,6 @@ class LLAConfig(PreTrainedConfig):
         initializer_range: the standard deviation of weights at first. Default 0.02.
         tie_word_embeddings: one matrix for embeddings and logits. Default True.
         use_cache: keep keys and values in eval mode. Default True.
-        others: as for every ``PreTrainedConfig``: ``pad_token_id``, ``bos_token_id``, ``eos_token_id`` ...
 
     Example:
         >>> from flashlla.integrations.transformers import LLAConfig

@@ -135,6 +135,25 @@ def test_padding_spreads_neither_values_nor_gradients(kind: str, mask: Tensor):
         assert found[name].any(), name
 
 
+def test_a_row_of_padding_alone():
+    layer, x = make(), hidden(2, 6)
+    mask = torch.tensor([[1] * 6, [0] * 6])
+    o = layer(x, attention_mask=mask)[0]
+    assert_same(o[:1], layer(x[:1])[0])
+    assert not o[1].any()
+    past = LLACache()
+    assert torch.equal(run(layer, x, past, [2, 4], mask)[1], o[1])
+    assert_same(layer(x, past_key_values=past)[0][1:], layer(x[1:])[0])  # its first tokens
+
+
+def test_no_tokens():
+    layer, past = make(), LLACache()
+    assert layer(hidden(2, 0))[0].shape == (2, 0, HIDDEN)
+    assert layer(hidden(0, 3))[0].shape == (0, 3, HIDDEN)
+    assert layer(hidden(2, 0), attention_mask=torch.ones(2, 0).bool(), past_key_values=past)[0].shape == (2, 0, HIDDEN)
+    assert past.get_seq_length() == 0
+
+
 @pytest.mark.parametrize("max_seqlen", [None, 20])
 @every_layer
 def test_packed_sequences_are_alone(kind: str, max_seqlen: int | None):
@@ -168,8 +187,9 @@ def test_gradients_go_through_caches_that_keep_a_history(kind: str, cache: str):
 
 
 def test_its_own_cache_keeps_none():
-    layer, x = make(), hidden(2, 5)
-    o = layer(x, past_key_values=LLACache())[0]
+    layer, x, past = make(), hidden(2, 5), LLACache()
+    layer(x, past_key_values=past)
+    o = layer(x, past_key_values=past)[0]
     with pytest.raises(NotImplementedError, match="lla_decode"):
         o.sum().backward()
 

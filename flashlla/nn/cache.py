@@ -31,16 +31,12 @@ class _Layer:
     seqstarts: Tensor | None = None  # (B,) int32: the slot of each first key; None while no mask was given
     most: int = 0  # at least the largest of lengths; of growing caches alone: it changes, and would compile anew
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (self.k, self.v, self.lengths, self.seqstarts) if t is not None]
-
 
 class LLACache:
     """Keys and values of earlier tokens, for every layer of a model: what makes generation cheap.
 
     Pass the same object to all layers (``past_key_values=``) and to all calls; each call appends its tokens. For
-    inference: keys are kept without a history, and outputs of calls with a cache have no gradient.
+    inference: keys are kept without a history, and after the first call outputs have no gradient.
 
     Two kinds. Without ``max_len`` it grows, by doubling. With it, it has a fixed size from the first call on, lies
     still in memory and keeps its lengths on the device alone: good for ``torch.compile`` and CUDA graphs. Make the
@@ -127,7 +123,7 @@ class LLACache:
             room.index_put_((rows, slots.long()), t)
         if padding is not None:
             if layer.seqstarts is None:
-                layer.seqstarts = torch.zeros_like(layer.lengths)
+                layer.seqstarts = self._still(torch.zeros_like(layer.lengths))
             layer.seqstarts.copy_(padding.seqstarts)
         seqlens_k = layer.lengths + new
         seqstarts_k = None if layer.seqstarts is None else layer.seqstarts.clone()
@@ -144,10 +140,7 @@ class LLACache:
         if layer is None:
             room = max(_FIRST_ROOM, new) if self.max_len is None else self.max_len
             lengths = torch.zeros(batch, dtype=torch.int32, device=k.device)
-            layer = _Layer(_empty(k, room), _empty(v, room), lengths)
-            if self.max_len is not None and k.is_cuda and not torch.compiler.is_compiling():
-                for t in layer.tensors:
-                    torch._dynamo.mark_static_address(t)  # else CUDA graphs of torch.compile refuse to write there
+            layer = _Layer(self._still(_empty(k, room)), self._still(_empty(v, room)), self._still(lengths))
             self._layers[layer_idx] = layer
         for name, old, t in (("k", layer.k, k), ("v", layer.v, v)):
             if t.shape[0] != old.shape[0] or t.shape[2:] != old.shape[2:] or t.dtype != old.dtype:
@@ -170,6 +163,12 @@ class LLACache:
                 f"LLACache(max_len={needed}), or LLACache(), which grows"
             )
         return layer
+
+    def _still(self, t: Tensor) -> Tensor:
+        """``t``, which lies still if the cache does: else CUDA graphs of torch.compile would not write to it."""
+        if self.max_len is not None and t.is_cuda and not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(t)
+        return t
 
     def reset(self) -> None:
         """Forget all tokens. A cache of a fixed size keeps its memory, and the size of the batch."""

@@ -24,6 +24,11 @@ class Past(NamedTuple):
     seqstarts: Tensor | None = None  # (B,) int32: the slot of each sequence's first key; None: 0
     remembers: bool = False  # whether the cache keeps seqstarts, so that a mask may leave the past out
 
+    @property
+    def empty(self) -> bool:
+        """Whether it is known, without a look at a tensor, to hold nothing."""
+        return not isinstance(self.length, Tensor) and self.length == 0
+
 
 class Padding(NamedTuple):
     """What a mask says."""

@@ -108,6 +108,7 @@ def test_a_prompt_padded_on_the_right_goes_on_where_it_ended(cache: str):
     assert_same(torch.cat((first, second), 1), torch.stack(expected))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("mask", [LEFT, RIGHT, BOTH], ids=["left", "right", "both"])
 @pytest.mark.parametrize("kind", ["plain", "window", "token"])
 def test_padding_spreads_neither_values_nor_gradients(kind: str, mask: Tensor):
@@ -194,6 +195,17 @@ def test_its_own_cache_keeps_none():
         o.sum().backward()
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("ridge", ["head", "token"])
+def test_gradients_reach_every_ridge(ridge: str):
+    """From the first step on, each number of it."""
+    layer = LocalLinearAttention(HIDDEN, HEADS, 2, ridge=ridge)
+    layer(hidden())[0].square().sum().backward()
+    reached = {name: parameter.grad.ne(0).all().item() for name, parameter in layer.ridge.named_parameters()}
+    assert reached == ({"raw": True} if ridge == "head" else {"raw": True, "weight": True})
+
+
+@pytest.mark.quick
 def test_it_is_the_definition():
     """Against the operator's reference, with everything else written out."""
     layer, x = make("gqa", dtype=torch.float64, rope_theta=None), hidden(2, 10, dtype=torch.float64)
@@ -340,6 +352,11 @@ def test_what_cannot_be_done_is_refused(name: str):
     value, error, words = REFUSED[name]
     with pytest.raises(error, match=words):
         make()(**{"hidden_states": hidden(2, 5), name: value})
+
+
+def test_packed_sequences_are_told_by_a_tensor():
+    with pytest.raises(TypeError, match=r"cu_seqlens: got list, wanted a tensor of \(sequences \+ 1,\) int32"):
+        make()(hidden(1, 5), cu_seqlens=[0, 5])
 
 
 @pytest.mark.parametrize("name", ["attention_mask", "past_key_values"])

@@ -186,6 +186,8 @@ def test_a_fixed_one_holds_no_more():
         cache.update(*tokens(2))
     cache.update(*tokens(1))
     assert cache.get_seq_length() == 4
+    with pytest.raises(ValueError, match=r"max_len: got 4, wanted at least 5 slots"):
+        LLACache(max_len=4).update(*tokens(5))
 
 
 def test_no_history_is_kept():
@@ -218,7 +220,7 @@ def test_another_batch_is_refused():
     k, v = tokens(1)
     with pytest.raises(ValueError, match=r"k: got .* of shape \(1, 1, 2, 4\), wanted .* \(2, 1, 2, 4\).*new LLACache"):
         cache.update(k[:1], v[:1])
-    with pytest.raises(ValueError, match=r"k: got torch.float32 .*, wanted torch.float64"):
+    with pytest.raises(ValueError, match=r"k: got torch.float32 .*, wanted torch.float64 .*autocast for all calls"):
         cache.update(k.float(), v.float())
 
 

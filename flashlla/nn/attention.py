@@ -215,7 +215,7 @@ class LocalLinearAttention(nn.Module):
         batch, new, _ = hidden_states.shape
         packing = None if cu_seqlens is None else _Packing(cu_seqlens, max_seqlen)
         if packing is not None:
-            _check_alone(batch, attention_mask=attention_mask, past_key_values=past_key_values)
+            _check_packing(packing.cu_seqlens, batch, attention_mask=attention_mask, past_key_values=past_key_values)
         elif max_seqlen is not None:
             raise ValueError(f"max_seqlen: got {max_seqlen} without cu_seqlens, wanted None, or both")
         elif use_cache and past_key_values is None:
@@ -386,8 +386,13 @@ def _check_position_ids(position_ids: Tensor, batch: int, new: int) -> None:
         )
 
 
-def _check_alone(batch: int, **others: Any) -> None:
+def _check_packing(cu_seqlens: Tensor, batch: int, **others: Any) -> None:
     """Packed sequences go without the ``others``."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(
+            f"cu_seqlens: got {type(cu_seqlens).__name__}, wanted a tensor of (sequences + 1,) int32; try "
+            f"torch.tensor(cu_seqlens, dtype=torch.int32, device=hidden_states.device)"
+        )
     for name, value in others.items():
         if value is not None:
             raise ValueError(

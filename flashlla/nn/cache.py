@@ -15,12 +15,16 @@ _FIRST_ROOM = 64
 
 
 class Keys(NamedTuple):
-    """The keys and values of a call, in what ``lla_decode`` takes with ``layout="bshd"``."""
+    """The keys and values of a call, as :func:`flashlla.lla_decode` takes them with ``layout="bshd"``.
 
-    k: Tensor  # (B, L, Hkv, D)
-    v: Tensor  # (B, L, Hkv, Dv)
-    seqlens_k: Tensor | None  # (B,) int32: the keys in use, the new ones counted; None: all L
-    seqstarts_k: Tensor | None  # (B,) int32: the first key that is visible; None: 0
+    ``k``: (B, L, Hkv, D), ``v``: (B, L, Hkv, Dv), with new tokens the last of those in use. ``seqlens_k``: (B,) int32,
+    the keys in use; None: all L. ``seqstarts_k``: (B,) int32, the first key that is visible; None: 0.
+    """
+
+    k: Tensor
+    v: Tensor
+    seqlens_k: Tensor | None
+    seqstarts_k: Tensor | None
 
 
 @dataclass
@@ -47,8 +51,9 @@ class LLACache:
     later calls need no mask; one they give has a column for each new token, or also one for each slot of the past.
 
     Args:
-        max_len: slots for tokens, padding on the left counted. Default None: it grows. More tokens are refused on the
-            CPU, and elsewhere where FLASHLLA_CHECK is 1; unchecked, the device refuses to write there.
+        max_len: slots for tokens, padding on the left counted. Default None: it grows. A call with more tokens is
+            refused; one that finds too few slots left, on the CPU, and elsewhere where FLASHLLA_CHECK is 1. Unchecked
+            the device stops where it would write beyond.
 
     Raises:
         TypeError, ValueError: ``max_len`` is no whole number of at least 1; a batch has another size or dtype than the
@@ -98,13 +103,14 @@ class LLACache:
     def update(self, k: Tensor, v: Tensor, layer_idx: int = 0, attention_mask: Tensor | None = None) -> Keys:
         """Append new tokens: k, (B, S, Hkv, D), and v, (B, S, Hkv, Dv); all keys and lengths for ``lla_decode``.
 
-        Returns a record of ``k``, ``v``, ``seqlens_k`` and ``seqstarts_k``, for ``layout="bshd"``.
+        attention_mask: as for :class:`LocalLinearAttention`. Returns a :class:`Keys`.
 
         Example:
             >>> import torch, flashlla
             >>> q, k, v = torch.randn(3, 2, 5, 4, 16).unbind(0)  # (B, S, H, D)
             >>> keys = flashlla.nn.LLACache().update(k, v)
-            >>> flashlla.lla_decode(q, *keys[:3], layout="bshd").shape
+            >>> o = flashlla.lla_decode(q, keys.k, keys.v, keys.seqlens_k, layout="bshd")
+            >>> o.shape
             torch.Size([2, 5, 4, 16])
         """
         padding = None
@@ -146,22 +152,21 @@ class LLACache:
             if t.shape[0] != old.shape[0] or t.shape[2:] != old.shape[2:] or t.dtype != old.dtype:
                 raise ValueError(
                     f"{name}: got {t.dtype} of shape {tuple(t.shape)}, wanted {old.dtype} of shape "
-                    f"{(old.shape[0], new, *old.shape[2:])}, as the cache has; for another batch try a new LLACache"
+                    f"{(old.shape[0], new, *old.shape[2:])}, as the cache has; for another batch try a new LLACache, "
+                    f"and autocast for all calls or for none"
                 )
-        if self.max_len is None:
-            needed = layer.most + new
-            if needed > layer.k.shape[1]:
-                room = max(2 * layer.k.shape[1], needed)
-                layer.k, layer.v = (_empty(t, room, in_use=layer.most) for t in (layer.k, layer.v))
-        elif (
-            looked_at(k.device)
-            and not torch.compiler.is_compiling()
-            and (needed := self.get_seq_length(layer_idx) + new) > self.max_len
-        ):
-            raise ValueError(
-                f"max_len: got {self.max_len}, wanted at least {needed} slots for {new} tokens more; try "
-                f"LLACache(max_len={needed}), or LLACache(), which grows"
-            )
+        if self.max_len is not None:
+            used = 0
+            if looked_at(k.device) and not torch.compiler.is_compiling():
+                used = self.get_seq_length(layer_idx)
+            if used + new > self.max_len:
+                raise ValueError(
+                    f"max_len: got {self.max_len}, wanted at least {used + new} slots: there are {used} tokens in the "
+                    f"cache and {new} more; try LLACache(max_len={used + new}), or LLACache(), which grows"
+                )
+        elif layer.most + new > layer.k.shape[1]:
+            room = max(2 * layer.k.shape[1], layer.most + new)
+            layer.k, layer.v = (_empty(t, room, in_use=layer.most) for t in (layer.k, layer.v))
         return layer
 
     def _still(self, t: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -110,7 +109,8 @@ class Ridge(nn.Module):
             return self._above_minimum(raw.unsqueeze(-1))  # (H, 1)
         if hidden_states is None:
             raise TypeError("hidden_states: got None, wanted (B, S, hidden_size): the ridge is 'token'")
-        with _no_autocast(hidden_states.device.type):
+        device = "cpu" if hidden_states.is_meta else hidden_states.device.type  # autocast knows no meta
+        with torch.autocast(device, enabled=False):
             raw = F.linear(hidden_states.to(raw.dtype), self.weight.to(raw.dtype), raw)  # (B, S, H)
         return self._above_minimum(raw.mT)  # (B, H, S)
 
@@ -144,8 +144,3 @@ class Ridge(nn.Module):
 
 def _widened(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    known = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()

@@ -44,7 +44,7 @@ class Size:
 
 
 FULL = Size(layers=6, width=512, heads=8, length=1024, batch=32, steps=2000, warmup=100, every=200, lr=1e-3)
-QUICK = Size(layers=2, width=128, heads=2, length=128, batch=8, steps=200, warmup=20, every=50, lr=3e-3)
+QUICK = Size(layers=2, width=128, heads=2, length=128, batch=8, steps=150, warmup=20, every=50, lr=3e-3)
 
 
 class SoftmaxAttention(nn.Module):

@@ -14,10 +14,12 @@ from torch import Tensor
 pytest.importorskip("transformers")
 from torch._dynamo.utils import counters
 from transformers import (
+    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
     BertModel,
+    BloomConfig,
     CompileConfig,
     DynamicCache,
     StaticCache,
@@ -55,6 +57,7 @@ def same_gradients(model: torch.nn.Module, got: dict[str, Tensor], wanted: dict[
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.quick
 @torch.no_grad()
 def test_token_by_token_is_the_full_pass(family: str, kind: str):
     model, x = make(family), tokens()
@@ -105,6 +108,7 @@ def test_right_padding_without_a_cache():
     close(padded[1:], model(x[1:]).logits)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("ridge", ["head", "token"])
 def test_padded_training_has_the_gradients_of_unpadded(side: str, ridge: str):
@@ -162,6 +166,17 @@ def test_documents_beside_a_cache_that_is_filled(told: bool):
     else:
         with pytest.raises(ValueError, match=r"position_ids: got several documents .* try use_cache=False"):
             model(x, position_ids=positions, use_cache=True)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+def test_gradient_checkpointing_changes_nothing(reentrant: bool):
+    model, x = make(ridge="token").train(), tokens()
+    model(x, labels=x, use_cache=False).loss.backward()
+    wanted = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model(x, labels=x, use_cache=False).loss.backward()
+    same_gradients(model, gradients(model), wanted)
 
 
 def test_gradients_go_through_a_prefix():
@@ -255,6 +270,16 @@ def test_encoders_are_not_causal():
     padded = model(x, attention_mask=mask, position_ids=torch.arange(12)[None]).last_hidden_state
     close(padded[:1, :7], model(x[:1, :7]).last_hidden_state)
     close(padded[1:, 3:], model(x[1:, 3:], position_ids=torch.arange(3, 12)[None]).last_hidden_state)
+
+
+def test_a_mask_knows_whether_it_is_causal_and_without_one_the_layer_does():
+    q = torch.randn(2, 4, 6, 8)
+    run = lambda mask, **options: attend(torch.nn.Identity(), q, q, q, mask, ridge_lambda=1.0, **options)[0]
+    starts = torch.zeros(2, 1, 1, 1, dtype=torch.int32)
+    every = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    close(run(starts, is_causal=False), run(None))
+    close(run(every), run(None, is_causal=False))
+    assert (run(every) - run(None)).abs().max() > 0.1
 
 
 def test_a_decoder_can_be_told_not_to_be_causal():
@@ -374,6 +399,7 @@ def test_a_name_is_a_string():
         ({"attention_mask": torch.ones(1, 1, 3, 3, dtype=torch.bool)}, "masks of queries and keys cannot be taken"),
         ({"attention_mask": torch.ones(1, 3, dtype=torch.int32)}, "wanted a 2-D mask of padding, from which"),
         ({"is_causal": False, "sliding_window": 2}, "sliding_window: got 2 in a layer that is not causal"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3])}, "cu_seq_lens_q: got a batch of 2, wanted 1"),
         (
             {"attention_mask": torch.tensor([[[[True, False, True]]]])},
             "attention_mask: got padding between tokens in sequence 0",
@@ -381,7 +407,7 @@ def test_a_name_is_a_string():
     ],
 )
 def test_arguments_that_the_attention_refuses(argument: dict[str, Any], message: str):
-    q = torch.randn(1, 4, 3, 8)
+    q = torch.randn(2 if "cu_seq_lens_q" in argument else 1, 4, 3, 8)
     with pytest.raises(ValueError, match=message):
         attend(torch.nn.Identity(), q, q, q, **{"attention_mask": None, "ridge_lambda": 1.0, **argument})
 
@@ -405,8 +431,13 @@ def test_arguments_that_ask_for_nothing_are_taken():
             {},
             "got tokens that see later ones",
         ),
-        (create_chunked_causal_mask, {}, {"attention_chunk_size": 3}, "got chunks of 3 tokens"),
-        (create_bidirectional_sliding_window_mask, {}, {"sliding_window": 3}, "a window of 3 tokens to both sides"),
+        (create_chunked_causal_mask, {}, {"attention_chunk_size": 3}, r"got chunks of 3 tokens .* and 6 keys"),
+        (
+            create_bidirectional_sliding_window_mask,
+            {},
+            {"sliding_window": 3},
+            "a window of 3 tokens to both sides and 6 keys",
+        ),
         (
             create_causal_mask,
             {"attention_mask": torch.tensor([[1, 1, 0, 0, 1, 1]])},
@@ -424,6 +455,26 @@ def test_masks_that_are_refused(create: Any, options: dict[str, Any], config: di
         asked["position_ids"] = torch.arange(6)[None]
     with pytest.raises(ValueError, match=message):
         create(settings, **asked)
+
+
+def test_chunks_and_windows_that_hold_everything_change_nothing():
+    config = make(ridge=None).config
+    config.attention_chunk_size = config.sliding_window = 6
+    asked = {"inputs_embeds": torch.zeros(1, 6, 32), "attention_mask": None, CACHE: None}
+    assert create_chunked_causal_mask(config, position_ids=torch.arange(6)[None], **asked) is None
+    assert create_bidirectional_sliding_window_mask(config, **asked) is None
+    q = torch.randn(1, 4, 6, 8)
+    options = {"attention_mask": None, "ridge_lambda": 1.0, "is_causal": False}
+    windowed, _ = attend(torch.nn.Identity(), q, q, q, sliding_window=6, **options)
+    assert torch.equal(windowed, attend(torch.nn.Identity(), q, q, q, **options)[0])
+
+
+def test_models_with_an_attention_of_their_own_are_refused():
+    register()
+    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
+    with pytest.raises(ValueError, match="got 'lla' for BloomModel, whose attention cannot be exchanged"):
+        AutoModelForCausalLM.from_config(config, attn_implementation="lla")
+    AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
 def test_models_refuse_in_words():

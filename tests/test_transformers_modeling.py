@@ -62,6 +62,7 @@ def test_pieces_are_the_full_pass(variant: str, kind: str):
         close(stepped[mask.bool()], full[mask.bool()])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_learns(variant: str):
     model, x = model_of(variant).train(), tokens()

@@ -25,6 +25,7 @@ def ridges(model: Any) -> list[Ridge]:
     return [module for module in model.modules() if isinstance(module, Ridge)]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_has_one_and_it_learns(family: str, kind: Any):

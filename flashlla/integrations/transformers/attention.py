@@ -11,7 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from flashlla.api import lla_attention, lla_attention_varlen, lla_decode
 from flashlla.integrations.transformers.masks import bounds, edges, keys_in_sight, numbers_are_checked
-from flashlla.integrations.transformers.ridge import registered, restore_when_loaded
+from flashlla.integrations.transformers.registry import registered
+from flashlla.integrations.transformers.ridge import restore_when_loaded
 from flashlla.nn.solving import solving
 from flashlla.notices import warn_once
 
@@ -47,8 +48,10 @@ def register(name: str = "lla", *, tolerance: float = 1e-2) -> None:
 
     A model that runs with it refuses, by a ValueError that names them: dropout of attention weights while training,
     capped logits, attention sinks, position biases, ``output_attentions``, 4-D masks of the user's, tokens that see
-    later ones in a causal model, chunked attention, windows to both sides, and, where numbers are looked at (on the
-    CPU, and elsewhere where the environment variable FLASHLLA_CHECK is 1), padding between tokens. Continuous batching
+    later ones in a causal model, chunks and windows to both sides that are shorter than the sequence, and, where
+    numbers are looked at (on the CPU, and elsewhere where the environment variable FLASHLLA_CHECK is 1), padding
+    between tokens. Documents packed by ``position_ids`` want ``use_cache=False``, as transformers' own attentions do.
+    Models of transformers whose attention cannot be exchanged, as Bloom's, are refused when built. Continuous batching
     (``generate_batch``) takes only transformers' own attentions, and where FlashAttention is installed it changes the
     model to that with no more than a line in the log: pass ``auto_switch_to_flash=False`` to be told by an error.
 
@@ -115,10 +118,11 @@ def attend(
     batch, q_length, k_length, head_dim = query.shape[0], query.shape[2], key.shape[2], query.shape[3]
     _check_mask(attention_mask, batch, k_length)
     ranges = attention_mask if attention_mask is not None and attention_mask.dtype == torch.int32 else None
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    causal = causal and (attention_mask is None or ranges is not None)
+    causal = ranges is not None  # a mask knows; where there is none, the layer does
+    if attention_mask is None:
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     query, key, value = (t.transpose(1, 2) for t in _autocast(query, key, value))  # (B, S, H, D)
-    options: dict[str, Any] = {"qk_scale": scaling, "window": _window(module, sliding_window, causal)}
+    options: dict[str, Any] = {"qk_scale": scaling, "window": _window(module, sliding_window, causal, k_length)}
     if ridge_lambda is None:
         _say_that_it_is_the_default()
     else:
@@ -128,6 +132,8 @@ def attend(
 
     if ranges is not None and ranges.shape[2] > 1 and cu_seq_lens_q is None:
         cu_seq_lens_q = cu_seq_lens_k = edges(ranges, q_length)
+    elif cu_seq_lens_q is not None and batch != 1:
+        raise ValueError(f"cu_seq_lens_q: got a batch of {batch}, wanted 1, with the documents packed into one row")
     o: Tensor
     if cu_seq_lens_q is not None:
         if isinstance(ridge_lambda, Tensor) and ridge_lambda.dim() == 3:  # (B, H, S)
@@ -195,8 +201,10 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
 
-def _window(module: nn.Module, sliding_window: int | None, causal: bool) -> int | None:
+def _window(module: nn.Module, sliding_window: int | None, causal: bool, k_length: int) -> int | None:
     """The layer's window, from its config where the model does not pass it on."""
+    if not causal and sliding_window is not None and k_length <= sliding_window:
+        return None  # nothing is out of it
     if sliding_window is None and causal:
         config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
         kinds = getattr(config, "layer_types", None)
@@ -204,8 +212,8 @@ def _window(module: nn.Module, sliding_window: int | None, causal: bool) -> int 
             sliding_window = getattr(config, "sliding_window", None)
     if sliding_window is not None and not causal:
         raise ValueError(
-            f"sliding_window: got {sliding_window} in a layer that is not causal, wanted None; use another "
-            f"attn_implementation for this model"
+            f"sliding_window: got {sliding_window} in a layer that is not causal, wanted no more than that "
+            f"many keys; use another attn_implementation for this model"
         )
     return sliding_window
 

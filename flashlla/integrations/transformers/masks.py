@@ -48,15 +48,16 @@ def keys_in_sight(
             "attention mask: got an or_mask_function or and_mask_function, wanted a mask of padding and causality; use "
             "another attn_implementation for this model"
         )
-    if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
+    shorter = local_size is not None and kv_length + kv_offset > local_size
+    if shorter and local_size == getattr(config, "attention_chunk_size", None):
         raise ValueError(
-            f"attention mask: got chunks of {local_size} tokens (attention_chunk_size), wanted full attention or a "
-            f"sliding window; use another attn_implementation for this model"
+            f"attention mask: got chunks of {local_size} tokens (attention_chunk_size) and {kv_length + kv_offset} "
+            f"keys, wanted no more than one; use another attn_implementation for this model"
         )
-    if bidirectional and local_size is not None:
+    if bidirectional and shorter:
         raise ValueError(
-            f"attention mask: got a window of {local_size} tokens to both sides, wanted full attention or a causal "
-            f"window; use another attn_implementation for this model"
+            f"attention mask: got a window of {local_size} tokens to both sides and {kv_length} keys, wanted no more; "
+            f"use another attn_implementation for this model"
         )
     visible = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]  # (B, <= Sk)
     if bidirectional:

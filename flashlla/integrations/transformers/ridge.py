@@ -10,12 +10,11 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flashlla.integrations.transformers.registry import check_exchangeable, registered
 from flashlla.nn import Ridge
 from flashlla.notices import warn_once
 
 NOTE = "lla_ridge"  # in a layer the module, in its config how it was made
-# Names that are registered; a module of its own would hold no more.
-registered: set[str] = set()
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -112,7 +111,8 @@ def restore_when_loaded() -> None:
     """Have models whose config notes ridges built with them, and ridges that no checkpoint holds initialised.
 
     ``from_pretrained`` fills what a model's class has built, and drops the rest; what the config of any class asks for
-    can be added only where all classes go through: the end of their ``__init__``.
+    can be added only where all classes go through: the end of their ``__init__``. There a model is also refused that
+    cannot have this attention.
     """
     post_init, initialize = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
     if getattr(post_init, NOTE, False):
@@ -120,6 +120,7 @@ def restore_when_loaded() -> None:
 
     @functools.wraps(post_init)
     def post_init_with_ridges(self: PreTrainedModel) -> None:
+        check_exchangeable(self)
         for layer in _attention_layers(self):
             note = getattr(layer.config, NOTE, None)
             if note is not None and NOTE not in layer._modules:

@@ -54,7 +54,17 @@ def test_keys_of_no_size(size: float) -> None:
     tensors[1] = tensors[1] * size
     got = step(tensors, 1.0, backend="triton")
     assert all(t.isfinite().all() for t in got.values())
-    check(got, tensors, 1.0, only=("o", "dv"))
+    check(got, tensors, 1.0)
+
+
+@interpreted
+@pytest.mark.parametrize("queries", [1.0, 1e-4])
+@pytest.mark.parametrize("keys", [1e-2, 1e-3, 1e-4, 1e-6, 1e-12])
+def test_keys_that_are_small_beside_the_ridge(keys: float, queries: float) -> None:
+    """As those of weight decay or of a large ridge: adjoint probes go with the square of their size."""
+    tensors = make((1, 2, 33, 16), torch.bfloat16)
+    tensors[0], tensors[1] = tensors[0] * queries, tensors[1] * keys
+    check(step(tensors, 1.0, backend="triton"), tensors, 1.0)
 
 
 @interpreted

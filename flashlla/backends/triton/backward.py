@@ -1,13 +1,15 @@
 """The backward pass around the solve: the right-hand side of (3.1) before it, the gradients after it.
 
 The adjoint probe comes as -y: then e = g - g_mean - b is the sum of two products in one accumulator, and the products
-with y in (3.4) are sums too. All of a query is in units of its row of grad_o (prepare.py) times v_unit.
+with y in (3.4) are sums too. There, and in what dk makes of the probe, both are lifted (`lift_of`). All of a query is
+in units of its row of grad_o (prepare.py) times v_unit.
 """
 
 import triton
 import triton.language as tl
 
 from flashlla.backends.triton.primitives import (
+    LIFTED,
     LOG2E,
     NUMBERS,
     TOP,
@@ -19,6 +21,7 @@ from flashlla.backends.triton.primitives import (
     inverse_or_zero,
     inverse_power,
     keys_of,
+    lift_of,
     load_numbers,
     load_queries,
     load_ridge,
@@ -69,12 +72,13 @@ def moments_body(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def moments_kernel(
-    q_in, k_in, v_in, do_ptr, units, lse_ptr, k_mean_ptr, g_near_ptr, lse2_out, t_out, t_size_out, g_mean_out,
+    q_in, k_in, v_in, do_ptr, units, lse_ptr, k_mean_ptr, g_near_ptr, z_size_ptr, ridge_in, lse2_out, t_out, t_size_out,
+    g_mean_out, tops,
     seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """g_mean, t of (3.1) as a direction of unit length and its length, and lse2: lse in base 2, without the rounding
-    it came with.
+    """g_mean, t of (3.1) as a direction of unit length and its length, lse2: lse in base 2, without the rounding it
+    came with; and, of float16, the first of ``tops``.
 
     g_near (B H, S): where g_mean is about, so that t is no small difference of large sums; None for 0.
     """
@@ -116,6 +120,13 @@ def moments_kernel(
     store_numbers(g_mean_out, at, total * share + g_near)
     lse2 = load_numbers(lse_ptr, at, BLOCK_M, 0.0) * LOG2E
     store_numbers(lse2_out, at, lse2 + (tl.log2(whole) - WEIGHT_BITS))
+    if q.dtype == tl.float16:
+        ridge = load_ridge(ridge_in, at.start + tl.arange(0, BLOCK_M), at, 1.0)
+        z_size = load_numbers(z_size_ptr, at, BLOCK_M, 0.0) * k_unit
+        y_most = t_size / ridge_in_units(ridge, k_unit)  # A is at least the ridge
+        longest = tl.max(finite_or_zero(tl.maximum(z_size, y_most)), 0)
+        # Nor shall what weighs q outgrow what weighs the values.
+        tl.atomic_max(tops + at.k_head, tl.maximum(longest, tl.abs(scale * q_unit * k_unit) * LIFTED))
 
 
 @triton.jit
@@ -143,12 +154,12 @@ def dq_body(
 @triton.jit(do_not_specialize=[*NUMBERS, "rows_len"])
 def dq_kernel(
     q_in, k_in, v_in, do_in, y_neg_ptr, z_in, units, origin_ptr, z_y_ptr, lse2_ptr, k_mean_ptr, ridge_in, g_mean_ptr,
-    dq_out, dridge_out, rows_out, rows_len, top_out,
+    y_in, dq_out, dridge_out, rows_out, rows_len, tops,
     seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq by (3.3) and dlambda by (3.6); and what dk and dv need of each query, rows_out (5, B Hq, rows_len): whole
-    tiles, queries beyond the last with a weight of 0; and top_out (B Hkv,), zeros before, what bounds their weights."""
+    tiles, queries beyond the last with a weight of 0; and the second of ``tops``, what bounds their weights."""
     at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False)
     if outside(at, at.q_len, seqlens.cu_q):
         return
@@ -176,7 +187,7 @@ def dq_kernel(
     y_wide, do_wide = y_neg.to(tl.float32), do.to(tl.float32)
     e_mean = g_mean + tl.sum(y_wide * k_mean, 1)
     z_y = load_numbers(z_y_ptr, at, BLOCK_M, 0.0)
-    push = ridge_in_units(ridge, k_unit) * z_y
+    push = ridge * z_y
     # p a^2 sums to z.C z <= d.z and p e^2 to no more than the variance of g, so both sums bound their terms.
     d = k_mean - query_in_units(q, q_unit, k_unit, origin_ptr, at, SHAPE.HEAD_DIM)
     spread = 1 + tl.sqrt(tl.maximum(z_size * tl.sum(d * z_wide, 1), 0.0))  # >= p |1 - a|
@@ -195,21 +206,23 @@ def dq_kernel(
     # The sum of dl is zero but for rounding, which k_mean takes out of keys far from the origin.
     k_mean = load_vectors(k_mean_ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
     k_mean = k_mean * inverse_power(k_unit)
-    y_wide = load_vectors(y_neg_ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
-    y_wide = y_wide.to(tl.float32)
-    dq = (acc - k_mean * total[:, None]) * (scale * k_unit * inverse_power(gain))[:, None] - y_wide * inverse_power(
-        k_unit
-    )
+    if y_in is None:
+        y = -load_vectors(y_neg_ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
+    else:
+        y = load_vectors(y_in.ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D).to(tl.float32)
+        y *= load_numbers(y_in.unit, at, BLOCK_M, 0.0)[:, None]
+    dq = (acc - k_mean * total[:, None]) * (scale * k_unit * inverse_power(gain))[:, None] + y
     unit = do_unit * v_unit
     some = sees_some(row, at, window, SHAPE.CAUSAL)  # what sees nothing need not be finite
     store_queries(dq_out, at, tl.where(some[:, None], dq * unit[:, None], 0.0), SHAPE.HEAD_DIM)
-    dridge = unit * (z_y * inverse_power(k_unit) * inverse_power(k_unit))
-    store_numbers(dridge_out, at, tl.where(some, dridge, 0.0))
+    store_numbers(dridge_out, at, tl.where(some, unit * z_y, 0.0))
 
     if q.dtype == tl.float32:  # weights times 1 - a sum to 1 (output_kernel)
         a_mean -= tl.where(whole > 0, answers / tl.where(whole > 0, whole, 1.0) - 1, 0.0)
     kappa = tl.abs(scale * q_unit * k_unit)
-    top = do_unit * tl.maximum(tl.maximum(dl_top * kappa, e_top * z_size), spread)
+    lift = lift_of(tops, at.k_head, q, D)
+    z_size, a_mean, push = z_size * lift, a_mean * lift, push * lift
+    top = do_unit * tl.maximum(tl.maximum(dl_top * kappa * lift, e_top * z_size), spread)
     top = tl.where(top < float("inf"), top, 0.0)  # a row of NaN must not decide for the others
     # Any NaN of this query must reach the weights of dk_kernel's products, where keys see it; and no others.
     shift = lse2 - tl.log2(do_unit) + 0.0 * (a_mean + e_mean + push + z_size)
@@ -221,7 +234,7 @@ def dq_kernel(
     store_rows(base + 3 * rows_out.stride, i, rows_len, finite_or_zero(e_mean))
     store_rows(base + 4 * rows_out.stride, i, rows_len, finite_or_zero(push * (scale * q_unit * k_unit)))
     # The largest of several numbers is the same in any order.
-    tl.atomic_max(top_out + at.k_head, tl.max(tl.where(some, top, 0.0), 0))
+    tl.atomic_max(tops + n_heads // group + at.k_head, tl.max(tl.where(some, top, 0.0), 0))
 
 
 @triton.jit
@@ -262,8 +275,8 @@ def dk_body(
 
 @triton.jit
 def one_head(
-    state, k, v, at, window, member, gain, units, k_unit, q_in, z_ptr, do_ptr, y_neg_ptr, rows_in, rows_len, heads,
-    q_len, seqlens, scale,
+    state, k, v, at, window, member, gain, lift, units, k_unit, q_in, z_ptr, do_ptr, y_neg_ptr, rows_in, rows_len,
+    heads, q_len, seqlens, scale,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``state`` (dk, dv) of a tile of keys after the queries of one head, the ``member``-th of its group."""
@@ -277,13 +290,13 @@ def one_head(
         handed_on(rows_in.ptr, at, at.q_head + member, heads, rows_len, seqlens.cu_q), rows_in.stride,
     )  # fmt: skip
     return sweep_queries(
-        dk_body, state, (k, v, kappa * LOG2E, kappa, tl.log2(gain)), rows, at, window, SHAPE, BLOCK_M, BLOCK_N,
+        dk_body, state, (k, v, kappa * LOG2E, kappa * lift, tl.log2(gain)), rows, at, window, SHAPE, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, "rows_len"])
 def dk_kernel(
-    q_in, k_in, v_in, do_ptr, y_neg_ptr, z_ptr, units, rows_in, rows_len, top_ptr, dk_out, dv_out,
+    q_in, k_in, v_in, do_ptr, y_neg_ptr, z_ptr, units, rows_in, rows_len, tops, dk_out, dv_out,
     seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
     GROUP: tl.constexpr, SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -303,23 +316,25 @@ def dk_kernel(
     k = load_tile(k_base, k_in.stride_s, j, at.k_stop, SHAPE.HEAD_DIM, BLOCK_N, D, True)  # (N, D)
     v = load_tile(v_base, v_in.stride_s, j, at.k_stop, SHAPE.V_DIM, BLOCK_N, V, True)  # (N, V)
     # As large as the weights of these heads' queries can be without overflow.
-    gain = power_of_two((1 / tl.maximum(tl.load(top_ptr + at.k_head), 1e-30)) * TOP)
+    top = tl.load(tops + n_heads // group + at.k_head)
+    gain = power_of_two((1 / tl.maximum(top, 1e-30)) * TOP)
+    lift = lift_of(tops, at.k_head, k, D)
     state = tl.zeros([BLOCK_N, D], tl.float32), tl.zeros([BLOCK_N, V], tl.float32)
     if GROUP == 1:
         dk, dv = one_head(
-            state, k, v, at, window, 0, gain, units, k_unit, q_in, z_ptr, do_ptr, y_neg_ptr, rows_in, rows_len, heads,
-            q_len, seqlens, scale, SHAPE, BLOCK_M, BLOCK_N,
+            state, k, v, at, window, 0, gain, lift, units, k_unit, q_in, z_ptr, do_ptr, y_neg_ptr, rows_in, rows_len,
+            heads, q_len, seqlens, scale, SHAPE, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         dk, dv = state
         for member in tl.range(0, GROUP):
             dk, dv = one_head(
-                (dk, dv), k, v, at, window, member, gain, units, k_unit, q_in, z_ptr, do_ptr, y_neg_ptr, rows_in,
+                (dk, dv), k, v, at, window, member, gain, lift, units, k_unit, q_in, z_ptr, do_ptr, y_neg_ptr, rows_in,
                 rows_len, heads, q_len, seqlens, scale, SHAPE, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     unit = inverse_power(gain)
     there = (j + tl.arange(0, BLOCK_N) < at.k_stop)[:, None]  # beyond, zero weights met nothing that was masked
-    dk = tl.where(there, dk * (unit * v_unit * inverse_power(k_unit)), 0.0)
+    dk = tl.where(there, dk * (unit * v_unit * inverse_power(k_unit) / lift), 0.0)
     dv = tl.where(there, dv * unit, 0.0)
     store_tile(keys_of(dk_out, at), dk_out.stride_s, j, at.k_len, dk, SHAPE.HEAD_DIM)
     store_tile(keys_of(dv_out, at), dv_out.stride_s, j, at.k_len, dv, SHAPE.V_DIM)

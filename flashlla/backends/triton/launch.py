@@ -296,16 +296,19 @@ def backward(
     lse, k_mean = call.moved(residuals.lse, residuals.k_mean)
     lse, k_mean = lse.contiguous(), k_mean.contiguous()
     lse2, rhs, rhs_size, g_near = call.rows(), call.vectors(), call.rows(), None  # rhs: t of (3.1)
+    half = call.operand_dtype == torch.float16
+    tops = torch.zeros(2, call.n_kv_heads, dtype=torch.float32, device=call.device)
     # float32 takes them twice, then about the g_mean of the first time: its rhs shall hold where weights are sharp.
-    for _ in range(1 if call.operand_dtype == torch.float16 else 2):
+    for _ in range(1 if half else 2):
         g_mean = call.rows()
         call.launch_tiles(
-            backward_kernels.moments_kernel, "moments", q, k, v, do.ptr, call.units, lse, k_mean, g_near, lse2,
-            rhs, rhs_size, g_mean, *call.sight, problem.scale,
+            backward_kernels.moments_kernel, "moments", q, k, v, do.ptr, call.units, lse, k_mean, g_near, z.unit,
+            call.strided(ridge), lse2, rhs, rhs_size, g_mean, tops, *call.sight, problem.scale,
         )  # fmt: skip
         g_near = g_mean
     y_neg, z_y = call.vectors(call.operand_dtype), call.rows()
-    adjoint = Adjoint(b_size=rhs_size, probe=probe, z_y=z_y)
+    y = Scaled(ptr=call.vectors(call.operand_dtype), unit=call.rows()) if half else None
+    adjoint = Adjoint(b_size=rhs_size, probe=probe, tops=tops, z_y=z_y, y=y)
     solve(call, ridge, lse2, k_mean, rhs, y_neg, preconditioner, adjoint=adjoint)
     del rhs
     found = Gradients(
@@ -318,14 +321,13 @@ def backward(
     rows_len = tiles * configs.ROWS_PAD
     handed = call.scratch(5, problem.batch * problem.q_heads, rows_len)
     handed_on = HandedOn(handed, handed.stride(0))
-    top = torch.zeros(call.n_kv_heads, dtype=torch.float32, device=call.device)
     call.launch_tiles(
         backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, call.units, call.origin, z_y, lse2, k_mean,
-        call.strided(ridge), g_mean, call.strided(dq), found.ridge_lambda, handed_on, rows_len, top,
+        call.strided(ridge), g_mean, y, call.strided(dq), found.ridge_lambda, handed_on, rows_len, tops,
         *call.sight, problem.scale,
     )  # fmt: skip
     call.launch_tiles(
-        backward_kernels.dk_kernel, "dk", q, k, v, do.ptr, y_neg, z.ptr, call.units, handed_on, rows_len, top,
+        backward_kernels.dk_kernel, "dk", q, k, v, do.ptr, y_neg, z.ptr, call.units, handed_on, rows_len, tops,
         call.strided(dk), call.strided(dv), *call.sight, problem.scale, over_keys=True, GROUP=problem.group,
     )  # fmt: skip
     for x, rowed in ((found.q, dq), (found.k, dk), (found.v, dv)):

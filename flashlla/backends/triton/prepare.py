@@ -30,6 +30,8 @@ from flashlla.backends.triton.primitives import (
 )
 from flashlla.backends.triton.records import Seqlens
 
+# No unit is smaller: the square of a query in units of such keys is a float32. Smaller keys have fewer digits.
+LEAST_UNIT: tl.constexpr = tl.constexpr(3.469446951953614e-18)  # 2**-58
 # What numbers other than keys may be: all that are finite.
 MOST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
@@ -122,7 +124,7 @@ def cast_kernel(
             unit = tl.full([], 1.0, tl.float32)
             if outs[which].dtype.element_ty == tl.float16:
                 top = tl.max(tl.load(largest + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
-                unit = tl.where(top > 0, power_of_two(top), 1.0)
+                unit = tl.where(top > 0, tl.maximum(power_of_two(top), LEAST_UNIT), 1.0)
             flaw = tl.max(tl.load(flawed + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
             tl.store(units + slot, unit, mask=i == 0)
             tl.store(flaws.heads + slot, flaw, mask=i == 0)

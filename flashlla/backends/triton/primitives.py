@@ -27,6 +27,9 @@ WEIGHT_BITS: tl.constexpr = tl.constexpr(8.0)
 WEIGHT: tl.constexpr = tl.constexpr(256.0)
 # What weights scaled to the bound of their rows may reach.
 TOP: tl.constexpr = tl.constexpr(32768.0)
+# What a and b of lengthened probes may reach: that is where probes point at the longest key, a few float16 roundings
+# elsewhere.
+LIFTED: tl.constexpr = tl.constexpr(0.015625)  # 2**-6  # 2**-10
 ROWS_PAD: tl.constexpr = tl.constexpr(configs.ROWS_PAD)
 
 
@@ -469,6 +472,20 @@ def units_of(units, at, n_heads, group):
     """The powers of two that a head's queries, keys and values were divided by."""
     k_unit = units + n_heads + at.k_head
     return tl.load(units + at.q_head), tl.load(k_unit), tl.load(k_unit + n_heads // group)
+
+
+@triton.jit
+def lift_of(tops, k_head, like, D: tl.constexpr):
+    """How many times too long, for dk, probes and adjoint probes are taken: a power of two.
+
+    Where keys are tiny beside the root of the ridges, so are both, and float16 would hold neither y nor, beside the
+    weights 1 - a of the values, what weighs q and z in (3.4). They are lengthened as far as what they do to a and b,
+    next to nothing there, stays about what float16 resolves. ``tops``: see `records.Adjoint`.
+    """
+    if like.dtype == tl.float16:
+        return power_of_two(tl.maximum((1 / tl.maximum(tl.load(tops + k_head) * room(D), 1e-30)) * LIFTED, 1.0))
+    else:
+        return 1.0
 
 
 @triton.jit

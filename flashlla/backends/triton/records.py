@@ -80,7 +80,11 @@ class Adjoint(NamedTuple):
 
     b_size: Tensor  # (B, Hq, Sq)   the lengths of the right-hand sides
     probe: Tensor  # (B, Hq, Sq, D)
+    # (2, B Hkv)   of float16 what no probe or adjoint probe is longer than, in the units of the keys, or more; and for
+    # the pass of dq to fill
+    tops: Tensor
     z_y: Tensor  # (B, Hq, Sq)   to be filled
+    y: Scaled | None  # the solution itself, to be filled, of float16; None: where the solve's goes it is exact
 
 
 class Ended(NamedTuple):

@@ -18,6 +18,7 @@ from flashlla.backends.triton.primitives import (
     inverse_power,
     keys_of,
     keys_seen,
+    lift_of,
     load_numbers,
     load_queries,
     load_ridge,
@@ -25,6 +26,7 @@ from flashlla.backends.triton.primitives import (
     load_vectors,
     outside,
     place,
+    power_of_two,
     query_in_units,
     ridge_in_units,
     rounded,
@@ -42,6 +44,9 @@ from flashlla.backends.triton.primitives import (
 # The last step (4.7): the margin on what it is seen to leave of a residual, and the most it may leave.
 LAST_MARGIN: tl.constexpr = tl.constexpr(5 / 4)
 LAST_MOST: tl.constexpr = tl.constexpr(0.5)
+# Beside a larger ridge, in units of the keys, the keys' part of a system is no more than rounding: the system is solved
+# with this one, whose square float32 holds, and its solution brought to size.
+RIDGE_MOST: tl.constexpr = tl.constexpr(1152921504606846976.0)  # 2**60
 
 
 @triton.jit
@@ -172,8 +177,8 @@ def solve_kernel(
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Forward: the probe z of (2.1), right-hand side k_mean - q; b_ptr has C u of statistics_kernel, and ended_out says
-    how it went. ADJOINT: -y of (3.1) and z.y of (3.6); b_ptr has the right-hand side t in rows of unit length, and
-    ``adjoint`` what else it takes and gives.
+    how it went. ADJOINT: -y of (3.1), in the units of the keys and lifted, and z.y of (3.6); b_ptr has the right-hand
+    side t in rows of unit length, and ``adjoint`` what else it takes and gives.
 
     PRECONDITIONER is "none", "jacobi", or "gram": what gram.py makes for each segment of queries; if there is any
     (made_in), "none" is for all others. A row leaves off when |r|^2 <= max(atol, |b|^2) rtol, of the adjoint when the
@@ -197,7 +202,7 @@ def solve_kernel(
     row = at.start + tl.arange(0, BLOCK_M)
     # Of queries that see nothing neither they nor their ridges need be finite.
     given_ridge = tl.where(sees_some(row, at, window, SHAPE.CAUSAL), load_ridge(ridge_in, row, at, 1.0), 1.0)  # (M,)
-    ridge = ridge_in_units(given_ridge, k_unit)
+    ridge = tl.minimum(ridge_in_units(given_ridge, k_unit), RIDGE_MOST)
     shift = load_numbers(lse2_ptr, at, BLOCK_M, 0.0) - WEIGHT_BITS
     factor = scale * LOG2E * q_unit * k_unit
 
@@ -288,14 +293,21 @@ def solve_kernel(
 
     solution, r2 = with_last_step(solution, r, r2, share_left, last_size, LAST)
     solution += (0.0 * r2)[:, None]  # NaN where the right-hand side was
+    given_ridge = load_ridge(ridge_in, row, at, 1.0)
+    out_of_units = tl.where(ridge < RIDGE_MOST, inverse_power(k_unit), RIDGE_MOST * (k_unit / given_ridge))  # (M,)
     if ADJOINT:
-        b_size = load_numbers(adjoint.b_size, at, BLOCK_M, 0.0)
-        y_neg = saturated(finite_or_zero(solution * -b_size[:, None]), q)
-        store_vectors(x_out, at, y_neg, SHAPE.HEAD_DIM)
+        y = solution * (load_numbers(adjoint.b_size, at, BLOCK_M, 0.0) * out_of_units)[:, None]
         probe = load_vectors(adjoint.probe, at, SHAPE.HEAD_DIM, BLOCK_M, D)
-        store_numbers(adjoint.z_y, at, k_unit * b_size * tl.sum(probe * solution, 1))
+        store_numbers(adjoint.z_y, at, tl.sum(probe * y, 1))
+        y = finite_or_zero(y)
+        if adjoint.y is not None:
+            y_unit = power_of_two(tl.max(tl.abs(y), 1))
+            store_vectors(adjoint.y.ptr, at, y * inverse_power(y_unit)[:, None], SHAPE.HEAD_DIM)
+            store_numbers(adjoint.y.unit, at, y_unit)
+        lift = lift_of(adjoint.tops, at.k_head, q, D)
+        store_vectors(x_out, at, saturated(y * (-k_unit * lift), q), SHAPE.HEAD_DIM)
     else:
-        store_vectors(x_out, at, solution * inverse_power(k_unit), SHAPE.HEAD_DIM)
+        store_vectors(x_out, at, solution * out_of_units[:, None], SHAPE.HEAD_DIM)
         store_numbers(ended_out.iterations, at, iterations)
         residual = tl.where(r2 == 0, 0.0, tl.sqrt(r2 / b2))
         store_numbers(ended_out.residual, at, residual)

@@ -244,6 +244,13 @@ def test_training_solves_to_the_tolerance_and_nothing_else_does():
             layer.tolerance = 2
 
 
+def test_a_solver_brings_its_tolerance():
+    """Where the layer's is not at its default, one of the two is too much."""
+    assert make(solver=flashlla.CG()).tolerance == 1e-2
+    with pytest.raises(ValueError, match=r"tolerance: got 0\.1 together with solver=CG"):
+        make(solver=flashlla.CG(), tolerance=0.1)
+
+
 def test_use_cache_makes_one_for_all_layers():
     first, second = make(layer_idx=0), make(layer_idx=1)
     x = hidden(2, 5)

@@ -17,7 +17,7 @@ from flashlla.nn.rotary import Rotation
 from flashlla.nn.solving import solving
 from flashlla.solvers import Solver
 
-_TOLERANCE = 1e-2
+_TOLERANCE = 1e-2  # the layer's default
 # What models elsewhere hand to every layer: values that ask for nothing but what the layer does; None: all of them.
 _HARMLESS: dict[str, tuple[Any, ...] | None] = {
     "output_attentions": (None, False),
@@ -121,7 +121,7 @@ class LocalLinearAttention(nn.Module):
         ridge: Literal["head", "token"] | float = "head",
         ridge_init: float = 1.0,
         ridge_min: float = 1e-2,
-        tolerance: float = _TOLERANCE,
+        tolerance: float = 1e-2,
         solver: str | Solver | None = None,
         backend: str | None = None,
         context_parallel: None = None,

@@ -112,7 +112,8 @@ class Ridge(nn.Module):
         device = "cpu" if hidden_states.is_meta else hidden_states.device.type  # autocast knows no meta
         with torch.autocast(device, enabled=False):
             raw = F.linear(hidden_states.to(raw.dtype), self.weight.to(raw.dtype), raw)  # (B, S, H)
-        return self._above_minimum(raw.mT)  # (B, H, S)
+        # One layout for all that follows: of two that differ, the compiler's backward pass expects another than comes.
+        return self._above_minimum(raw.mT.contiguous())  # (B, H, S)
 
     def _above_minimum(self, raw: Tensor) -> Tensor:
         return F.softplus(raw) + self.minimum

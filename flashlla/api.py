@@ -105,8 +105,9 @@ def lla_attention(
             accumulate in float32.
         k: (B, Hkv, Sk, D), or (B, Sk, D). Hq is a multiple of Hkv: query heads in groups share keys and values.
         v: (B, Hkv, Sk, Dv), or (B, Sk, Dv).
-        ridge_lambda: a number above 0, or a tensor that broadcasts to (B, Hq, Sq), or (B, Sq). A tensor is
-            differentiated; it is kept in float32 at least. Units: those of k squared. Default 10.0.
+        ridge_lambda: a number above 0, or a tensor that broadcasts to (B, Hq, Sq), or (B, Sq): (Hq, 1) is one a head,
+            (1, Sq) one a token, and of (Hq,) or (Sq,) nobody knows which. A tensor is differentiated; it is kept in
+            float32 at least. Units: those of k squared. Default 10.0.
         qk_scale: s, a number. Default None: 1 / sqrt(D).
         delta_eps: added to the denominator omega / (1 + d.z) of the output, d = k_mean - q and z the probe; held
             constant in gradients. Default 1e-12.
@@ -161,7 +162,7 @@ def lla_attention(
         >>> o.sum().backward()
     """
     if others:
-        refuse_unknown("lla_attention", others, named_arguments(lla_attention))
+        refuse_unknown("lla_attention", others, lambda: named_arguments(lla_attention))
     call = prepare(
         q,
         k,
@@ -299,7 +300,7 @@ def lla_attention_varlen(
         True
     """
     if others:
-        refuse_unknown("lla_attention_varlen", others, named_arguments(lla_attention_varlen))
+        refuse_unknown("lla_attention_varlen", others, lambda: named_arguments(lla_attention_varlen))
     call = prepare_varlen(
         q,
         k,
@@ -362,7 +363,7 @@ def lla_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seqlens_k: Tensor,
+    seqlens_k: Tensor | None = None,  # it has to be there; said after what else is amiss
     *,
     ridge_lambda: float | Tensor = 10.0,
     qk_scale: float | None = None,
@@ -440,7 +441,7 @@ def lla_decode(
         True
     """
     if others:
-        refuse_unknown("lla_decode", others, named_arguments(lla_decode))
+        refuse_unknown("lla_decode", others, lambda: named_arguments(lla_decode))
     call = prepare_decode(
         q,
         k_cache,

@@ -40,7 +40,7 @@ def prepared(
         raise ValueError(f"op: got {op!r}, wanted one of {wanted}")
     known = [name for name in named_arguments(op) if name not in _RESULTS]
     if unknown := set(options) - set(known):
-        refuse_unknown(caller, unknown, known)
+        refuse_unknown(caller, unknown, lambda: known)
     bound = signature_of(op).bind_partial(q, k, v, **options)
     bound.apply_defaults()
     for name in known:

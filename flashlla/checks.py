@@ -164,8 +164,14 @@ def check_tensors(
                 f"{name}: got a DTensor, wanted each rank's own tensor. Where q, k and v are sharded on batch or heads "
                 f"try {name}.to_local(), or torch.distributed.tensor.experimental.local_map"
             )
-        if t.layout != torch.strided or t.is_nested:
-            raise TypeError(f"{name}: got a sparse or nested tensor, wanted a dense one; try {name}.to_dense()")
+        if t.is_nested:
+            jagged = "" if t.layout == torch.jagged else " and layout=torch.jagged where it is made"
+            raise TypeError(
+                f"{name}: got a nested tensor, wanted a dense one; of sequences (B, j, H, D) try "
+                f"flashlla.lla_attention_varlen(q.values(), k.values(), v.values(), cu_seqlens=q.offsets()){jagged}"
+            )
+        if t.layout != torch.strided:
+            raise TypeError(f"{name}: got a sparse tensor, wanted a dense one; try {name}.to_dense()")
         if t.dim() != q.dim():
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {q.dim()} dimensions, as q {tuple(q.shape)}")
         if t.dim() not in (3, 4):
@@ -273,10 +279,17 @@ def check_ridge(ridge_lambda: float | Tensor, q: Tensor, layout: str) -> Tensor:
     wanted = tuple(rows[i] for i in kept)
     given = tuple(ridge.shape)
     fits = lambda shape: len(shape) <= len(wanted) and all(n in (1, w) for n, w in zip(shape[::-1], wanted[::-1]))
+    if layout != "bsd" and len(given) == 1 and given != (1,):
+        raise ValueError(
+            f"ridge_lambda: got shape {given}, wanted one that says whether its numbers are heads' or tokens', and "
+            f"broadcasts to {letters} = {wanted}; try ridge_lambda[:, None] for heads, ridge_lambda[None, :] for tokens"
+        )
     if not fits(given):
         hint = ""
         if len(given) > 1 and fits((*given[:-2], given[-1], given[-2])):
             hint = f"; try ridge_lambda.{'T' if len(given) == 2 else 'mT'}"
+        elif len(given) > 1 and given[-1] == 1 and fits(given[:-1]):
+            hint = "; try ridge_lambda.squeeze(-1)"
         elif fits((*given, 1)):
             each, rest = "sequence" if layout == "bsd" else "head", ":" if len(given) == 1 else "..."
             hint = f"; one a {each}? try ridge_lambda[{rest}, None]"
@@ -288,6 +301,11 @@ def check_ridge(ridge_lambda: float | Tensor, q: Tensor, layout: str) -> Tensor:
 def check_number(value: float, name: str, wanted: str = "a number") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         hint = f"; try float({name}): it has no gradient" if isinstance(value, Tensor) else ""
+        if isinstance(value, Tensor) and name == "qk_scale":
+            hint += (
+                "; or, to learn it, q * r, k * r, ridge_lambda * r**2 and qk_scale=1.0 with r = qk_scale.sqrt(), which "
+                "is the same (q * qk_scale would move the queries, too)"
+            )
         raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}{hint}")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: got {value}, wanted a finite number")

@@ -126,7 +126,7 @@ def prepare_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seqlens_k: Tensor,
+    seqlens_k: Tensor | None,
     *,
     ridge_lambda: float | Tensor,
     qk_scale: float | None,

@@ -127,7 +127,7 @@ def test_layouts_agree(backend: Backend) -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("shape", [(), (2, 1), (TOTAL,), (2, TOTAL)])
+@pytest.mark.parametrize("shape", [(), (2, 1), (1, TOTAL), (2, TOTAL)])
 def test_ridge_has_a_gradient_of_its_own_shape(shape: tuple[int, ...]) -> None:
     given = leaves()
     q, k, v = (given[name][0].transpose(0, 1) for name in NAMES[:3])

@@ -84,13 +84,33 @@ class Thawed(flashlla.Solver):
         ({"ridge_lambda": np.ones(9)}, TypeError, ["ridge_lambda", "ndarray", "torch.as_tensor"]),
         ({"cg_use_preconditioner": "jacobi"}, TypeError, ["cg_use_preconditioner", "jacobi", "PCG"]),
         ({"k": torch.randn(2, 9, 4).to_sparse()}, TypeError, ["k:", "sparse"]),
+        (
+            {"q": torch.nested.nested_tensor([torch.ones(3, 2, 4), torch.ones(5, 2, 4)], layout=torch.jagged)},
+            TypeError,
+            ["q:", "nested", "lla_attention_varlen(q.values(), k.values(), v.values(), cu_seqlens=q.offsets())"],
+        ),
         ({"ridge_lambda": "big"}, TypeError, ["ridge_lambda", "str, wanted a number or a tensor"]),
         ({"ridge_lambda": None}, TypeError, ["ridge_lambda", "leave it out for the default 10.0"]),
         ({"ridge_lambda": torch.ones(2)}, ValueError, ["(2,)", "one a sequence? try ridge_lambda[:, None]"]),
         (
             {"ridge_lambda": torch.ones(3)} | {n: torch.randn(2, 3, 9, 4) for n in "qkv"},
             ValueError,
-            ["ridge_lambda", "(3,)", "one a head? try ridge_lambda[:, None]"],
+            ["ridge_lambda", "(3,)", "(B, H, S)", "ridge_lambda[:, None] for heads", "[None, :] for tokens"],
+        ),
+        (  # at every length: that of the sequences may be that of the heads in the next batch
+            {"ridge_lambda": torch.ones(9)} | {n: torch.randn(2, 3, 9, 4) for n in "qkv"},
+            ValueError,
+            ["ridge_lambda", "(9,)", "(2, 3, 9)", "[None, :] for tokens"],
+        ),
+        (
+            {"ridge_lambda": torch.ones(3, 1, 1)} | {n: torch.randn(2, 3, 9, 4) for n in "qkv"},
+            ValueError,
+            ["ridge_lambda", "(3, 1, 1)", "(2, 3, 9)", "try ridge_lambda.squeeze(-1)"],
+        ),
+        (
+            {"ridge_lambda": torch.ones(1, 3, 1, 1)} | {n: torch.randn(2, 3, 9, 4) for n in "qkv"},
+            ValueError,
+            ["ridge_lambda", "(1, 3, 1, 1)", "(2, 3, 9)", "try ridge_lambda.squeeze(-1)"],
         ),
         ({"ridge_lambda": torch.ones(3)}, ValueError, ["ridge_lambda", "(3,)", "(B, S)", "(2, 9)"]),
         ({"ridge_lambda": torch.ones(2, 9, 1)}, ValueError, ["ridge_lambda", "(2, 9, 1)"]),
@@ -107,6 +127,23 @@ class Thawed(flashlla.Solver):
         ({"ridge_lamda": 1.0}, TypeError, ["'ridge_lamda'", "try ridge_lambda="]),
         ({"return_inf": True}, TypeError, ["'return_inf'", "try return_info="]),
         ({"cu_seqlens": None}, TypeError, ["'cu_seqlens'", "try flashlla.lla_attention_varlen"]),
+        ({"key_padding_mask": 1}, TypeError, ["'key_padding_mask'", "try seqstarts_k=", "seqlens_k="]),
+        (
+            {"temperature": 1.0, "attention_mask": None},
+            TypeError,
+            ["'attention_mask'", "try causal=", "no other masks"],
+        ),
+        ({"attn_bias": None}, TypeError, ["'attn_bias'", "nothing is added to the logits"]),
+        ({"softcap": 50.0}, TypeError, ["'softcap'", "no cap"]),
+        ({"scaling": 1.0}, TypeError, ["'scaling'", "try qk_scale="]),
+        ({"cache_leftpad": None}, TypeError, ["'cache_leftpad'", "try seqstarts_k="]),
+        ({"cache_seqlens": None}, TypeError, ["'cache_seqlens'", "try seqlens_k="]),
+        ({"dropout_p": 0.1}, TypeError, ["'dropout_p'", "no dropout"]),
+        ({"window_size": (8, 0)}, TypeError, ["'window_size'", "try window=left + 1"]),
+        ({"cu_seq_lens_q": None}, TypeError, ["'cu_seq_lens_q'", "lla_attention_varlen with cu_seqlens_q="]),
+        ({"return_lse": True}, TypeError, ["'return_lse'", "return_info=True"]),
+        ({"s_aux": None}, TypeError, ["'s_aux'", "no sinks"]),
+        ({"qk_scale": torch.nn.Parameter(torch.ones(()))}, TypeError, ["qk_scale", "Parameter", "to learn it, q * r"]),
         ({"temperature": 1.0}, TypeError, ["'temperature'", "try one of q, k, v, ridge_lambda, qk_scale"]),
         ({"cg_rtol": -1.0}, ValueError, ["cg_rtol", "-1.0"]),
         ({"cg_max_iters": 0}, ValueError, ["cg_max_iters", "0"]),
@@ -140,6 +177,15 @@ def test_lla_attention(change, error, words):
         lla_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_scale_to_learn_is_that_of_queries_keys_and_ridge() -> None:
+    """What the error advises."""
+    q, k, v = qkv(1, 9, 4, dtype=torch.float64)
+    scale = torch.tensor(0.3, dtype=torch.float64)
+    r = scale.sqrt()
+    o = lla_attention(q * r, k * r, v, ridge_lambda=0.5 * r**2, qk_scale=1.0, solver="direct")
+    torch.testing.assert_close(o, lla_attention(q, k, v, ridge_lambda=0.5, qk_scale=0.3, solver="direct"))
 
 
 class Wrong(flashlla.Solver):
@@ -277,9 +323,15 @@ def test_lla_attention_varlen(change: dict[str, Any], error: type, words: list[s
         ({"seqlens_k": torch.tensor([-1, 20])}, ValueError, ["seqlens_k", "-1 at sequence 0"]),
         ({"ridge_lambda": torch.ones(2, 2)}, ValueError, ["ridge_lambda", "(2, 2)", "(2, 2, 1)"]),
         ({"ridge_lambda": torch.zeros(2, 1)}, ValueError, ["ridge_lambda", "0.0", "above 0"]),
+        ({"ridge_lambda": torch.ones(2)}, ValueError, ["ridge_lambda", "(2,)", "[:, None] for heads"]),
+        ({"ridge_lambda": torch.ones(2, 1, 1, 1)}, ValueError, ["ridge_lambda", "(2, 1, 1, 1)", "squeeze(-1)"]),
         ({"window": 0}, ValueError, ["window", "0"]),
         ({"layout": "thd"}, ValueError, ["layout", "'thd'"]),
         ({"solver": "drect"}, ValueError, ["solver", "did you mean 'direct'"]),
+        ({"is_causal": True}, TypeError, ["lla_decode()", "'is_causal'", "try without it"]),
+        ({"cache_batch_idx": None}, TypeError, ["lla_decode()", "k_cache[cache_batch_idx]"]),
+        ({"seqlens_k": None, "cache_seqlens": None}, TypeError, ["lla_decode()", "'cache_seqlens'", "try seqlens_k="]),
+        ({"blok_table": None}, TypeError, ["lla_decode()", "'blok_table'", "try block_table="]),
         ({"tolerance": 0.01}, TypeError, ["lla_decode()", "'tolerance'", "exact", "solver=flashlla.CG(tolerance=...)"]),
         ({"backend": "chunkd"}, ValueError, ["backend", "did you mean 'chunked'"]),
         ({"out": [1.0]}, TypeError, ["out", "list"]),

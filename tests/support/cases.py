@@ -153,7 +153,7 @@ RIDGES: dict[str, Callable[[int, int, int], Shape] | None] = {
     "number": None,
     "scalar": lambda b, h, s: (),
     "per_head": lambda b, h, s: (h, 1),
-    "per_token": lambda b, h, s: (s,),
+    "per_token": lambda b, h, s: (1, s),
     "per_sequence_and_token": lambda b, h, s: (b, 1, s),
     "per_head_and_token": lambda b, h, s: (b, h, s),
 }

@@ -44,7 +44,7 @@ class Decoding:
         for sequence, (start, length) in enumerate(self.spans):
             for t in (k, v):
                 t[sequence, :, :start] = t[sequence, :, length:] = NAN
-        shapes = {"per_head": (self.heads, 1), "per_token": (self.new,), "full": (batch, self.heads, self.new)}
+        shapes = {"per_head": (self.heads, 1), "per_token": (1, self.new), "full": (batch, self.heads, self.new)}
         ridge: Any = self.ridge_lambda
         if self.ridge != "number":
             wide = torch.float64 if dtype == torch.float64 else torch.float32

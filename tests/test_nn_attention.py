@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import pickle
+import random
 from typing import Any
 
 import pytest
@@ -106,6 +107,50 @@ def test_a_prompt_padded_on_the_right_goes_on_where_it_ended(cache: str):
         first = layer(new[:, :1], past_key_values=past)[0]
         second = layer(new[:, 1:], attention_mask=torch.ones(2, 1).bool(), past_key_values=past)[0]
     assert_same(torch.cat((first, second), 1), torch.stack(expected))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_history_is_that_of_each_sequence_alone(seed: int):
+    """Calls of any length with padding anywhere, beams that change places, drafts that are taken back."""
+    rng = random.Random(seed)
+    kind, batch = rng.choice(["gqa", "window", "token"]), rng.randint(1, 3)
+    layer, cache = make(kind, dtype=torch.float64), LLACache(rng.choice([None, 8 * 18]))
+    skipped = [0] * batch  # slots before each sequence's first token
+    seen = [hidden(1, 0, dtype=torch.float64)[0]] * batch  # its tokens
+
+    def call(new: int) -> None:
+        x, rows = hidden(batch, new, rng.randrange(1000), torch.float64), []
+        for tokens in seen:
+            first = 0 if len(tokens) or rng.random() < 0.5 else rng.randint(0, new)
+            last = new if rng.random() < 0.5 else rng.randint(first, new)
+            rows.append([first <= i < last for i in range(new)])
+        mask = torch.tensor(rows)
+        spoilt = x.masked_fill(~mask[..., None], float("nan"))
+        told = None if mask.all() and rng.random() < 0.7 else mask
+        o = layer(spoilt, attention_mask=told, past_key_values=cache)[0]
+        assert not o[~mask].any()
+        for b, tokens in enumerate(seen):
+            if not len(tokens):
+                skipped[b] += rows[b].index(True) if any(rows[b]) else new
+            seen[b] = torch.cat((tokens, x[b, mask[b]]))
+            if mask[b].any():
+                assert_same(o[b, mask[b]], layer(seen[b][None])[0][0, -int(mask[b].sum()) :], 1e-10)
+
+    def reorder() -> None:
+        order = [rng.randrange(batch) for _ in range(batch)]
+        cache.reorder(torch.tensor(order))
+        skipped[:], seen[:] = [skipped[i] for i in order], [seen[i] for i in order]
+
+    def crop() -> None:
+        length = rng.randint(0, cache.get_seq_length())
+        cache.crop(length)
+        seen[:] = [tokens[: max(length - first, 0)] for first, tokens in zip(skipped, seen)]
+        skipped[:] = [min(first, length) for first in skipped]
+
+    with torch.no_grad():
+        call(rng.choice([1, 5, 18]))
+        for _ in range(7):
+            rng.choice([lambda: call(1), lambda: call(2), lambda: call(18), reorder, crop])()
 
 
 @pytest.mark.quick

@@ -17,8 +17,8 @@ class Ridge(nn.Module):
 
     Its parameters stay in float32 when the model is cast to a narrower dtype (``model.to(torch.bfloat16)``,
     ``model.half()``), and it is computed in float32 under autocast. They carry ``_no_weight_decay = True``: decay would
-    pull raw to 0, the ridge to log 2 + minimum. :func:`flashlla.nn.param_groups` gives them a learning rate of their
-    own.
+    pull raw to 0, the ridge to log 2 + minimum. :func:`flashlla.nn.param_groups` knows them without it, as where FSDP2
+    has made them anew, and gives them a learning rate of their own.
 
     FSDP2 shards parameters of one dtype together: where the model is in bfloat16, ``fully_shard(layer.ridge)`` goes
     before ``fully_shard(layer)``. The same keeps a ridge in float32 under ``MixedPrecisionPolicy``. Without it the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +99,35 @@ def test_many_new_tokens_against_a_cache(family: str, kind: str):
     close(pieces[mask.bool()], full[mask.bool()])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_large_ridge_is_their_softmax_attention(family: str):
+    """Scales, windows, masks: transformers' own, by a code that shares nothing with this one."""
+    model, (x, mask, positions) = make(family, ridge=1e8), left_padded()
+    packed = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    calls = [({"attention_mask": mask, "position_ids": positions}, mask.bool()), ({"position_ids": packed}, mask >= 0)]
+    logits = [model(x, use_cache=False, **options).logits[kept] for options, kept in calls]
+    generated = model.generate(x, attention_mask=mask, **GREEDY)
+    model.set_attn_implementation("eager")
+    for got, (options, kept) in zip(logits, calls):
+        close(got, model(x, use_cache=False, **options).logits[kept], 5e-5)
+    assert torch.equal(model.generate(x, attention_mask=mask, **GREEDY), generated)
+
+
+def test_a_window_that_is_in_the_config_alone():
+    q = torch.randn(1, 4, 12, 8)
+    layer: Any = torch.nn.Identity()
+    run = lambda **options: attend(layer, q, q, q, None, ridge_lambda=1.0, **options)[0]
+    full, windowed = run(), run(sliding_window=5)
+    assert (full - windowed).abs().max() > 0.1
+    layer.config, layer.layer_idx = SimpleNamespace(sliding_window=5), 1
+    assert torch.equal(run(), windowed)
+    layer.config.layer_types = ["sliding_attention", "full_attention"]
+    assert torch.equal(run(), full)
+    layer.layer_idx = 0
+    assert torch.equal(run(), windowed)
+
+
 @torch.no_grad()
 def test_right_padding_without_a_cache():
     model, x = make(), tokens()
@@ -127,9 +157,9 @@ def test_padded_training_has_the_gradients_of_unpadded(side: str, ridge: str):
     same_gradients(model, padded, gradients(model))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_documents_do_not_see_each_other(family: str):
-    model, x = make(family), tokens()
+@pytest.mark.parametrize(("family", "ridge"), [*((family, "head") for family in FAMILIES), ("llama", "token")])
+def test_packed_documents_do_not_see_each_other(family: str, ridge: str):
+    model, x = make(family, ridge), tokens()
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
     packed = model(x, position_ids=positions, use_cache=False).logits
     for row, edges in enumerate([[0, 5, 12], [0, 1, 3, 12]]):

@@ -110,6 +110,11 @@ def test_a_model_with_ridges_that_runs_with_another_attention_says_so(tmp_path: 
         assert torch.equal(softmax(x).logits, model(x).logits)
 
 
+def test_they_are_where_their_layers_are():
+    model = set_ridge(make(ridge=None).to("meta"), "token")
+    assert all(p.device.type == "meta" for p in model.parameters())
+
+
 def test_a_ridge_can_be_set_again_and_copied():
     model, x = make(), tokens()
     set_ridge(model, 3.0)

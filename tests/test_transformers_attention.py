@@ -536,3 +536,30 @@ def test_numbers_are_looked_at_where_that_was_asked_for(monkeypatch: pytest.Monk
     assert numbers_are_checked(torch.empty(1))
     monkeypatch.setenv("FLASHLLA_CHECK", "1")
     assert numbers_are_checked(elsewhere)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_on_a_gpu(family: str):
+    """In float32 as on the CPU; in bfloat16 the attention function against itself, without the rounding of weights."""
+    model, (x, mask, positions) = make(family).cuda(), (t.cuda() for t in left_padded(padding=10, length=44))
+    full = model(x, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    for make_cache in CACHES.values():
+        pieces = piecewise(model, x, [7, 20, 3, *[1] * 14], make_cache(model), mask, positions)
+        close(pieces[mask.bool()], full[mask.bool()], 1e-4)
+    # Compiled by transformers, into CUDA graphs.
+    compiled = model.generate(x, attention_mask=mask, cache_implementation="static", **GREEDY)
+    assert torch.equal(compiled, model.generate(x, attention_mask=mask, **GREEDY))
+
+
+@pytest.mark.gpu
+def test_prompts_and_tokens_agree_in_bfloat16():
+    q, k, v = torch.randn(3, 2, 4, 300, 64, device="cuda", dtype=torch.bfloat16).unbind(0)
+    first = torch.tensor([100, 0], dtype=torch.int32, device="cuda")
+    layer = torch.nn.Identity().eval()
+    full, _ = attend(layer, q, k, v, first[:, None, None, None], ridge_lambda=1.0)
+    for begin, end in ((0, 200), (200, 290), *((i, i + 1) for i in range(290, 300))):
+        ranges = torch.stack([first, torch.full_like(first, end)], dim=-1)[:, None, None]
+        o, _ = attend(layer, q[:, :, begin:end], k, v, ranges, ridge_lambda=1.0)
+        assert (o - full[:, begin:end]).float().norm() < 2e-3 * full[:, begin:end].float().norm()

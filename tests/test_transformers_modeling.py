@@ -89,6 +89,18 @@ def test_gradient_checkpointing_changes_nothing():
     same_gradients(gradients(model), wanted)
 
 
+def test_compiled_training():
+    model, x = model_of("window").train(), tokens()
+    loss = model(x, labels=x).loss
+    loss.backward()
+    wanted = gradients(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(x, labels=x).loss
+    compiled.backward()
+    close(compiled, loss)
+    same_gradients(gradients(model), wanted)
+
+
 def test_left_padded_training():
     model, (x, mask, _) = model_of("window").train(), left_padded()
     labels = x.clone()

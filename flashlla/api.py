@@ -363,7 +363,7 @@ def lla_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seqlens_k: Tensor | None = None,  # it has to be there; said after what else is amiss
+    seqlens_k: Tensor,
     *,
     ridge_lambda: float | Tensor = 10.0,
     qk_scale: float | None = None,

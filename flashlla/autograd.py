@@ -109,7 +109,7 @@ def _run_forward(arguments: Arguments) -> Forward:
         outputs = keyless_forward(inputs.q, inputs.v)
     else:
         with _no_autocast(problem):
-            outputs = Forward(*_no_capture(chosen, problem).forward(problem, inputs))
+            outputs = _no_capture(chosen, problem).forward_checked(problem, inputs)
         warn_if_stopped_early(problem, inputs, outputs.report)
     _last_backend.name = chosen.name  # not before: what it calls may be a forward pass, too
     dense = lambda record: type(record)(*(t.contiguous() for t in record))  # laid out as the fake says
@@ -131,8 +131,8 @@ def _run_backward(arguments: AdjointArguments) -> Gradients:
     else:
         chosen = dispatch.backend_named(settings.backend)
     with _no_autocast(problem):
-        gradients = Gradients(
-            *_no_capture(chosen, problem).backward(problem, inputs, arguments.residuals, arguments.grad_o)
+        gradients = _no_capture(chosen, problem).backward_checked(
+            problem, inputs, arguments.residuals, arguments.grad_o
         )
     return gradients._replace(ridge_lambda=gradients.ridge_lambda.contiguous())
 
@@ -204,7 +204,7 @@ def _write_decoded(arguments: Arguments, out: Tensor, report: Report | None = No
             fill_keyless(report)
     else:
         with _no_autocast(problem):
-            _no_capture(chosen, problem).decode(problem, inputs, out, report)
+            _no_capture(chosen, problem).decode_checked(problem, inputs, out, report)
     _last_backend.name = chosen.name
 
 

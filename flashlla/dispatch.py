@@ -60,12 +60,14 @@ class Explanation:
         return "\n".join(lines)
 
 
-def register_backend(backend: Backend, *, before: str | None = None) -> None:
+def register_backend(backend: Backend, *, before: str | None = None, overwrite: bool = False) -> None:
     """Make a backend known under its ``name``.
 
     Args:
         backend: the object; see :class:`flashlla.Backend`.
         before: the name of a backend that "auto" shall try only after this one. Default None: tried last.
+        overwrite: take the place of the backend that has the name, if there is one: of all calls from here on, and of
+            the backward passes of earlier ones. Default False: a name that is taken is an error.
 
     Raises:
         TypeError: not a :class:`flashlla.Backend`.
@@ -87,10 +89,18 @@ def register_backend(backend: Backend, *, before: str | None = None) -> None:
         raise TypeError(f"backend: {type(backend).__name__}.name is {name!r}, wanted a string")
     with _lock:
         names = [b.name for b in _backends]
-        if not backend.name or backend.name in (*names, AUTO):
-            raise ValueError(f"backend: got the name {backend.name!r}, wanted a new one (taken: {', '.join(names)})")
-        index = len(names) if before is None else names.index(_known(before, "before", names))
-        _backends.insert(index, backend)
+        if not backend.name or backend.name == AUTO or (backend.name in names and not overwrite):
+            raise ValueError(
+                f"backend: got the name {backend.name!r}, wanted a new one (taken: {', '.join(names)}); overwrite=True "
+                f"replaces a backend"
+            )
+        others = [name for name in names if name != backend.name]
+        if before is not None:
+            index = others.index(_known(before, "before", others))
+        else:
+            index = names.index(backend.name) if backend.name in names else len(names)
+        kept = [b for b in _backends if b.name != backend.name]
+        _backends[:] = [*kept[:index], backend, *kept[index:]]  # at once: others read without the lock
         _numbered.append(backend)
 
 

@@ -126,7 +126,7 @@ def prepare_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seqlens_k: Tensor | None,
+    seqlens_k: Tensor,
     *,
     ridge_lambda: float | Tensor,
     qk_scale: float | None,

@@ -326,6 +326,36 @@ def test_registering(picky):
     assert isinstance(Nowhere(), Backend)
 
 
+def test_registering_in_anothers_place(picky):
+    class Other(Picky):
+        name = "picky"
+
+        def forward(self, problem, inputs):
+            ran.append("other")
+            return super().forward(problem, inputs)
+
+        def backward(self, problem, inputs, residuals, grad_o):
+            ran.append("its backward")
+            return super().backward(problem, inputs, residuals, grad_o)
+
+    ran, names = [], [b.name for b in dispatch.all_backends()]
+    q, k, v = (t.requires_grad_() for t in inputs(5))
+    o, info = flashlla.lla_attention(q, k, v, backend="picky", return_info=True)
+    with pytest.raises(ValueError, match=r"'picky', wanted a new one .*; overwrite=True replaces a backend"):
+        flashlla.register_backend(Other())
+    flashlla.register_backend(Other(), overwrite=True)
+    assert [b.name for b in dispatch.all_backends()] == names
+    assert info.backend == ran_on(backend="picky") == "picky"
+    o.sum().backward()
+    assert ran == ["other", "its backward"]
+    flashlla.register_backend(Picky(), before="chunked", overwrite=True)
+    names = [b.name for b in dispatch.all_backends()]
+    assert names.count("picky") == 1
+    assert names.index("picky") == names.index("chunked") - 1
+    with pytest.raises(ValueError, match="before: got 'picky'"):
+        flashlla.register_backend(Other(), before="picky", overwrite=True)
+
+
 def test_import_is_light():
     """Neither Triton nor SciPy is imported with the package, and it adds little to torch's own import."""
     code = (

@@ -401,3 +401,45 @@ def test_a_subclass_is_another_solver_and_carried_as_an_object(solver: Solver) -
     assert problem.solver is solver
     for kernels in (Triton(), TritonPCG()):
         assert kernels.preconditioner(problem) is None  # they fuse what they know
+
+
+@dataclass(frozen=True)
+class Misled(Preconditioner):
+    """``what`` it does in place of something useful."""
+
+    what: Any
+
+    def prepare(self, systems: Systems) -> Callable[[Tensor], Tensor]:
+        return self.what
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "words"),
+    [
+        (None, TypeError, "Misled.prepare returned NoneType, wanted a function"),
+        (lambda r: None, TypeError, "a function that returns NoneType, wanted a torch.Tensor"),
+        (lambda r: r[..., :1], ValueError, r"of shape \(1, 30, 1\), wanted torch.float64 of shape \(1, 30, 8\)"),
+        (lambda r: r.float(), ValueError, "returns torch.float32 of shape .*, wanted torch.float64"),
+    ],
+)
+def test_a_preconditioner_is_told_what_was_wanted(what: Any, error: type, words: str) -> None:
+    q, k, v = (normal(1, 30, 8, seed=i) for i in range(3))
+    with pytest.raises(error, match=words):
+        flashlla.lla_attention(q, k, v, solver=PCG(preconditioner=Misled(what)), backend="chunked")
+
+
+def test_a_name_can_be_given_to_another_solver() -> None:
+    """Of all calls from then on, whatever is cached."""
+    q, k, v = (normal(1, 30, 8, seed=i, dtype=torch.float32) for i in range(3))
+    call = lambda solver: flashlla.lla_attention(q, k, v, ridge_lambda=0.1, solver=solver, backend="chunked")
+    flashlla.register_solver("mine", CG(tolerance=0.5))
+    assert torch.equal(call("mine"), call(CG(tolerance=0.5)))
+    with pytest.raises(ValueError, match=r"'mine', wanted a new name .*; overwrite=True replaces a solver of yours"):
+        flashlla.register_solver("mine", CG())
+    flashlla.register_solver("mine", Direct(), overwrite=True)
+    assert torch.equal(call("mine"), call("direct"))
+    assert not torch.equal(call("mine"), call(CG(tolerance=0.5)))
+    flashlla.register_solver("other", CG(), overwrite=True)
+    assert torch.equal(call("other"), call("cg"))
+    with pytest.raises(ValueError, match="got 'cg', wanted a new name"):
+        flashlla.register_solver("cg", Direct(), overwrite=True)

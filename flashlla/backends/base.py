@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from flashlla.nonfinite import isolate
-from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals, keyless_forward
+from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals, accumulator, keyless_forward
 from flashlla.solvers.base import warn_unconverged
 
 
@@ -47,6 +49,39 @@ class Backend(ABC):
     def backward(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
         """The gradients of ``sum(o * grad_o)``, by (3.1) to (3.6)."""
 
+    def forward_checked(self, problem: Problem, inputs: Inputs) -> Forward:
+        """:meth:`forward`, and an error that names this backend where what it returns is not what was asked for."""
+        found, q = self.forward(problem, inputs), inputs.q
+        where = f"backend {self.name!r}: what forward returns"
+        _check_record(where, found, Forward)
+        _check_record(f"{where}, .residuals", found.residuals, Residuals)
+        _check_record(f"{where}, .report", found.report, Report)
+        rows, wide = q.shape[:-1], accumulator(q.dtype)
+        _check_tensor(f"{where}, .o", found.o, (*rows, problem.v_dim), q.dtype, q.device)
+        for name, t in found.residuals._asdict().items():
+            shape = q.shape if name in ("probe", "k_mean") else rows
+            _check_tensor(f"{where}, .residuals.{name}", t, shape, wide, q.device)
+        for name, t in found.report._asdict().items():
+            dtype = {"iterations": torch.int32, "converged": torch.bool}.get(name, wide)
+            _check_tensor(f"{where}, .report.{name}", t, rows, dtype, q.device)
+        return found
+
+    def backward_checked(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
+        """The same of :meth:`backward`."""
+        found = self.backward(problem, inputs, residuals, grad_o)
+        where = f"backend {self.name!r}: what backward returns"
+        _check_record(where, found, Gradients)
+        for name, t in found._asdict().items():
+            like = getattr(inputs, name)
+            _check_tensor(f"{where}, .{name}", t, like.shape, like.dtype, inputs.q.device)
+        return found
+
+    def decode_checked(self, problem: Problem, inputs: Inputs, out: Tensor, report: Report | None) -> None:
+        """The same of :meth:`decode`."""
+        if (found := self.decode(problem, inputs, out, report)) is not out:
+            what = type(found).__name__ if not isinstance(found, Tensor) else "another tensor"
+            raise TypeError(f"backend {self.name!r}: decode returned {what}, wanted out, with the result written to it")
+
     def decode(self, problem: Problem, inputs: Inputs, out: Tensor, report: Report | None = None) -> Tensor:
         """The output of new tokens against a cache, written to ``out``, (B, Hq, N, Dv), which is returned; how the
         solve went is written to ``report``, if it is asked for.
@@ -57,12 +92,31 @@ class Backend(ABC):
         if problem.empty:
             outputs = keyless_forward(inputs.q, inputs.v)
         else:
-            outputs = Forward(*self.forward(problem, inputs))
+            outputs = self.forward_checked(problem, inputs)
             warn_if_stopped_early(problem, inputs, outputs.report)
         if report is not None:
             for told, found in zip(report, outputs.report, strict=True):
                 told.copy_(found)
         return out.copy_(outputs.o)
+
+
+def _check_record(name: str, found: Any, kind: type[Any]) -> None:
+    """Whether ``found``, which messages call ``name``, is a record of that kind."""
+    if not isinstance(found, kind):
+        wanted = f"a flashlla.problem.{kind.__name__} of {', '.join(kind._fields)}"
+        raise TypeError(f"{name}: got {type(found).__name__}, wanted {wanted}")
+
+
+def _check_tensor(name: str, found: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Whether it is such a tensor."""
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{name}: got {type(found).__name__}, wanted a torch.Tensor")
+    if found.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(found.shape)}, wanted {tuple(shape)}")
+    if found.dtype != dtype:
+        raise TypeError(f"{name}: got dtype {found.dtype}, wanted {dtype}")
+    if found.device != device:
+        raise ValueError(f"{name}: got device {found.device}, wanted {device}, the device of q")
 
 
 def plain_cache(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs]:

@@ -42,14 +42,22 @@ ITERATIVE = tuple(own.name for solver in _OWN if isinstance(solver, CG) and (own
 # All that go by a name; and the names of objects that came without one.
 _named: dict[str, Solver] = {own.name: solver for solver in _OWN if (own := solver.spelled())}
 _unnamed: dict[Solver, str] = {}
+_kept = frozenset(_named)  # the operators spell this package's solvers so
 _lock = Lock()
 
 
-def register_solver(name: str, solver: Solver) -> None:
+def register_solver(name: str, solver: Solver, *, overwrite: bool = False) -> None:
     """Make ``solver`` known as ``solver=name``.
 
     An object works as ``solver=`` without it; a name is what ``torch.compile(fullgraph=True)`` can carry for a solver
     of your own. Either way it is kept as long as the process runs: make one and use it again.
+
+    Args:
+        name: what it is to be called.
+        solver: the object.
+        overwrite: take the place of the solver that has the name, if there is one: of all calls from here on, those of
+            functions that are compiled among them, and of the backward passes of earlier ones. A solver of this package
+            is not replaced. Default False: a name that is taken is an error.
 
     Raises:
         ValueError: the name is empty or taken.
@@ -64,8 +72,9 @@ def register_solver(name: str, solver: Solver) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, wanted a string")
     with _lock:
-        if not name or name in _named:
-            raise ValueError(f"name: got {name!r}, wanted a new name (taken: {', '.join(_named)})")
+        if not name or name in (_kept if overwrite else _named) or name in _unnamed.values():
+            hint = "" if overwrite else "; overwrite=True replaces a solver of yours"
+            raise ValueError(f"name: got {name!r}, wanted a new name (taken: {', '.join(_named)}){hint}")
         _named[name] = solver
 
 

@@ -63,5 +63,5 @@ class PCG(CG):
         return repr(self)  # which preconditioner it has decides who can run it
 
     def solve(self, systems: Systems, b: Tensor) -> Solution:
-        apply = self.preconditioner_object.prepare(systems)
+        apply = self.preconditioner_object.prepare_checked(systems)
         return conjugate_gradients(systems, b, self.atol, self.rtol, self.max_iters, apply)

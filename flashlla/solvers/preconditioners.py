@@ -21,6 +21,26 @@ class Preconditioner(ABC):
     def prepare(self, systems: Systems) -> Callable[[Tensor], Tensor]:
         """Look at the systems once; return the function that maps residuals (..., M, D) to directions."""
 
+    def prepare_checked(self, systems: Systems) -> Callable[[Tensor], Tensor]:
+        """:meth:`prepare`, and an error that names this preconditioner where directions are none."""
+        name = f"preconditioner: {type(self).__name__}.prepare returned"
+        apply = self.prepare(systems)
+        if not callable(apply):
+            raise TypeError(f"{name} {type(apply).__name__}, wanted a function that maps residuals to directions")
+
+        def checked(r: Tensor) -> Tensor:
+            direction = apply(r)
+            if not isinstance(direction, Tensor):
+                raise TypeError(f"{name} a function that returns {type(direction).__name__}, wanted a torch.Tensor")
+            if direction.shape != r.shape or direction.dtype != r.dtype:
+                raise ValueError(
+                    f"{name} a function that returns {direction.dtype} of shape {tuple(direction.shape)}, wanted "
+                    f"{r.dtype} of shape {tuple(r.shape)}, as of the residuals that it takes"
+                )
+            return direction
+
+        return checked
+
 
 @dataclass(frozen=True)
 class Jacobi(Preconditioner):

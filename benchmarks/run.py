@@ -40,6 +40,7 @@ from benchmarks import needs, plots, record, report, timing
 from benchmarks.data import KINDS, make
 from benchmarks.exact import Sample, sample
 from flashlla import dispatch
+from flashlla.flops import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, ITERATION_PRODUCTS
 
 Shape = tuple[int, int, int, int]
 T = TypeVar("T")
@@ -84,7 +85,10 @@ QUICK = {
 USUAL_SHAPE: dict[str, Shape] = {"cuda": (4, 16, 4096, 64), "cpu": (1, 1, 1024, 64)}
 
 # Matrix products of a pass, and further ones of each iteration.
-FUSED = {"forward": (3 + 3, 3), "backward": (3 + 5 + 8, 3)}
+FUSED = {
+    "forward": (sum(FORWARD_PRODUCTS), ITERATION_PRODUCTS),
+    "backward": (sum(BACKWARD_PRODUCTS), ITERATION_PRODUCTS),
+}
 PRODUCTS = {
     "sdpa": {"forward": (2, 0), "backward": (5, 0)},
     "triton": FUSED,

@@ -3,7 +3,7 @@
 The public names are those listed here; README.md shows them at work.
 """
 
-from flashlla import nn, ops
+from flashlla import flops, nn, ops
 from flashlla.api import LLAInfo, lla_attention, lla_attention_varlen, lla_decode
 from flashlla.backends.base import Backend
 from flashlla.calls import LLAFunction, explain
@@ -46,3 +46,5 @@ __all__ = [
     "set_backend",
     "verify",
 ]
+
+flops.register()

@@ -7,6 +7,7 @@ from flashlla import flops, nn, ops
 from flashlla.api import LLAInfo, lla_attention, lla_attention_varlen, lla_decode
 from flashlla.backends.base import Backend
 from flashlla.calls import LLAFunction, explain
+from flashlla.convergence import ConvergenceCounter
 from flashlla.crosscheck import verify
 from flashlla.dispatch import (
     UnsupportedError,
@@ -23,6 +24,7 @@ __all__ = [
     "CG",
     "PCG",
     "Backend",
+    "ConvergenceCounter",
     "ConvergenceWarning",
     "Direct",
     "FallbackWarning",

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from flashlla import dispatch
+from flashlla import convergence, dispatch
 from flashlla.backends.base import Backend, warn_if_stopped_early
 from flashlla.library import Operator
 from flashlla.problem import (
@@ -111,6 +111,8 @@ def _run_forward(arguments: Arguments) -> Forward:
         with _no_autocast(problem):
             outputs = _no_capture(chosen, problem).forward_checked(problem, inputs)
         warn_if_stopped_early(problem, inputs, outputs.report)
+    for counter in convergence.active:
+        counter.add(outputs.report.converged)
     _last_backend.name = chosen.name  # not before: what it calls may be a forward pass, too
     dense = lambda record: type(record)(*(t.contiguous() for t in record))  # laid out as the fake says
     return outputs._replace(residuals=dense(outputs.residuals), report=dense(outputs.report))

@@ -33,7 +33,7 @@ from transformers.masking_utils import (
 
 from flashlla import notices
 from flashlla.integrations.transformers import register, set_ridge
-from flashlla.integrations.transformers.attention import attend
+from flashlla.integrations.transformers.attention import _is_the_first, attend
 from flashlla.integrations.transformers.masks import numbers_are_checked
 from tests.support.models import CACHE, FAMILIES, gradients, left_padded, make, piecewise, tokens
 
@@ -196,6 +196,28 @@ def test_documents_beside_a_cache_that_is_filled(told: bool):
     else:
         with pytest.raises(ValueError, match=r"position_ids: got several documents .* try use_cache=False"):
             model(x, position_ids=positions, use_cache=True)
+
+
+def test_documents_are_looked_for_once_a_pass_elsewhere_and_in_compiled_code():
+    layer: Any = torch.nn.Identity()
+    for kinds, first in (
+        (None, 0),
+        (["full_attention"] * 3, 0),
+        (["linear_attention", "conv", "sliding_attention"], 2),
+    ):
+        layer.config = SimpleNamespace(layer_types=kinds)
+        for index in range(3):
+            layer.layer_idx = index
+            assert _is_the_first(layer) == (index == first)
+    q = torch.randn(1, 4, 4, 8)
+    run = lambda position_ids: attend(torch.nn.Identity(), q, q, q, None, ridge_lambda=1.0, position_ids=position_ids)[
+        0
+    ]
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    close(compiled(torch.arange(4)[None]), run(torch.arange(4)[None]))
+    with pytest.raises(RuntimeError, match="position_ids: got several documents"):
+        compiled(torch.tensor([[0, 1, 0, 1]]))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -223,19 +223,26 @@ def _wants_gradient(*tensors: float | Tensor | None) -> bool:
 
 
 def _check_positions(module: nn.Module, position_ids: Tensor | None) -> None:
-    """Refuse documents of which the mask was not told, as where a cache is being filled beside them.
+    """Refuse documents of which the mask was not told, as where a cache is being filled beside them."""
+    if position_ids is None or position_ids.dim() != 2:
+        return
+    message = (
+        "position_ids: got several documents in a row, of which transformers tells attention only where no cache is "
+        "made; try use_cache=False"
+    )
+    go_on = position_ids.diff(dim=-1) > 0
+    if torch.compiler.is_compiling():
+        torch._assert_async(go_on.all(), message)
+    # To look at it waits for the device: once a pass, elsewhere than on the CPU.
+    elif (_is_the_first(module) or numbers_are_checked(position_ids)) and not go_on.all():
+        raise ValueError(message)
 
-    Looked at by the first layer alone: one wait a forward pass.
-    """
-    if position_ids is None or position_ids.dim() != 2 or torch.compiler.is_compiling():
-        return
-    if getattr(module, "layer_idx", None) not in (0, None) and not numbers_are_checked(position_ids):
-        return
-    if (position_ids.diff(dim=-1) <= 0).any():
-        raise ValueError(
-            "position_ids: got several documents in a row, of which transformers tells attention only where no "
-            "cache is made; try use_cache=False"
-        )
+
+def _is_the_first(module: nn.Module) -> bool:
+    """Whether no layer before this one attends."""
+    kinds = getattr(getattr(module, "config", None), "layer_types", None) or ["full_attention"]
+    attends = [kind in ("full_attention", "sliding_attention") for kind in kinds]
+    return getattr(module, "layer_idx", None) in (None, attends.index(True) if True in attends else 0)
 
 
 def _say_that_it_is_the_default() -> None:

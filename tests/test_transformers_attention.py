@@ -23,6 +23,8 @@ from transformers import (
     BloomConfig,
     CompileConfig,
     DynamicCache,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     StaticCache,
 )
 from transformers.masking_utils import (
@@ -35,7 +37,7 @@ from flashlla import notices
 from flashlla.integrations.transformers import register, set_ridge
 from flashlla.integrations.transformers.attention import _is_the_first, attend
 from flashlla.integrations.transformers.masks import numbers_are_checked
-from tests.support.models import CACHE, FAMILIES, gradients, left_padded, make, piecewise, tokens
+from tests.support.models import CACHE, FAMILIES, TINY, gradients, left_padded, make, piecewise, tokens
 
 CACHES = {
     "dynamic": lambda model: DynamicCache(config=model.config),
@@ -114,18 +116,23 @@ def test_a_large_ridge_is_their_softmax_attention(family: str):
     assert torch.equal(model.generate(x, attention_mask=mask, **GREEDY), generated)
 
 
-def test_a_window_that_is_in_the_config_alone():
+@torch.no_grad()
+def test_a_window_is_what_the_mask_says():
+    """Not every model tells its layers; in others the config may have a number of which nothing is made."""
+    torch.manual_seed(0)
+    sizes = {**TINY, "num_local_experts": 4, "attn_implementation": "lla"}
+    model, x = set_ridge(PhimoeForCausalLM(PhimoeConfig(**sizes, sliding_window=5)), 1e8).eval(), tokens()
+    logits = model(x, use_cache=False).logits
+    model.set_attn_implementation("eager")
+    close(logits, model(x, use_cache=False).logits, 5e-5)
+    model.config.sliding_window = None
+    assert (logits - model(x, use_cache=False).logits).abs().max() > 0.1
+    assert torch.equal(make(sliding_window=5)(x).logits, make()(x).logits)
     q = torch.randn(1, 4, 12, 8)
-    layer: Any = torch.nn.Identity()
-    run = lambda **options: attend(layer, q, q, q, None, ridge_lambda=1.0, **options)[0]
-    full, windowed = run(), run(sliding_window=5)
-    assert (full - windowed).abs().max() > 0.1
-    layer.config, layer.layer_idx = SimpleNamespace(sliding_window=5), 1
-    assert torch.equal(run(), windowed)
-    layer.config.layer_types = ["sliding_attention", "full_attention"]
-    assert torch.equal(run(), full)
-    layer.layer_idx = 0
-    assert torch.equal(run(), windowed)
+    run = lambda mask, **options: attend(torch.nn.Identity(), q, q, q, mask, ridge_lambda=1.0, **options)[0]
+    starts = torch.zeros(1, 2, 1, 1, dtype=torch.int32)
+    assert (run(starts, sliding_window=5) - run(None)).abs().max() > 0.1
+    assert torch.equal(run(None, sliding_window=5), run(None))
 
 
 @torch.no_grad()
@@ -450,7 +457,6 @@ def test_a_name_is_a_string():
         ({"attention_mask": torch.zeros(1, 1, 3, 3)}, r"attention_mask: got torch.float32 of shape \(1, 1, 3, 3\)"),
         ({"attention_mask": torch.ones(1, 1, 3, 3, dtype=torch.bool)}, "masks of queries and keys cannot be taken"),
         ({"attention_mask": torch.ones(1, 3, dtype=torch.int32)}, "wanted a 2-D mask of padding, from which"),
-        ({"is_causal": False, "sliding_window": 2}, "sliding_window: got 2 in a layer that is not causal"),
         ({"cu_seq_lens_q": torch.tensor([0, 3])}, "cu_seq_lens_q: got a batch of 2, wanted 1"),
         (
             {"attention_mask": torch.tensor([[[[True, False, True]]]])},
@@ -515,10 +521,6 @@ def test_chunks_and_windows_that_hold_everything_change_nothing():
     asked = {"inputs_embeds": torch.zeros(1, 6, 32), "attention_mask": None, CACHE: None}
     assert create_chunked_causal_mask(config, position_ids=torch.arange(6)[None], **asked) is None
     assert create_bidirectional_sliding_window_mask(config, **asked) is None
-    q = torch.randn(1, 4, 6, 8)
-    options = {"attention_mask": None, "ridge_lambda": 1.0, "is_causal": False}
-    windowed, _ = attend(torch.nn.Identity(), q, q, q, sliding_window=6, **options)
-    assert torch.equal(windowed, attend(torch.nn.Identity(), q, q, q, **options)[0])
 
 
 def test_models_with_an_attention_of_their_own_are_refused():

@@ -122,7 +122,7 @@ def attend(
     if attention_mask is None:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     query, key, value = (t.transpose(1, 2) for t in _autocast(query, key, value))  # (B, S, H, D)
-    options: dict[str, Any] = {"qk_scale": scaling, "window": _window(module, sliding_window, causal, k_length)}
+    options: dict[str, Any] = {"qk_scale": scaling, "window": _window(module, sliding_window, ranges)}
     if ridge_lambda is None:
         _say_that_it_is_the_default()
     else:
@@ -184,7 +184,7 @@ def _check_mask(attention_mask: Tensor | None, batch: int, k_length: int) -> Non
     if attention_mask is None:
         return
     shape = tuple(attention_mask.shape)
-    ranges = attention_mask.dtype == torch.int32 and len(shape) == 4 and shape[:2] == (batch, 1) and shape[3] in (1, 2)
+    ranges = attention_mask.dtype == torch.int32 and len(shape) == 4 and shape[0] == batch and {*shape[1::2]} <= {1, 2}
     alike = attention_mask.dtype == torch.bool and shape in ((batch, 1, 1, k_length), (1, 1, 1, k_length))
     if not (ranges or alike):
         raise ValueError(
@@ -201,20 +201,13 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
 
-def _window(module: nn.Module, sliding_window: int | None, causal: bool, k_length: int) -> int | None:
-    """The layer's window, from its config where the model does not pass it on."""
-    if not causal and sliding_window is not None and k_length <= sliding_window:
-        return None  # nothing is out of it
-    if sliding_window is None and causal:
-        config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
-        kinds = getattr(config, "layer_types", None)
-        if kinds is None or layer is None or kinds[layer] == "sliding_attention":
-            sliding_window = getattr(config, "sliding_window", None)
-    if sliding_window is not None and not causal:
-        raise ValueError(
-            f"sliding_window: got {sliding_window} in a layer that is not causal, wanted no more than that "
-            f"many keys; use another attn_implementation for this model"
-        )
+def _window(module: nn.Module, sliding_window: int | None, ranges: Tensor | None) -> int | None:
+    """The layer's window, where the mask says that it has one: some models say so without, some do not with one."""
+    if ranges is None or ranges.shape[1] == 1:
+        return None
+    if sliding_window is None:
+        config: Any = module.config
+        sliding_window = config.sliding_window
     return sliding_window
 
 

@@ -9,6 +9,8 @@ it returns, as long as that is 4-D. `keys_in_sight` returns one of
   with room for more;
 - int32 (B, 1, N, 2): where each of up to N documents packed into one row begins and ends; causal within each;
 - bool (B, 1, 1, Sk): the keys that every query sees; not causal.
+
+Those of int32 are (B, 2, ...), the same twice, where a window cuts keys off: what a layer passes on does not tell it.
 """
 
 from __future__ import annotations
@@ -65,24 +67,24 @@ def keys_in_sight(
             return torch.nn.functional.pad(visible, (0, kv_length - visible.shape[1]))[:, None, None]
         every = torch.ones(batch_size, 1, 1, kv_length, dtype=torch.bool, device=device)
         return None if allow_is_bidirectional_skip else every
+    ranges = None
     if not allow_is_causal_skip and q_length > 1 and mask_function is not None:
         # Something beside padding and causality may be in the mask: what, its function knows.
-        documents: Tensor | None = _documents(*_neighbours(mask_function, batch_size, q_length, q_offset, device))
-        if documents is not None:
-            return documents
-    end = q_offset + q_length - kv_offset
-    if visible is not None:
-        _check_padding(visible, end)
-    # A cache that a compiled step goes on with keeps one form of mask, though its keys may just end with its room.
-    at_the_end = isinstance(end, int) and end == kv_length and (allow_is_causal_skip or q_length > 1)
-    if visible is None and at_the_end:
-        return None
-    none = torch.zeros(batch_size, dtype=torch.int32, device=device)
-    first = none if visible is None else _missing(visible)  # (B,)
-    if at_the_end:
-        return first[:, None, None, None]
-    ends = end.to(torch.int32).expand(batch_size) if isinstance(end, Tensor) else torch.full_like(first, end)
-    return torch.stack([first, ends], dim=-1)[:, None, None]  # (B, 1, 1, 2)
+        ranges = _documents(*_neighbours(mask_function, batch_size, q_length, q_offset, device))
+    windowed = local_size is not None and kv_length > local_size
+    if ranges is None:
+        end = q_offset + q_length - kv_offset
+        if visible is not None:
+            _check_padding(visible, end)
+        # A cache that a compiled step goes on with keeps one form of mask, though its keys may just end with its room.
+        at_the_end = isinstance(end, int) and end == kv_length and (allow_is_causal_skip or q_length > 1)
+        if visible is None and at_the_end and not windowed:
+            return None
+        none = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        first = none if visible is None else _missing(visible)  # (B,)
+        ends = end.to(torch.int32).expand(batch_size) if isinstance(end, Tensor) else torch.full_like(first, end)
+        ranges = torch.stack([first] if at_the_end else [first, ends], dim=-1)[:, None, None]  # (B, 1, 1, 1 or 2)
+    return ranges.expand(-1, 2, -1, -1) if windowed else ranges
 
 
 def _check_padding(visible: Tensor, end: int | Tensor) -> None:

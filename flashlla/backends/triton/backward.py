@@ -123,7 +123,8 @@ def moments_kernel(
     if q.dtype == tl.float16:
         ridge = load_ridge(ridge_in, at.start + tl.arange(0, BLOCK_M), at, 1.0)
         z_size = load_numbers(z_size_ptr, at, BLOCK_M, 0.0) * k_unit
-        y_most = t_size / ridge_in_units(ridge, k_unit)  # A is at least the ridge
+        tl.debug_barrier()  # t_size from memory: Triton does not compile its maximum as it is for Blackwell
+        y_most = load_numbers(t_size_out, at, BLOCK_M, 0.0) / ridge_in_units(ridge, k_unit)  # A is at least the ridge
         longest = tl.max(finite_or_zero(tl.maximum(z_size, y_most)), 0)
         # Nor shall what weighs q outgrow what weighs the values.
         tl.atomic_max(tops + at.k_head, tl.maximum(longest, tl.abs(scale * q_unit * k_unit) * LIFTED))

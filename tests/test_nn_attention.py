@@ -232,6 +232,16 @@ def test_gradients_go_through_caches_that_keep_a_history(kind: str, cache: str):
         assert_same(found, exact, 1e-10)
 
 
+def test_a_ridge_learns_alone_with_a_prefix_in_the_cache():
+    layer, x = make(dtype=torch.float64).requires_grad_(False), hidden(2, 20, dtype=torch.float64)
+    raw = layer.ridge.raw.requires_grad_()
+    (expected,) = torch.autograd.grad(layer(x)[0][:, 12:].square().sum(), raw)
+    past = CACHES["dynamic"](None)
+    layer(x[:, :12], past_key_values=past)
+    (found,) = torch.autograd.grad(layer(x[:, 12:], past_key_values=past)[0].square().sum(), raw)
+    assert_same(found, expected, 1e-10)
+
+
 def test_its_own_cache_keeps_none():
     layer, x, past = make(), hidden(2, 5), LLACache()
     layer(x, past_key_values=past)
@@ -416,6 +426,15 @@ def test_packed_sequences_go_alone(name: str):
     value = {"attention_mask": torch.ones(1, 5).bool(), "past_key_values": LLACache()}[name]
     with pytest.raises(ValueError, match=f"{name}: got one together with cu_seqlens"):
         make()(hidden(1, 5), cu_seqlens=cu(0, 5), **{name: value})
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_cache_of_another_batch_is_refused(masked: bool):
+    layer, x, past = make(), hidden(3, 5), LLACache()
+    layer(x, past_key_values=past)
+    mask = torch.ones(2, 5, dtype=torch.bool) if masked else None
+    with pytest.raises(ValueError, match=r"got a cache of 3 sequences with a batch of 2.*new LLACache"):
+        layer(x[:2], attention_mask=mask, past_key_values=past)
 
 
 def test_a_cache_wants_the_layers_number():

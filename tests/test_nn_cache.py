@@ -220,6 +220,8 @@ def test_another_batch_is_refused():
     k, v = tokens(1)
     with pytest.raises(ValueError, match=r"k: got .* of shape \(1, 1, 2, 4\), wanted .* \(2, 1, 2, 4\).*new LLACache"):
         cache.update(k[:1], v[:1])
+    with pytest.raises(ValueError, match="got a cache of 2 sequences with a batch of 3"):
+        cache.update(*(torch.cat((t, t[:1])) for t in (k, v)), attention_mask=torch.ones(3, 1, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"k: got torch.float32 .*, wanted torch.float64 .*autocast for all calls"):
         cache.update(k.float(), v.float())
 

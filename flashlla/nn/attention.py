@@ -226,6 +226,7 @@ class LocalLinearAttention(nn.Module):
                 raise ValueError("layer_idx: got None, wanted this layer's number, by which a cache knows it; try 0")
             cache = open_cache(past_key_values, self.layer_idx, self.window)
         past = Past() if cache is None else cache.past()
+        past.check_batch(batch)
 
         padding = None if attention_mask is None else read_mask(attention_mask, hidden_states, past)
         if padding is not None:
@@ -309,7 +310,8 @@ class LocalLinearAttention(nn.Module):
     def _attend_cached(self, q: Tensor, keys: Keys, ridge: float | Tensor) -> Tensor:
         seqlens = keys.seqlens_k
         if seqlens is None:
-            if torch.is_grad_enabled() and any(t.requires_grad for t in (q, keys.k, keys.v)):
+            history = any(isinstance(t, Tensor) and t.requires_grad for t in (q, keys.k, keys.v, ridge))
+            if history and torch.is_grad_enabled():
                 return self._attend(q, keys, ridge, self._solving.exact)
             seqlens = torch.full(q.shape[:1], keys.k.shape[1], dtype=torch.int32, device=q.device)
         return lla_decode(

@@ -115,7 +115,9 @@ class LLACache:
         """
         padding = None
         if attention_mask is not None:
-            padding = read_mask(attention_mask, k, self.past(layer_idx))
+            past = self.past(layer_idx)
+            past.check_batch(k.shape[0])
+            padding = read_mask(attention_mask, k, past)
         return self.append(k, v, layer_idx, padding)
 
     def append(self, k: Tensor, v: Tensor, layer_idx: int, padding: Padding | None) -> Keys:

@@ -29,6 +29,14 @@ class Past(NamedTuple):
         """Whether it is known, without a look at a tensor, to hold nothing."""
         return not isinstance(self.length, Tensor) and self.length == 0
 
+    def check_batch(self, batch: int) -> None:
+        """Refuse new tokens of another batch, where the cache tells of its own."""
+        if isinstance(self.length, Tensor) and self.length.dim() and self.length.shape[0] != batch:
+            raise ValueError(
+                f"past_key_values: got a cache of {self.length.shape[0]} sequences with a batch of {batch}, wanted as "
+                f"many; try a new LLACache for another batch"
+            )
+
 
 class Padding(NamedTuple):
     """What a mask says."""

@@ -36,7 +36,6 @@ from transformers.masking_utils import (
 from flashlla import notices
 from flashlla.integrations.transformers import register, set_ridge
 from flashlla.integrations.transformers.attention import _is_the_first, attend
-from flashlla.integrations.transformers.masks import numbers_are_checked
 from tests.support.models import CACHE, FAMILIES, TINY, gradients, left_padded, make, piecewise, tokens
 
 CACHES = {
@@ -552,14 +551,6 @@ def test_models_refuse_in_words():
 def test_continuous_batching_is_refused():
     with pytest.raises(ValueError, match=r"lla\W* is not supported"):
         make().generate_batch([[1, 2, 3]])
-
-
-def test_numbers_are_looked_at_where_that_was_asked_for(monkeypatch: pytest.MonkeyPatch):
-    elsewhere = torch.empty(1, device="meta")
-    assert not numbers_are_checked(elsewhere)
-    assert numbers_are_checked(torch.empty(1))
-    monkeypatch.setenv("FLASHLLA_CHECK", "1")
-    assert numbers_are_checked(elsewhere)
 
 
 @pytest.mark.gpu

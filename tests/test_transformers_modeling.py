@@ -130,6 +130,14 @@ def test_packed_documents_do_not_see_each_other(told: bool):
         close(outputs.logits[1:], torch.cat(pieces, 1))
 
 
+def test_packed_documents_beside_a_mask_are_refused():
+    model, positions = model_of(), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    with pytest.raises(ValueError, match="attention_mask: got one together with position_ids of several documents"):
+        model(tokens(), attention_mask=torch.ones(2, 12, dtype=torch.long), position_ids=positions)
+    padding = torch.arange(12).expand(2, 12) >= 5  # whose positions say nothing
+    assert model(tokens(), attention_mask=padding, position_ids=positions).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_generation(variant: str):
     model, (x, mask, _) = model_of(variant), left_padded()

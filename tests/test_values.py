@@ -8,10 +8,17 @@ import pytest
 import torch
 
 from flashlla import lla_attention_varlen, lla_decode
-from flashlla.values import check_values
+from flashlla.values import check_values, looked_at
 from tests.support.helpers import cu, problem_of, qkv
 
 pytestmark = pytest.mark.quick
+
+
+def test_where_numbers_are_looked_at(monkeypatch: pytest.MonkeyPatch):
+    assert looked_at(torch.device("cpu"))
+    assert not looked_at(torch.device("meta"))
+    monkeypatch.setenv("FLASHLLA_CHECK", "1")
+    assert looked_at(torch.device("meta"))
 
 
 def test_lla_attention(monkeypatch):

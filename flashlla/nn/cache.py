@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashlla.nn.padding import Padding, Past, looked_at, read_mask
+from flashlla.nn.padding import Padding, Past, read_mask
+from flashlla.values import looked_at
 
 # A growing cache begins with room for so many keys.
 _FIRST_ROOM = 64

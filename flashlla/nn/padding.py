@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashlla.values import CHECK_VARIABLE
+from flashlla.values import looked_at
 
 _MISFIT = "wanted one for each slot in use, or for the new tokens alone"
 _HOLE = (
@@ -44,11 +43,6 @@ class Padding(NamedTuple):
     tokens: Tensor  # (B, S) bool: which of the new tokens are no padding
     seqstarts: Tensor  # (B,) int32: the slot of each sequence's first token; behind the new ones where it has none yet
     kept: Tensor  # (B,) int32: how many of the S new slots stay in use; those of padding on the right do not
-
-
-def looked_at(device: torch.device) -> bool:
-    """Whether numbers that tensors on ``device`` hold are checked: to look at them may wait for the device."""
-    return device.type == "cpu" or os.environ.get(CHECK_VARIABLE) == "1"
 
 
 def read_mask(attention_mask: Tensor, new: Tensor, past: Past) -> Padding:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flashlla.api import lla_attention, lla_attention_varlen, lla_decode
-from flashlla.integrations.transformers.masks import bounds, edges, keys_in_sight, numbers_are_checked
+from flashlla.integrations.transformers.masks import bounds, edges, keys_in_sight
 from flashlla.integrations.transformers.registry import registered
 from flashlla.integrations.transformers.ridge import restore_when_loaded
 from flashlla.nn.solving import solving
 from flashlla.notices import warn_once
+from flashlla.values import looked_at
 
 # What changes softmax attention's weights in ways that this attention has no like of.
 _REFUSED = {
@@ -227,7 +228,7 @@ def _check_positions(module: nn.Module, position_ids: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         torch._assert_async(go_on.all(), message)
     # To look at it waits for the device: once a pass, elsewhere than on the CPU.
-    elif (_is_the_first(module) or numbers_are_checked(position_ids)) and not go_on.all():
+    elif (_is_the_first(module) or looked_at(position_ids.device)) and not go_on.all():
         raise ValueError(message)
 
 

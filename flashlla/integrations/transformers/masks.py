@@ -15,12 +15,13 @@ Those of int32 are (B, 2, ...), the same twice, where a window cuts keys off: wh
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from flashlla.values import looked_at
 
 
 def keys_in_sight(
@@ -98,7 +99,7 @@ def _check_padding(visible: Tensor, end: int | Tensor) -> None:
 
 def _check_holes(visible: Tensor) -> None:
     """Refuse keys in sight that are not next to each other, where numbers are looked at."""
-    if torch.compiler.is_compiling() or not numbers_are_checked(visible):
+    if torch.compiler.is_compiling() or not looked_at(visible.device):
         return
     begins = visible.clone()
     begins[:, 1:] &= ~visible[:, :-1]
@@ -108,11 +109,6 @@ def _check_holes(visible: Tensor) -> None:
             f"attention_mask: got padding between tokens in sequence {int(holes.nonzero()[0])}, wanted it in front of "
             f"them (or behind, without a cache); try padding_side='left' of the tokenizer"
         )
-
-
-def numbers_are_checked(tensor: Tensor) -> bool:
-    """Whether to look at a tensor's numbers, as the operator decides it: where it costs no wait, or was asked for."""
-    return tensor.device.type == "cpu" or os.environ.get("FLASHLLA_CHECK") == "1"
 
 
 def bounds(mask: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
@@ -22,6 +23,7 @@ from transformers.utils import can_return_tuple
 from flashlla.integrations.transformers.configuration import LLAConfig
 from flashlla.integrations.transformers.masks import edges, packed
 from flashlla.nn import LocalLinearAttention, Ridge
+from flashlla.values import looked_at
 
 # What outputs call the cache: "cache" since transformers 5.20 or so, "past_key_values" before.
 _CACHE = next(
@@ -131,7 +133,7 @@ class LLAModel(LLAPreTrainedModel):
         Args:
             input_ids: (B, S); or inputs_embeds: (B, S, hidden_size).
             attention_mask: (B, keys), 1 for tokens, 0 for padding, on the left, or, without a cache, on the right.
-            position_ids: (B, S) or (1, S). Documents are packed in a row by positions that begin anew.
+            position_ids: (B, S) or (1, S). Documents are packed in a row by positions that begin anew, without a mask.
             cache, past_key_values: a cache of transformers or a :class:`flashlla.nn.LLACache`, by the name that the
                 version of transformers has.
             use_cache: make one. Default None: as the config says, in eval mode alone.
@@ -156,6 +158,8 @@ class LLAModel(LLAPreTrainedModel):
                     hidden_states.flatten(0, 1)[None],
                     position_ids.expand(batch, -1).flatten(),
                 )
+        if attention_mask is not None and position_ids is not None and cache is None:
+            _check_documents(attention_mask, position_ids)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if cu_seqlens is None and use_cache and cache is None:
@@ -178,6 +182,19 @@ class LLAModel(LLAPreTrainedModel):
             last_hidden_state=self.norm(states[-1]),
             hidden_states=tuple(states) if output_hidden_states else None,
             **{_CACHE: cache},
+        )
+
+
+def _check_documents(attention_mask: Tensor, position_ids: Tensor) -> None:
+    """Refuse documents beside a mask, (B, S), by which they would see each other."""
+    fits = attention_mask.dim() == 2 and attention_mask.shape[1] == position_ids.shape[-1]  # else the layers refuse it
+    if not fits or torch.compiler.is_compiling() or not looked_at(attention_mask.device):
+        return
+    tokens = attention_mask != 0
+    if ((position_ids.diff(dim=-1) <= 0) & tokens[:, 1:] & tokens[:, :-1]).any():
+        raise ValueError(
+            "attention_mask: got one together with position_ids of several documents in a row, wanted None: the "
+            "positions tell documents apart; try it without"
         )
 
 

@@ -24,8 +24,6 @@ from flashlla.solvers import Direct
 COUNTER = "torch.utils.flop_counter"
 # Iterations a query where no report tells: of backward passes, of decoding, of tensors that are not there.
 ASSUMED_ITERATIONS = 4
-# More new tokens than this, and a cache is read by conjugate gradients unless another solver is asked for.
-FEW_NEW = 16
 # Products of a query and a key with D and with Dv columns: of a forward pass, of a backward pass, of an iteration.
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS, ITERATION_PRODUCTS = (5, 1), (12, 4), 3
 
@@ -73,8 +71,7 @@ def count(problem: Problem, pairs: int, products: tuple[int, int], iterations: f
     d, v = problem.head_dim, problem.v_dim
     of_keys, of_values = products
     once = 2 * pairs * (of_keys * d + of_values * v)
-    few = problem.mask.at_lengths and problem.q_len <= FEW_NEW
-    if isinstance(problem.solver, Direct) and (problem.solver_demanded or few):
+    if isinstance(problem.solver, Direct) and (problem.solver_demanded or problem.few_new):
         queries = problem.batch * problem.q_heads * problem.q_len
         return once + 2 * pairs * d * d + queries * (d**3 // 3 + 2 * d * d)
     return once + int(2 * pairs * d * ITERATION_PRODUCTS * iterations)

@@ -26,6 +26,8 @@ _RESOLUTION = {
     torch.bfloat16: 1e-3,
 }
 SUPPORTED_DTYPES = tuple(_RESOLUTION)
+# So many new tokens of a sequence, or fewer, are decoded by kernels of their own.
+FEW_NEW = 16
 
 
 def resolution(dtype: torch.dtype) -> float:
@@ -182,6 +184,11 @@ class Problem:
         sizes = (self.batch, self.q_heads, self.q_len, self.k_len)
         packed = (self.sequences, self.max_seqlen_q, self.max_seqlen_k) if self.mask.packed else ()
         return 0 in sizes or 0 in packed
+
+    @property
+    def few_new(self) -> bool:
+        """Decoding so few tokens that sums over the cache and a direct solve are faster than the training kernels."""
+        return self.mask.at_lengths and self.q_len <= FEW_NEW
 
     def key_spans(self, inputs: Inputs) -> KeySpans:
         """The keys that every query sees, by their places in k."""

@@ -15,9 +15,9 @@ from flashlla import lla_attention, lla_decode
 from flashlla.autograd import DECODE, DECODE_INFO, DECODE_OUT, OutArguments
 from flashlla.backends.base import Backend
 from flashlla.backends.naive import Naive
-from flashlla.backends.triton import FEW_NEW, Triton
+from flashlla.backends.triton import Triton
 from flashlla.calls import prepared
-from flashlla.problem import empty_output
+from flashlla.problem import FEW_NEW, empty_output
 from tests.support.budget import Excess, allowance, spreads
 from tests.support.decoding import CASES, NAN, Decoding, paged
 from tests.support.helpers import (

@@ -20,9 +20,6 @@ from flashlla.backends.triton import configs
 from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals, resolution
 from flashlla.solvers import CG, spelling
 
-# So many new tokens of a sequence, or fewer, are decoded by sums over the cache and a direct solve; more are a forward
-# pass by the training kernels.
-FEW_NEW = 16
 # More keys than this, and the default solver has it: fewer are over before it pays.
 GRAM_LEAST_KEYS = 1024
 
@@ -86,7 +83,7 @@ class Triton(Backend):
         return None
 
     def _solver(self, problem: Problem) -> str | None:
-        if _decodes(problem):
+        if problem.few_new:
             if problem.solver_demanded and _name(problem) != "direct":
                 return f"it decodes with a direct solve, not with {problem.solver.described()}"
             return None
@@ -117,7 +114,7 @@ class Triton(Backend):
         return launch.backward(problem, inputs, residuals, grad_o, self.preconditioner(problem) or "none")
 
     def decode(self, problem: Problem, inputs: Inputs, out: Tensor, report: Report | None = None) -> Tensor:
-        if not _decodes(problem):
+        if not problem.few_new:
             return super().decode(_without_direct(problem), inputs, out, report)
         from flashlla.backends.triton.decode import decode
 
@@ -133,11 +130,6 @@ class TritonPCG(Triton):
 
     def _best(self, problem: Problem) -> str:
         return "jacobi"
-
-
-def _decodes(problem: Problem) -> bool:
-    """Whether the kernels for a few new tokens take it, and not those for training."""
-    return problem.mask.at_lengths and problem.q_len <= FEW_NEW
 
 
 def _without_direct(problem: Problem) -> Problem:

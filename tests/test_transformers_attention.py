@@ -438,9 +438,11 @@ def test_names_and_numbers_that_register_refuses(name: str, options: dict[str, A
         register(name, **options)
 
 
-def test_a_name_is_a_string():
+def test_a_name_is_a_string_and_a_tolerance_a_number():
     with pytest.raises(TypeError, match="name: got int, wanted a string"):
         register(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tolerance: got str, wanted a number"):
+        register("lla", tolerance="rough")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

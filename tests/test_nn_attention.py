@@ -419,6 +419,8 @@ def test_what_cannot_be_done_is_refused(name: str):
 def test_packed_sequences_are_told_by_a_tensor():
     with pytest.raises(TypeError, match=r"cu_seqlens: got list, wanted a tensor of \(sequences \+ 1,\) int32"):
         make()(hidden(1, 5), cu_seqlens=[0, 5])
+    with pytest.raises(ValueError, match=r"cu_seqlens: got shape \(1, 2\), wanted \(sequences \+ 1,\)"):
+        make()(hidden(1), cu_seqlens=torch.tensor([[0, 40]]))
 
 
 @pytest.mark.parametrize("name", ["attention_mask", "past_key_values"])

@@ -395,6 +395,8 @@ def _check_packing(cu_seqlens: Tensor, batch: int, **others: Any) -> None:
             f"cu_seqlens: got {type(cu_seqlens).__name__}, wanted a tensor of (sequences + 1,) int32; try "
             f"torch.tensor(cu_seqlens, dtype=torch.int32, device=hidden_states.device)"
         )
+    if cu_seqlens.dim() != 1:
+        raise ValueError(f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, wanted (sequences + 1,)")
     for name, value in others.items():
         if value is not None:
             raise ValueError(

@@ -130,42 +130,24 @@ def first_guess(q, r, ridge, image_ptr, at, SHAPE: tl.constexpr, M: tl.constexpr
 
 
 @triton.jit
-def left_by_step(x, image, inverse_curvature, lowest, highest):
-    """What share of a query's squared residual a last step leaves, (4.7) squared, for directions x (M, D), of which
-    ``image`` is A x, and the lowest and highest curvature along the directions so far: (M,)."""
+def left_by_step(image, inverse_curvature, lowest, highest):
+    """What share of a query's squared residual a last step leaves, (4.7) squared, for directions of unit length, of
+    which ``image`` (M, D) is A x, and the lowest and highest curvature along the directions so far: (M,)."""
     image = image * inverse_curvature[:, None]
-    square = tl.sum(image * image, 1) * tl.sum(x * x, 1)
+    square = tl.sum(image * image, 1)
     apart = (highest - lowest) * inverse_curvature
     return tl.maximum(tl.where(square > 1, square - 1, 0.0), apart * apart)
 
 
 @triton.jit
-def left_by_last(share_left, last_size, LAST: tl.constexpr):
+def left_by_last(share_left, tells, PLAIN: tl.constexpr):
     """What the last step leaves of a tile's squared residuals, given the ``share_left`` (M,) of its queries; 1 where
-    it is not to be taken. Queries whose ``last_size`` is 0 have not been seen to tell."""
-    if LAST:
-        rest = tl.max(share_left, 0) * (LAST_MARGIN * LAST_MARGIN)
-        known = tl.sum((last_size > 0).to(tl.int32), 0)
-        return tl.where((rest < LAST_MOST * LAST_MOST) & (known >= share_left.shape[0] // 2), rest, 1.0)
+    it is not to be taken. ``tells``: whether enough of them tell."""
+    if PLAIN:
+        rest = tl.max(share_left) * (LAST_MARGIN * LAST_MARGIN)
+        return tl.where((rest < LAST_MOST * LAST_MOST) & tells, rest, 1.0)
     else:
         return 1.0
-
-
-@triton.jit
-def with_last_step(solution, r, r2, share_left, last_size, LAST: tl.constexpr):
-    """``solution`` (M, D) and its squared residual ``r2`` (M,) after the last step: along the residual, as long as the
-    latest curvature says."""
-    if LAST:
-        left = left_by_last(share_left, last_size, LAST)
-        solution += tl.where(left < 1, last_size, 0.0)[:, None] * r
-        r2 *= tl.where(last_size > 0, left, 1.0)
-    return solution, r2
-
-
-@triton.jit
-def moving(unsolved, r2, share_left, last_size, goal, LAST: tl.constexpr):
-    """Which queries of a tile take another step: those that the last step would not bring to their goal. (M,)"""
-    return unsolved & (r2 * left_by_last(share_left, last_size, LAST) > goal)
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, "max_iters", "segments"])
@@ -193,7 +175,8 @@ def solve_kernel(
         slot = at.q_head.to(tl.int64) * segments + at.start // SEGMENT
         if (tl.load(made_in.use + slot) > 0) != (PRECONDITIONER == "gram"):
             return
-    LAST: tl.constexpr = PRECONDITIONER == "none" and q_in.ptr.dtype.element_ty == tl.float16
+    # The recurrence of plain 16-bit solves is short, and ends with a step that needs no sweep.
+    PLAIN: tl.constexpr = PRECONDITIONER == "none" and q_in.ptr.dtype.element_ty == tl.float16
     q_unit, k_unit, _ = units_of(units, at, n_heads, group)
     k_base = keys_of(k_in, at)
     q = load_queries(q_in, at, SHAPE.HEAD_DIM, BLOCK_M, D)  # (M, D)
@@ -229,7 +212,7 @@ def solve_kernel(
         solution = tl.zeros([BLOCK_M, D], tl.float32)
     else:
         solution, r, along_u = first_guess(q, r, ridge, b_ptr, at, SHAPE, BLOCK_M)
-        if LAST:  # u counts among the directions
+        if PLAIN:  # u counts among the directions
             lowest, highest = tl.where(along_u > 0, along_u, lowest), along_u
     if PRECONDITIONER == "gram":
         inverse_ptr = made_in.inverse + slot * D * D
@@ -240,21 +223,28 @@ def solve_kernel(
     r2 = tl.sum(r * r, 1)
     rho = tl.sum(r * direction, 1)  # r.M^-1 r, M the preconditioner
     iterations = tl.zeros([BLOCK_M], tl.int32)
+    size, x_mean = tl.sqrt(r2), tl.zeros([BLOCK_M], tl.float32)
+    if PLAIN:
+        x_mean = tl.sum(r * k_mean, 1) * inverse_or_zero(size)
     goal = threshold  # what r2 is to come down to
-    unsolved = r2 > goal  # False for NaN
+    excess = tl.where(r2 > goal, r2 / goal, 0.0)  # (M,) 0 where it has, and for NaN
     # No last step before a sweep has seen a residual's direction; nor with few keys: what is beside their span meets
-    # the ridge alone, and no direction within it shows that.
-    share_left = tl.where(unsolved, 1.0, 0.0)
+    # the ridge alone, and no direction within it shows that. Half of a tile's queries must tell.
+    share_left = tl.where(excess > 1, 1.0, 0.0)
+    tells = tl.sum(((excess > 1) & many_keys).to(tl.int32), 0) >= BLOCK_M // 2
+    left, most = 1.0, tl.max(excess)
     sweeps = 0
-    # Which queries move is made out at the loop's head and not where its numbers are: Triton does not compile that for
-    # Blackwell. One that has stopped, counting on the last step, goes on from its residual if that step leaves more.
-    while (sweeps < max_iters) & (tl.max(moving(unsolved, r2, share_left, last_size, goal, LAST).to(tl.int32), 0) > 0):
-        moves = moving(unsolved, r2, share_left, last_size, goal, LAST)  # (M,)
+    # One that has stopped, counting on the last step, goes on from its residual if that step leaves more.
+    while (sweeps < max_iters) & (most * left > 1):
+        moves = excess * left > 1  # (M,)
+        unsolved = excess > 1
         # Of unit length, so that nothing in the sweep overflows or goes subnormal; rounded first, and the rounded x is
         # the one that moves the solution.
-        size = tl.sqrt(tl.sum(direction * direction, 1))
+        if not PLAIN:
+            size = tl.sqrt(tl.sum(direction * direction, 1))
         x = rounded(direction * inverse_or_zero(size)[:, None], q, SHAPE.TF32)  # (M, D)
-        x_mean = tl.sum(x.to(tl.float32) * k_mean, 1)
+        if not PLAIN:
+            x_mean = tl.sum(x.to(tl.float32) * k_mean, 1)
         acc, total = sweep_keys(
             matvec_body,
             (tl.zeros([BLOCK_M, D], tl.float32), tl.zeros([BLOCK_M], tl.float32)),
@@ -266,7 +256,8 @@ def solve_kernel(
         unsolved = unsolved & ((curvature > 0) | ~moves)
         moves = moves & unsolved
         inverse_curvature = 1 / tl.where(moves, curvature, 1.0)
-        step = tl.where(moves, tl.sum(r * x_wide, 1) * inverse_curvature, 0.0)
+        along = r2 * inverse_or_zero(size) if PLAIN else tl.sum(r * x_wide, 1)  # r.x
+        step = tl.where(moves, along * inverse_curvature, 0.0)
         solution += step[:, None] * x_wide
         r -= step[:, None] * image
         iterations += moves.to(tl.int32)
@@ -279,19 +270,26 @@ def solve_kernel(
         turn = tl.where(moves, rho_next / tl.where(moves, rho, 1.0), 0.0) * size
         direction = preconditioned_r + turn[:, None] * x_wide
         rho = rho_next
+        if PLAIN:  # (4.9): no further sums over dims
+            size = tl.sqrt(r2 + turn * turn)
+            x_mean = (tl.sum(r * k_mean, 1) + turn * x_mean) * inverse_or_zero(size)
         if ADJOINT:
             next_step = rtol * curvature * curvature * tl.sum(solution * solution, 1)
             goal = tl.where(moves, tl.minimum(threshold, next_step), goal)
-        if LAST:
+        if PLAIN:
             lowest = tl.where(moves, tl.minimum(lowest, curvature), lowest)
             highest = tl.where(moves, tl.maximum(highest, curvature), highest)
-            left = left_by_step(x_wide, image, inverse_curvature, lowest, highest)
-            share_left = tl.where(moves & many_keys, left, share_left)
+            share = left_by_step(image, inverse_curvature, lowest, highest)
+            share_left = tl.where(moves & many_keys, share, share_left)
             last_size = tl.where(moves & many_keys, inverse_curvature, last_size)
-        unsolved = unsolved & (r2 > goal)
+            left = left_by_last(share_left, tells, PLAIN)
+        excess = tl.where(unsolved & (r2 > goal), r2 / goal, 0.0)
+        most = tl.max(excess)
         sweeps += 1
 
-    solution, r2 = with_last_step(solution, r, r2, share_left, last_size, LAST)
+    if PLAIN:  # the last step: along the residual, as long as the latest curvature says
+        solution += tl.where(left < 1, last_size, 0.0)[:, None] * r
+        r2 *= tl.where(last_size > 0, left, 1.0)
     solution += (0.0 * r2)[:, None]  # NaN where the right-hand side was
     given_ridge = load_ridge(ridge_in, row, at, 1.0)
     out_of_units = tl.where(ridge < RIDGE_MOST, inverse_power(k_unit), RIDGE_MOST * (k_unit / given_ridge))  # (M,)

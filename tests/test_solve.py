@@ -40,6 +40,18 @@ def test_how_the_solve_went() -> None:
 
 
 @interpreted
+def test_a_tolerance_of_0_is_all_that_bfloat16_tells() -> None:
+    q, k, v, _ = make((1, 1, 200, 12), torch.bfloat16)
+    call = lambda **options: lla_attention(q, k, v, ridge_lambda=0.1, backend="triton", return_info=True, **options)[1]
+    usual, close = call(), call(tolerance=0.0)
+    assert usual.residual[..., 24:].max() > 1e-3  # of queries that see more than 2 D keys
+    assert close.residual.max() <= 1e-3
+    assert usual.converged.all()
+    assert close.converged.all()
+    assert close.iterations.sum() > usual.iterations.sum()
+
+
+@interpreted
 @pytest.mark.parametrize("data", ["iid", "power_law", "sharp"])
 def test_a_last_step_saves_iterations_and_costs_no_accuracy(monkeypatch: pytest.MonkeyPatch, data: str) -> None:
     """(4.7): as good as what CG's tolerance allows, and converged by its own account, though iterations are saved."""

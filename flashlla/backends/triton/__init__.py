@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashlla.backends.base import Backend
 from flashlla.backends.triton import configs
-from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals, resolution
+from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals
 from flashlla.solvers import CG, spelling
 
 # More keys than this, and the default solver has it: fewer are over before it pays.
@@ -136,8 +136,8 @@ def _without_direct(problem: Problem) -> Problem:
     """``problem``, whose caller has named no solver, solved as well as its dtype can tell."""
     if problem.solver_demanded:
         return problem
-    rtol = resolution(problem.dtype) ** 2
-    return dataclasses.replace(problem, solver=CG(rtol=rtol, max_iters=max(CG.max_iters, 2 * problem.head_dim)))
+    solver = CG(tolerance=0.0, max_iters=max(CG.max_iters, 2 * problem.head_dim))
+    return dataclasses.replace(problem, solver=solver)
 
 
 def _without_gram(problem: Problem) -> str | None:

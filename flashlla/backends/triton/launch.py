@@ -205,11 +205,12 @@ def tolerances(problem: Problem, adjoint: bool) -> tuple[Tolerances, int]:
 
     Of bfloat16 inputs, whose outputs have eight bits, the probe may be coarser where queries see many keys than the
     adjoint probe: dlambda, the most sensitive gradient, is off by as much as the adjoint probe is. docs/performance.md
-    has the measurement.
+    has the measurement. A tolerance of 0 asks for all that the dtype can tell.
     """
     solver: Any = problem.solver
     floor = resolution(problem.dtype)
-    coarse = (PROBE_SLACK * floor) ** 2 if problem.dtype == torch.bfloat16 and not adjoint else 0.0
+    slack = problem.dtype == torch.bfloat16 and not adjoint and solver.rtol > 0
+    coarse = (PROBE_SLACK * floor) ** 2 if slack else 0.0
     found = Tolerances(atol=float(solver.atol), rtol=max(float(solver.rtol), floor**2), coarse=coarse)
     return found, int(solver.max_iters)
 

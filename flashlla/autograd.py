@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flashlla import convergence, dispatch
 from flashlla.backends.base import Backend, warn_if_stopped_early
+from flashlla.checks import autocast_dtype
 from flashlla.library import Operator
 from flashlla.problem import (
     Arguments,
@@ -85,6 +86,7 @@ class _Saved(NamedTuple):
 
 
 _SAVED = Row(_Saved)
+_AS_IT_IS: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 # Of arguments that have no gradient: None.
 _NO_GRADIENTS = Row(Arguments).filled(None)
 
@@ -229,9 +231,7 @@ def _trace_decode_out(arguments: OutArguments) -> NoOutputs:
 def _no_autocast(problem: Problem) -> contextlib.AbstractContextManager[Any]:
     """Inside an operator the dtypes are the backend's affair: autocast has done its part on the inputs."""
     device = problem.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return _AS_IT_IS if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 
 def _no_capture(chosen: Backend, problem: Problem) -> Backend:

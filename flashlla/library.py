@@ -6,23 +6,44 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from flashlla.records import Row
 
 A = TypeVar("A", bound=tuple[Any, ...])
 G = TypeVar("G", bound=tuple[Any, ...])
 
+# What torch dispatches on where a tensor is plain: nothing that wraps another, in torch.vmap say, and has memory.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_KEYS = 0
+for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA"):
+    _PLAIN_KEYS |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
 # Defined with Library rather than custom_op, which imports the whole compiler (seconds) at an operator's first call.
 _library = torch.library.Library("flashlla", "DEF")
 
 
-def _differentiates() -> bool:
-    """Whether a call may be differentiated in eager mode, or is by a transform of torch.func or in forward mode: these
-    take a Function around an operator, and know nothing of what is registered with it. All else calls it as it is."""
-    if torch.compiler.is_compiling():
-        return False
-    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return torch.is_grad_enabled() or transformed
+def _transformed() -> bool:
+    """Whether a call is in a transform of torch.func, or in forward mode."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _watched(row: tuple[Any, ...]) -> bool:
+    """Whether somebody but autograd is told of operators that take ``row``, or takes their place: a mode, a tracer, a
+    profiler, or what a tensor is beside memory."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.autograd.profiler._is_profiler_enabled
+        or torch._C._get_tracing_state() is not None
+    ):
+        return True
+    for x in row:
+        if type(x) not in _PLAIN:
+            if isinstance(x, Tensor):
+                return True
+        elif torch._C._dispatch_keys(x).raw_repr() & ~_PLAIN_KEYS:
+            return True
+    return False
 
 
 class Operator(Generic[A, G]):
@@ -60,14 +81,29 @@ class Operator(Generic[A, G]):
         torch.library.register_vmap(self.name, self._batch_rows, lib=_library)
         self.op: Any = getattr(torch.ops.flashlla, name).default
         self._function: Any = None
+        self._transform: Any = None
 
     def __call__(self, arguments: A) -> G:
         return self._unpack(self.op(*self.takes.flat(arguments)))
 
     def differentiable(self, arguments: A) -> G:
         """The same with the derivative that :meth:`differentiate` gave it."""
-        call = self._function.apply if _differentiates() else self.op
-        return self._unpack(call(*self.takes.flat(arguments)))
+        row = self.takes.flat(arguments)
+        if torch.compiler.is_compiling():
+            return self._unpack(self.op(*row))
+        if _transformed():
+            return self._unpack(self._transform.apply(*row))
+        if torch.is_grad_enabled():
+            return self._unpack(self._function.apply(*row))
+        return self._below_autograd(arguments, row)
+
+    def _below_autograd(self, arguments: A, row: tuple[Any, ...]) -> G:
+        """Without what is registered for the derivative: a Function around it has one, or nobody wants it. Straight to
+        ``run``, where torch need not know: its way there takes as long as all else in a call."""
+        if _watched(row):
+            return self._unpack(self.op(*row))
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.run(arguments)
 
     def differentiate(
         self,
@@ -77,25 +113,35 @@ class Operator(Generic[A, G]):
         save: Callable[[Any, A, G], None] = lambda ctx, arguments, outputs: None,
     ) -> None:
         """Register the ``derivative``: the gradients of the arguments, from those of the outputs and from what
-        ``save`` put into the context. In both forms it is asked for: torch.compile takes what is registered with the
-        operator, all others a Function around it, which eager mode calls in half the time and torch.func knows."""
+        ``save`` put into the context. In each form it is asked for: torch.compile takes what is registered with the
+        operator, torch.func and forward mode a Function around it, and eager mode another, which it calls in a fraction
+        of the time of either."""
 
         def save_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             save(ctx, self.takes.record(inputs), self._unpack(output))
+
+        def forward_and_save(ctx: Any, *row: Any) -> Any:
+            arguments = self.takes.record(row)
+            outputs = self._below_autograd(arguments, row)
+            save(ctx, arguments, outputs)
+            return self._packed(outputs)
 
         def derivative_rows(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
             return self.takes.flat(derivative(ctx, self.gives.record(gradients)))
 
         torch.library.register_autograd(self.name, derivative_rows, setup_context=save_rows, lib=_library)
-        rules: dict[str, Callable[..., Any]] = {
-            "forward": lambda *row: self.op(*row),
-            "setup_context": save_rows,
-            "backward": derivative_rows,
-            "jvp": forward_mode,
-            "vmap": self._batch_rows,
-        }
+        self._function = self._function_of(forward=forward_and_save, backward=derivative_rows)
+        self._transform = self._function_of(
+            forward=lambda *row: self.op(*row),
+            setup_context=save_rows,
+            backward=derivative_rows,
+            jvp=forward_mode,
+            vmap=self._batch_rows,
+        )
+
+    def _function_of(self, **rules: Callable[..., Any]) -> Any:
         members = {name: staticmethod(rule) for name, rule in rules.items()}
-        self._function = type(self.name.replace("::", "_"), (torch.autograd.Function,), members)
+        return type(self.name.replace("::", "_"), (torch.autograd.Function,), members)
 
     def _unpack(self, row: Any) -> G:
         """The record of what ``op`` has returned: torch has a lone tensor for a row of one, and None for none."""
@@ -103,14 +149,14 @@ class Operator(Generic[A, G]):
             row = ()
         return self.gives.record((row,) if self.gives.size == 1 else row)
 
+    def _packed(self, outputs: G) -> Any:
+        """The inverse of :meth:`_unpack`."""
+        row = self.gives.flat(outputs)
+        return row if len(row) > 1 else row[0] if row else None
+
     def _on_rows(self, call: Callable[[A], G]) -> Callable[..., Any]:
         """``call`` as torch.library makes it."""
-
-        def on_rows(*row: Any) -> Any:
-            found = self.gives.flat(call(self.takes.record(row)))
-            return found if len(found) > 1 else found[0] if found else None
-
-        return on_rows
+        return lambda *row: self._packed(call(self.takes.record(row)))
 
     def _batch_rows(self, info: Any, dims: tuple[Any, ...], *row: Any) -> tuple[Any, Any]:
         found = self.gives.flat(self._batch(info.batch_size, self.takes.record(dims), self.takes.record(row)))

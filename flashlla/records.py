@@ -7,8 +7,9 @@ the operator that takes it.
 
 from __future__ import annotations
 
+import functools
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -50,7 +51,8 @@ class Row(Generic[R]):
     """
 
     def __init__(self, kind: type[R]) -> None:
-        self.kind = kind
+        # Of all members at once, without the call in Python that ``kind`` itself is.
+        self._make: Callable[[Iterable[Any]], R] = functools.partial(tuple.__new__, kind)
         # Of every field the row of the record that it is, None if it is none, and where it begins and ends.
         self.parts: list[tuple[Row[Any] | None, int, int]] = []
         self.size = 0
@@ -85,7 +87,7 @@ class Row(Generic[R]):
     def record(self, row: Sequence[Any]) -> R:
         """The record of ``row``: the inverse of :meth:`flat`."""
         if self.plain:
-            return self.kind(*row)
-        return self.kind(
-            *[row[start] if nested is None else nested.record(row[start:stop]) for nested, start, stop in self.parts]
+            return self._make(row)
+        return self._make(
+            [row[start] if nested is None else nested.record(row[start:stop]) for nested, start, stop in self.parts]
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,28 +52,31 @@ class Backend(ABC):
     def forward_checked(self, problem: Problem, inputs: Inputs) -> Forward:
         """:meth:`forward`, and an error that names this backend where what it returns is not what was asked for."""
         found, q = self.forward(problem, inputs), inputs.q
-        where = f"backend {self.name!r}: what forward returns"
-        _check_record(where, found, Forward)
-        _check_record(f"{where}, .residuals", found.residuals, Residuals)
-        _check_record(f"{where}, .report", found.report, Report)
-        rows, wide = q.shape[:-1], accumulator(q.dtype)
-        _check_tensor(f"{where}, .o", found.o, (*rows, problem.v_dim), q.dtype, q.device)
-        for name, t in found.residuals._asdict().items():
-            shape = q.shape if name in ("probe", "k_mean") else rows
-            _check_tensor(f"{where}, .residuals.{name}", t, shape, wide, q.device)
-        for name, t in found.report._asdict().items():
-            dtype = {"iterations": torch.int32, "converged": torch.bool}.get(name, wide)
-            _check_tensor(f"{where}, .report.{name}", t, rows, dtype, q.device)
+        check = _Check(f"backend {self.name!r}: what forward returns", q.device)
+        check.record("", found, Forward)
+        check.record(".residuals", found.residuals, Residuals)
+        check.record(".report", found.report, Report)
+        rows, vectors, wide = q.shape[:-1], q.shape, accumulator(q.dtype)
+        residuals, report = found.residuals, found.report
+        check.tensor(".o", found.o, (*rows, problem.v_dim), q.dtype)
+        check.tensor(".residuals.lse", residuals.lse, rows, wide)
+        check.tensor(".residuals.guard", residuals.guard, rows, wide)
+        check.tensor(".residuals.probe", residuals.probe, vectors, wide)
+        check.tensor(".residuals.k_mean", residuals.k_mean, vectors, wide)
+        check.tensor(".report.omega", report.omega, rows, wide)
+        check.tensor(".report.iterations", report.iterations, rows, torch.int32)
+        check.tensor(".report.residual", report.residual, rows, wide)
+        check.tensor(".report.converged", report.converged, rows, torch.bool)
         return found
 
     def backward_checked(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
         """The same of :meth:`backward`."""
         found = self.backward(problem, inputs, residuals, grad_o)
-        where = f"backend {self.name!r}: what backward returns"
-        _check_record(where, found, Gradients)
-        for name, t in found._asdict().items():
+        check = _Check(f"backend {self.name!r}: what backward returns", inputs.q.device)
+        check.record("", found, Gradients)
+        for name in Gradients._fields:
             like = getattr(inputs, name)
-            _check_tensor(f"{where}, .{name}", t, like.shape, like.dtype, inputs.q.device)
+            check.tensor(f".{name}", getattr(found, name), like.shape, like.dtype)
         return found
 
     def decode_checked(self, problem: Problem, inputs: Inputs, out: Tensor, report: Report | None) -> None:
@@ -100,23 +103,31 @@ class Backend(ABC):
         return out.copy_(outputs.o)
 
 
-def _check_record(name: str, found: Any, kind: type[Any]) -> None:
-    """Whether ``found``, which messages call ``name``, is a record of that kind."""
-    if not isinstance(found, kind):
-        wanted = f"a flashlla.problem.{kind.__name__} of {', '.join(kind._fields)}"
-        raise TypeError(f"{name}: got {type(found).__name__}, wanted {wanted}")
+class _Check(NamedTuple):
+    """Checks on what a backend returns, which messages call ``where``."""
 
+    where: str
+    device: torch.device  # of q
 
-def _check_tensor(name: str, found: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-    """Whether it is such a tensor."""
-    if not isinstance(found, Tensor):
-        raise TypeError(f"{name}: got {type(found).__name__}, wanted a torch.Tensor")
-    if found.shape != shape:
-        raise ValueError(f"{name}: got shape {tuple(found.shape)}, wanted {tuple(shape)}")
-    if found.dtype != dtype:
-        raise TypeError(f"{name}: got dtype {found.dtype}, wanted {dtype}")
-    if found.device != device:
-        raise ValueError(f"{name}: got device {found.device}, wanted {device}, the device of q")
+    def record(self, name: str, found: Any, kind: type[Any]) -> None:
+        """Whether it is a record of that kind."""
+        if not isinstance(found, kind):
+            wanted = f"a flashlla.problem.{kind.__name__} of {', '.join(kind._fields)}"
+            raise TypeError(f"{self._called(name)}: got {type(found).__name__}, wanted {wanted}")
+
+    def tensor(self, name: str, found: Any, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Whether it is such a tensor."""
+        if not isinstance(found, Tensor):
+            raise TypeError(f"{self._called(name)}: got {type(found).__name__}, wanted a torch.Tensor")
+        if found.shape != shape:
+            raise ValueError(f"{self._called(name)}: got shape {tuple(found.shape)}, wanted {tuple(shape)}")
+        if found.dtype != dtype:
+            raise TypeError(f"{self._called(name)}: got dtype {found.dtype}, wanted {dtype}")
+        if found.device != self.device:
+            raise ValueError(f"{self._called(name)}: got device {found.device}, wanted {self.device}, the device of q")
+
+    def _called(self, name: str) -> str:
+        return f"{self.where}, {name}" if name else self.where
 
 
 def plain_cache(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs]:

@@ -9,13 +9,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import compile, cpu, decode, gpu, run, sanitize
+from benchmarks import compile, cpu, decode, gpu, host, run, sanitize
 from benchmarks.needs import Missing
 
 COMMANDS = {
     "run": run,
     "gpu": gpu,
     "decode": decode,
+    "host": host,
     "cpu": cpu,
     "compile": compile,
     "sanitize": sanitize,

@@ -17,27 +17,27 @@ class Launch(NamedTuple):
     device: torch.device
     arguments: tuple[Any, ...]
     settings: dict[str, Any]
+    compiled: Any  # None where it was not carried out
 
 
 @contextlib.contextmanager
 def recorded(carried_out: bool = True) -> Iterator[list[Launch]]:
     """Fills the list with every launch made meanwhile; unless ``carried_out``, none reaches the device."""
-    from flashlla.backends.triton import decode, launch, runtime
+    from flashlla.backends.triton import plan, runtime
 
     found: list[Launch] = []
+    launch = runtime.launch
 
     def note(
         kernel: Any, name: str, grid: tuple[int, ...], device: torch.device, *arguments: Any, **settings: Any
     ) -> None:
-        found.append(Launch(kernel, name, grid, device, arguments, settings))
-        if carried_out:
-            runtime.launch(kernel, name, grid, device, *arguments, **settings)
+        compiled = launch(kernel, name, grid, device, *arguments, **settings) if carried_out else None
+        found.append(Launch(kernel, name, grid, device, arguments, settings, compiled))
 
-    with mock.patch.object(launch, "launch", note), mock.patch.object(decode, "launch", note):
+    plan.forget()  # those in use launch without it
+    with mock.patch.object(runtime, "launch", note), mock.patch.object(runtime, "compiled", {}):
         yield found
 
 
 def repeat(made: Launch) -> None:
-    from flashlla.backends.triton.runtime import launch
-
-    launch(made.kernel, made.name, made.grid, made.device, *made.arguments, **made.settings)
+    made.compiled.launch(made.grid, None, made.arguments)

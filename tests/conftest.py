@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 
@@ -38,6 +39,8 @@ def clean_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(solvers, "_unnamed", dict(solvers._unnamed))
     preference = dispatch._preference.set(None)
     notices.forget()
+    if plan := sys.modules.get("flashlla.backends.triton.plan"):
+        plan.forget()  # its configs may be a test's own
     yield
     dispatch._preference.reset(preference)
     notices.forget()

@@ -39,15 +39,16 @@ def test_tiles_of_dk_lie_inside_those_of_dq(head_dim: int, operand: torch.dtype,
 @interpreted
 def test_few_programs_have_a_config_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """With two heads of 64 keys and room for two programs a processor; and the gradients are right with either."""
-    from flashlla.backends.triton import configs, launch
+    from flashlla.backends.triton import configs, plan, runtime
 
     tiles = []
-    run = launch.Call.launch
-    spy = lambda self, kernel, name, *a, **s: (tiles.append((name, s.get("BLOCK_N"))), run(self, kernel, name, *a, **s))
-    monkeypatch.setattr(launch.Call, "launch", spy)
+    run = runtime.launch
+    spy = lambda kernel, name, *a, **s: (tiles.append((name, s.get("BLOCK_N"))), run(kernel, name, *a, **s))[1]
+    monkeypatch.setattr(runtime, "launch", spy)
     tensors = make((1, 2, 64, 64), torch.float16)
     for processors, keys in ((1, 32), (0, 64)):
         tiles.clear()
+        plan.forget()
         monkeypatch.setattr(configs, "processors", lambda device, n=processors: n)
         check(step(tensors, 1.0, backend="triton"), tensors, 1.0)
         assert ("dk", keys) in tiles

@@ -388,15 +388,15 @@ def test_the_pytorch_backends_follow_no_matmul_precision(
 def test_autotune_is_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashlla.backends.triton import runtime
 
-    monkeypatch.setattr(runtime, "_tuned", {})
+    monkeypatch.setattr(runtime, "tuned", {})
     tensors, lam = held_by_all((1, 2, 128, 32)), ridges(1.0, 128)
     plain = step(tensors, lam, backend="triton")
-    assert not runtime._tuned
+    assert not runtime.tuned
     monkeypatch.setenv("FLASHLLA_AUTOTUNE", "1")
     tuned = step(tensors, lam, backend="triton")
-    assert runtime._tuned
+    assert runtime.tuned
     for name in NAMES:
         assert (tuned[name].double() - plain[name].double()).norm() <= 5e-3 * plain[name].double().norm(), name
-    keys = set(runtime._tuned)
+    keys = set(runtime.tuned)
     step(held_by_all((1, 2, 300, 32)), ridges(1.0, 300), backend="triton")
-    assert set(runtime._tuned) == keys  # no key holds the length
+    assert set(runtime.tuned) == keys  # no key holds the length

@@ -25,6 +25,8 @@ def _poison(t: Tensor) -> Tensor:
         return t.fill_(float("nan"))
     if t.dtype == torch.bool:
         return t.fill_(True)
+    if t.dtype == torch.uint8:  # of memory that tensors share: NaN in every format
+        return t.fill_(255)
     return t.fill_(torch.iinfo(t.dtype).max // 2)
 
 

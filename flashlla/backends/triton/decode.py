@@ -1,6 +1,8 @@
-"""Decoding: from tensors to the launches of decode_kernels.py. Nothing here waits for the device."""
+"""Decoding: from layouts to the launches of decode_kernels.py."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,13 +18,27 @@ from flashlla.backends.triton.decode_kernels import (
     decode_moments_kernel,
     decode_solve_kernel,
 )
+from flashlla.backends.triton.plan import Buffer, Layout, Plan, layouts, planned
 from flashlla.backends.triton.records import BlockTable, Caches, Columns, Moments, Shape, Strided
-from flashlla.backends.triton.runtime import cdiv, launch
+from flashlla.backends.triton.runtime import cdiv
 from flashlla.problem import Inputs, Problem, Report
+from flashlla.records import Row
 
 # How many ridges the square of a mean may be away from its origin. float32 sums lose the digits of the larger one: of a
 # C that lies below it, and of a Cov(v, k), 1e-7 times this; products of tensor cores, which cut off, a few times that.
 FAR, FAR_FULL = 4096.0, 128.0
+
+
+class Given(NamedTuple):
+    """Tensors that decoding reads and writes."""
+
+    inputs: Inputs
+    out: Tensor
+    report: Report
+
+
+_GIVEN: Any = Row(Given)
+_NO_REPORT = Row(Report).filled(None)
 
 
 def decode(
@@ -37,13 +53,34 @@ def decode(
     garbage stays in its own sequence. Grids depend on shapes alone, so a CUDA graph of the call stays right while
     lengths, tables and contents change.
     """
-    q, device, seqlens_k = inputs.q, problem.device, inputs.seqlens_k
-    assert seqlens_k is not None
-    # Whatever the strides of rows: a cache is large, and copied only where it must be.
-    k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (inputs.k, inputs.v))
+    full = products.allowed(problem.device) == "ieee"
+    given = _GIVEN.flat(Given(inputs, out, report or _NO_REPORT))
+    _plan(problem, config, full, layouts(given)).run(given)
+    return out
+
+
+@planned
+def _plan(
+    problem: Problem, config: DecodeConfig | None, full: bool, given_layouts: tuple[Layout | None, ...]
+) -> Plan:  # fmt: skip
+    """``full``: torch lets no device round products of float32."""
+    plan, device = Plan(problem.device, given_layouts), problem.device
+    memory, given = plan.memory(), _GIVEN.record(plan.given)
+    inputs, out = given.inputs, given.out
+    report = None if given.report == _NO_REPORT else given.report
+    q, seqlens_k = inputs.q, inputs.seqlens_k
+
+    def dense(t: Buffer) -> Buffer:
+        """Whatever the strides of rows: a cache is large, and copied only where it must be."""
+        if t.stride()[-1] == 1 or t.shape[-1] == 1:
+            return t
+        copy = plan.scratch(memory, t.shape, t.dtype)
+        plan.compute(Tensor.copy_, copy, t)
+        return copy
+
+    k, v = dense(inputs.k), dense(inputs.v)
     d, v_block = configs.padded(problem.head_dim), configs.padded(problem.v_dim)
     half = problem.dtype != torch.float32
-    full = products.allowed(problem.device) == "ieee"
     large = configs.large(configs.capability(device))
     config = config or configs.decode_config(d, v_block, half, full, large)
     slices = configs.decode_slices(d, v_block, large)
@@ -63,7 +100,7 @@ def decode(
     at_once = max(1, min(pairs, configs.DECODE_SCRATCH // (members * pieces * (d + v_block) * d * 4)))
     systems = at_once * members
 
-    make = lambda *sizes: torch.empty(systems, *sizes, dtype=torch.float32, device=device)
+    make = lambda *sizes: plan.scratch(memory, (systems, *sizes), torch.float32)
     rows = d + v_block
     found = parts = Moments(
         moments=make(pieces, rows, d), sums=make(pieces, rows),
@@ -77,7 +114,7 @@ def decode(
     solve_warps = configs.factor_warps(config.solve_warps, solve_rows)
 
     starts = inputs.seqstarts_k
-    caches = Caches(seqlens_k, seqlens_k.stride(0), starts, 0 if starts is None else starts.stride(0))
+    caches = Caches(seqlens_k, seqlens_k.stride()[0], starts, 0 if starts is None else starts.stride()[0])
     table = BlockTable(seqlens_k, 0, 0)  # which nobody reads where there are no pages
     if inputs.block_table is not None:
         table = BlockTable(inputs.block_table, *inputs.block_table.stride())
@@ -85,8 +122,8 @@ def decode(
     for first in range(0, pairs, at_once):
         programs = min(at_once, pairs - first) * members
         sight = first, problem.kv_heads, problem.group, problem.q_len, problem.k_len, window
-        launch(
-            decode_moments_kernel, "decode", (programs * pieces * slices,), device,
+        plan.launch(
+            decode_moments_kernel, "decode", (programs * pieces * slices,),
             Columns(q, *q.stride()), Strided(k, *k.stride()[:3]), Strided(v, *v.stride()[:3]), caches, table, ridge,
             parts, *sight, pieces, k.shape[0], problem.scale,
             SHAPE=shape, PAGE=problem.page_size or 0, SLICES=slices, OPERAND=tl.float16 if half else tl.float32,
@@ -94,17 +131,17 @@ def decode(
             ROWS=config.thread_rows(d, half), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if merging:
-            launch(
-                decode_merge_kernel, "decode", (programs * rows // configs.MERGE_ROWS,), device,
+            plan.launch(
+                decode_merge_kernel, "decode", (programs * rows // configs.MERGE_ROWS,),
                 parts, caches, found, *sight, pieces,
                 SHAPE=shape, SLICES=slices, SLICE_V=slice_v, PIECES=triton.next_power_of_2(pieces),
                 BLOCK_T=config.tile, BLOCK_M=configs.MERGE_ROWS, STAGES=configs.MERGE_STAGES,
                 num_warps=configs.MERGE_WARPS,
             )  # fmt: skip
-        launch(
-            decode_solve_kernel, "decode", (programs,), device,
+        plan.launch(
+            decode_solve_kernel, "decode", (programs,),
             found, caches, ridge, half_solved, o_out, report, *sight, problem.delta_eps,
             SHAPE=shape, MERGED=merging, BLOCK_R=solve_rows, WARPS=solve_warps, num_warps=solve_warps,
             num_stages=configs.SOLVE_STAGES,
         )  # fmt: skip
-    return out
+    return plan.finished(())

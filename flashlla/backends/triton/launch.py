@@ -1,8 +1,10 @@
-"""From tensors to launches: operands, outputs, grids of the training passes. Nothing here waits for the device."""
+"""From layouts to launches: plans of the training passes, with their operands, outputs and grids."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import os
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from flashlla.backends.triton import backward as backward_kernels
 from flashlla.backends.triton import configs, prepare
 from flashlla.backends.triton import forward as forward_kernels
 from flashlla.backends.triton import gram as gram_kernels
+from flashlla.backends.triton.plan import Buffer, Layout, Memory, Plan, contiguous, layouts, of_buffers, planned
 from flashlla.backends.triton.records import (
     Adjoint,
     Ended,
@@ -25,7 +28,7 @@ from flashlla.backends.triton.records import (
     Strided,
     Tolerances,
 )
-from flashlla.backends.triton.runtime import Kernel, cdiv, chosen_config, launch, with_unit_stride
+from flashlla.backends.triton.runtime import Kernel, cdiv
 from flashlla.backends.triton.solve import solve_kernel
 from flashlla.problem import (
     Forward,
@@ -39,26 +42,54 @@ from flashlla.problem import (
     resolution,
     sequence_bounds,
 )
+from flashlla.records import Row
 
 # How much coarser than the dtype's resolution the probe of bfloat16 inputs may be where queries see many keys.
 PROBE_SLACK = 2.0
 
 
-class Call:
-    """The kernels of one call: what all their launches share."""
+class Adjoined(NamedTuple):
+    """What the backward passes are given."""
 
-    def __init__(self, problem: Problem, inputs: Inputs) -> None:
-        self.problem, self.inputs = problem, inputs
-        mask, self.device = problem.mask, problem.device
+    inputs: Inputs
+    residuals: Residuals
+    grad_o: Tensor
+
+
+# Plans take and give rows.
+_INPUTS, _FORWARD, _ADJOINED, _GRADIENTS = Row(Inputs), Row(Forward), Row(Adjoined), Row(Gradients)
+
+
+class Around(NamedTuple):
+    """What a plan depends on beside the call: torch's setting of float32 products, and whether configs are tuned."""
+
+    full: bool
+    tuned: bool
+
+    @classmethod
+    def now(cls, device: torch.device) -> Around:
+        return cls(products.allowed(device) == "ieee", os.environ.get("FLASHLLA_AUTOTUNE") == "1")
+
+
+class Call:
+    """The plan of one call's passes: what all of them share."""
+
+    def __init__(self, problem: Problem, around: Around, plan: Plan, inputs: Any) -> None:
+        self.problem, self.around, self.plan, self.inputs = problem, around, plan, inputs
+        self.device, mask = problem.device, problem.mask
+        # To tokens of no sequence no program comes: zeros. Some of this memory is free after the solve.
+        self.memory = self.of_tokens = self.plan.memory()
+        if mask.packed:
+            self.of_tokens = self.plan.memory(fill=0)
+        self.until_solved = self.plan.memory(fill=0 if mask.packed else None)
         sequences = problem.sequences if mask.packed else problem.batch
         self.n_heads, self.n_kv_heads = sequences * problem.q_heads, sequences * problem.kv_heads
         half = problem.dtype != torch.float32
         self.operand_dtype = torch.float16 if half else torch.float32
-        full = products.allowed(self.device) == "ieee"
         self.shape = Shape(
             HEAD_DIM=problem.head_dim, V_DIM=problem.v_dim,
             BLOCK_D=configs.padded(problem.head_dim), BLOCK_V=configs.padded(problem.v_dim),
-            CAUSAL=mask.causal, TF32=not (half or full),
+            CAUSAL=mask.causal, TF32=not (half or around.full),
         )  # fmt: skip
         # Queries and keys of the longest sequence.
         self.max_seqlens = problem.q_len, problem.k_len
@@ -75,104 +106,106 @@ class Call:
         self.sight = self.seqlens, mask.window, *self.lengths
         # float32 has digits to lose: keys are taken relative to their sequence's first (docs/math.md, section 6).
         self.k_most: float = prepare.MOST.value if half else largest_key(problem.dtype, problem.head_dim)
-        self.origin = None if half else self.first_keys(inputs.k)  # (sequences Hkv, D)
+        self.origin = None  # (sequences Hkv, D)
+        if not half:
+            self.origin = self.scratch(self.n_kv_heads, problem.head_dim)
+            first = functools.partial(_first_keys, problem, self.k_most)
+            self.plan.compute(first, self.origin, inputs.k, inputs.cu_seqlens_k, inputs.seqstarts_k)
         self.operands, self.units, self.flaws = self.cast(
-            with_unit_stride(inputs.q), with_unit_stride(inputs.k), with_unit_stride(inputs.v)
+            self.with_unit_stride(inputs.q), self.with_unit_stride(inputs.k), self.with_unit_stride(inputs.v)
         )
         self.q, self.k = self.strided(self.operands.q), self.strided(self.operands.k)
         self.v = self.strided(self.operands.v)
 
-    def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uninitialised. The dtype is said, whatever torch's default is."""
-        return torch.empty(shape, dtype=dtype, device=self.device)
+    def scratch(
+        self, *shape: int, dtype: torch.dtype = torch.float32, memory: Memory | None = None
+    ) -> Buffer:  # fmt: skip
+        return self.plan.scratch(memory or self.memory, shape, dtype)
 
-    def of_tokens(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """To be filled by the programs of tokens. Packed: zeros, since none comes to tokens of no sequence."""
-        found = self.scratch(*shape, dtype=dtype)
-        return found.zero_() if self.problem.mask.packed else found
-
-    def rows(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def rows(self, dtype: torch.dtype = torch.float32) -> Buffer:
         """(B, Hq, Sq) to be filled."""
-        return self.of_tokens(*self.inputs.q.shape[:3], dtype=dtype)
+        return self.scratch(*self.inputs.q.shape[:3], dtype=dtype, memory=self.of_tokens)
 
-    def vectors(self, dtype: torch.dtype = torch.float32, width: int | None = None) -> Tensor:
+    def vectors(
+        self, dtype: torch.dtype = torch.float32, width: int | None = None, memory: Memory | None = None
+    ) -> Buffer:  # fmt: skip
         """(B, Hq, Sq, D) to be filled."""
-        return self.of_tokens(*self.inputs.q.shape[:3], width or self.problem.head_dim, dtype=dtype)
+        shape = *self.inputs.q.shape[:3], width or self.problem.head_dim
+        return self.scratch(*shape, dtype=dtype, memory=memory or self.of_tokens)
 
-    def strided(self, t: Tensor) -> Strided:
+    def strided(self, t: Buffer) -> Strided:
         """``t`` (B, H, S, ...) as kernels take it."""
         stride_b, stride_h, stride_s = t.stride()[:3]
         return Strided(t, 0 if self.problem.mask.packed else stride_b, stride_h, stride_s)
 
-    def target(self, out: Tensor) -> Tensor:
-        """What a kernel writes instead of ``out``: itself, where its rows are such as kernels take."""
-        rowed = out if with_unit_stride(out) is out else out.new_empty(out.shape)
+    def contiguous(self, t: Buffer) -> Buffer:
+        """``t``, copied where it is not."""
+        if _meta(t).is_contiguous():
+            return t
+        copy = self.scratch(*t.shape, dtype=t.dtype)
+        self.plan.compute(Tensor.copy_, copy, t)
+        return copy
+
+    def with_unit_stride(self, t: Buffer) -> Buffer:
+        """``t``, copied only where its last dimension is not contiguous, or rows are so far apart that the offsets
+        within a tile, which are of 32 bits, would not hold them."""
+        return t if _near(t) else self.contiguous(t)
+
+    def output(self, *shape: int, dtype: torch.dtype = torch.float32, fill: int = 0) -> Buffer:
+        """A contiguous output, to be filled by the programs of tokens; ``fill``: what is where none comes."""
+        return self.plan.output(contiguous(shape, dtype), fill if self.problem.mask.packed else None)
+
+    def output_like(self, x: Buffer, width: int | None = None) -> tuple[Buffer, Buffer]:
+        """An output laid out as ``x`` is, of ``width`` columns, and what a kernel writes instead: the same, where its
+        rows are such as kernels take."""
+        layout = x.layout._replace(aligned=True)
+        if (width or x.shape[-1]) != x.shape[-1] or not _dense(x):
+            like = empty_output(_meta(x), _meta(x)[..., :1].expand(*x.shape[:-1], width or x.shape[-1]))
+            layout = Layout(like.shape, like.stride(), like.dtype, aligned=True)
         # No program comes to tokens of no sequence, nor to keys before the first.
         whole = not self.problem.mask.packed and self.inputs.seqstarts_k is None
-        return rowed if whole else rowed.zero_()
+        out = self.plan.output(layout, None if whole else 0)
+        if _near(out):
+            return out, out
+        return out, self.scratch(*out.shape, dtype=out.dtype, memory=self.plan.memory(None if whole else 0))
 
-    def first_keys(self, k: Tensor) -> Tensor:
-        if self.problem.mask.packed:
-            first, _ = sequence_bounds(self.inputs.cu_seqlens_k, self.problem.k_len, self.problem.max_seqlen_k)
-            found = k[0].index_select(1, first.clamp(max=self.problem.k_len - 1)).transpose(0, 1)  # (sequences, Hkv, D)
-        elif self.inputs.seqstarts_k is not None:
-            first = self.inputs.seqstarts_k.long().clamp(0, self.problem.k_len - 1)[:, None, None, None]
-            found = k.gather(2, first.expand(*k.shape[:2], 1, k.shape[3])).squeeze(2)
-        else:
-            found = k[:, :, 0]
-        return torch.where(found.abs() <= self.k_most, found, 0).flatten(0, 1).contiguous()
-
-    def of_queries(self, x: Tensor) -> Tensor:
-        """``x`` (sequences Hkv, D) for every query: (B, Hkv, 1 or Sq, D)."""
-        x = x.unflatten(0, (-1, self.problem.kv_heads))
-        if self.inputs.cu_seqlens_q is None:
-            return x.unsqueeze(2)
-        row = torch.arange(self.problem.q_len, device=self.device)
-        ends = self.inputs.cu_seqlens_q[1:].long()
-        sequence = torch.searchsorted(ends, row, right=True).clamp(max=x.shape[0] - 1)
-        return x[sequence].transpose(0, 1).unsqueeze(0)
-
-    def moved(self, lse: Tensor, k_mean: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
+    def moved(self, lse: Buffer, k_mean: Buffer, to_lse: Buffer, to_k_mean: Buffer, back: bool = False) -> None:
         """lse and k_mean of keys as they came, for keys as the kernels have them; ``back``: the other way."""
-        if self.origin is None:
-            return lse, k_mean
-        origin = self.of_queries(self.origin)
-        origin = origin.repeat_interleave(self.problem.group, 1)
-        sign = -1 if back else 1
-        logit = self.problem.scale * (self.operands.q * origin).sum(-1)
-        return lse - sign * logit, k_mean - sign * origin
+        move = functools.partial(_move, self.problem, -1 if back else 1)
+        for out, x in ((to_lse, lse), (to_k_mean, k_mean)):
+            self.plan.compute(move, out, x, self.origin, self.inputs.cu_seqlens_q, self.operands.q)
 
-    def cast(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Operands, Tensor, Flaws]:
+    def cast(self, q: Buffer, k: Buffer, v: Buffer) -> tuple[Operands, Buffer, Flaws]:
         """q, k and v contiguous and finite, in the operands' dtype and in units of a head; these units; and which heads
         and which rows of q, k and v were not finite."""
         chunks = configs.CAST_CHUNKS if self.device.type == "cuda" else 1
         longest, slots = max(self.max_seqlens), self.n_heads + 2 * self.n_kv_heads
         chunk = cdiv(cdiv(longest, chunks), configs.CAST_ROWS) * configs.CAST_ROWS
-        largest, flawed = self.scratch(2, slots, chunks)
-        units, flaws = self.scratch(2, slots)
+        largest, flawed = self.scratch(slots, chunks), self.scratch(slots, chunks)
+        units, flaws = self.scratch(slots), self.scratch(slots)
         of_operand = lambda t: self.scratch(*t.shape, dtype=self.operand_dtype)
         of_rows = lambda t: self.scratch(*t.shape[:3])
         outs = Operands(q=of_operand(q), k=of_operand(k), v=of_operand(v))
         found = Flaws(heads=flaws, q=of_rows(q), k=of_rows(k), v=of_rows(v))
         given = self.strided(q), self.strided(k), self.strided(v)
         tiles = {"SHAPE": self.shape, "CHUNKS": chunks, "BLOCK_M": configs.CAST_ROWS}
-        self.launch(
+        self.plan.launch(
             prepare.largest_kernel, "cast", (self.n_heads * chunks, 3), *given, self.k_most, largest, flawed,
             self.seqlens, *self.lengths, chunk, **tiles,
         )  # fmt: skip
-        self.launch(
+        self.plan.launch(
             prepare.cast_kernel, "cast", (self.n_heads * cdiv(longest, configs.CAST_ROWS), 3), *given, self.k_most,
             self.origin, largest, flawed, outs, units, found, self.seqlens, *self.lengths, **tiles,
         )  # fmt: skip
         return outs, units, found
 
-    def cast_rows(self, grad_o: Tensor, guard: Tensor, probe: Tensor) -> tuple[Scaled, Scaled]:
+    def cast_rows(self, grad_o: Buffer, guard: Buffer, probe: Buffer) -> tuple[Scaled, Scaled]:
         """``guard * grad_o`` in the operands' dtype, contiguous, in units of a power of two a row; and the probe so, in
         rows of unit length."""
-        grad_o = with_unit_stride(grad_o)
+        grad_o = self.with_unit_stride(grad_o)
         do = Scaled(ptr=self.vectors(self.operand_dtype, grad_o.shape[-1]), unit=self.rows())
         z = Scaled(ptr=self.vectors(self.operand_dtype), unit=self.rows())
-        self.launch(
+        self.plan.launch(
             prepare.cast_rows_kernel, "cast", (self.n_heads * cdiv(self.max_seqlens[0], configs.CAST_ROWS),),
             self.strided(grad_o), guard, probe, do, z, self.seqlens.cu_q, *self.lengths,
             SHAPE=self.shape, BLOCK_M=configs.CAST_ROWS,
@@ -182,22 +215,79 @@ class Call:
     def launch_tiles(
         self, kernel: Kernel, name: str, *arguments: Any, over_keys: bool = False, tune: bool = True, **settings: Any
     ) -> None:
-        """Launch ``kernel`` of pass ``name``, one program a tile of queries (``over_keys``: of keys) and head;
-        ``tune``: with the config that FLASHLLA_AUTOTUNE=1 finds."""
+        """Launch ``kernel`` of pass ``name``, one program a tile of queries (``over_keys``: of keys) and head, with the
+        table's config; where programs are few, that for few; ``tune``: with the one that FLASHLLA_AUTOTUNE=1 finds."""
         heads = self.n_kv_heads if over_keys else self.n_heads
+        widest = max(self.problem.head_dim, self.problem.v_dim)
+        key = name, widest, self.operand_dtype, configs.capability(self.device)
+        usual, few = configs.config(*key), configs.config(*key, few=True)
 
         def programs(c: configs.Config) -> int:
             return heads * cdiv(self.max_seqlens[over_keys], c.n if over_keys else c.m)
 
-        def launch_with(c: configs.Config) -> None:
-            self.launch(kernel, name, (programs(c),), *arguments, SHAPE=self.shape, **c.options(), **settings)
+        chosen = [usual]
+        if few is not usual and programs(usual) <= configs.FEW * configs.processors(self.device):
+            chosen = [few]
+        elif tune and self.around.tuned and self.device.type == "cuda":
+            chosen = configs.candidates(*key)
+        self.plan.launch_fastest(
+            key, kernel, name, {c: (programs(c),) for c in chosen}, *arguments, SHAPE=self.shape, **settings
+        )
 
-        widest = max(self.problem.head_dim, self.problem.v_dim)
-        key = name, widest, self.operand_dtype, configs.capability(self.device)
-        launch_with(chosen_config(key, programs, self.device, launch_with if tune else None))
 
-    def launch(self, kernel: Kernel, name: str, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-        launch(kernel, name, grid, self.device, *arguments, **settings)
+def _meta(t: Buffer) -> Tensor:
+    """A tensor like it without memory, which torch can be asked about."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def _dense(t: Buffer) -> bool:
+    """Whether it is what torch.empty_like would make of it, as torch takes tens of microseconds to tell."""
+    numbers = 1
+    for stride, n in sorted(zip(t.stride(), t.shape)):
+        if n > 1 and stride != numbers:
+            return False
+        numbers *= n
+    return True
+
+
+def _near(t: Buffer) -> bool:
+    """Whether kernels take it: rows contiguous, and no further apart than offsets of 32 bits within a tile hold."""
+    return t.stride()[2] < 2**24 and (t.stride()[-1] == 1 or t.shape[-1] == 1)
+
+
+def _first_keys(
+    problem: Problem, most: float, out: Tensor, k: Tensor, cu_seqlens_k: Tensor | None, seqstarts_k: Tensor | None
+) -> None:  # fmt: skip
+    """The first key of every sequence, (sequences Hkv, D); 0 where it is not finite."""
+    if cu_seqlens_k is not None:
+        first, _ = sequence_bounds(cu_seqlens_k, problem.k_len, problem.max_seqlen_k)
+        found = k[0].index_select(1, first.clamp(max=problem.k_len - 1)).transpose(0, 1)  # (sequences, Hkv, D)
+    elif seqstarts_k is not None:
+        first = seqstarts_k.long().clamp(0, problem.k_len - 1)[:, None, None, None]
+        found = k.gather(2, first.expand(*k.shape[:2], 1, k.shape[3])).squeeze(2)
+    else:
+        found = k[:, :, 0]
+    out.copy_(torch.where(found.abs() <= most, found, 0).flatten(0, 1))
+
+
+def _move(
+    problem: Problem, sign: int, out: Tensor, x: Tensor, origin: Tensor, cu_seqlens_q: Tensor | None, q: Tensor
+) -> None:  # fmt: skip
+    """``x``, lse or k_mean, less ``sign`` times what the keys' ``origin`` makes of it."""
+    origin = _of_queries(problem, origin, cu_seqlens_q).repeat_interleave(problem.group, 1)
+    if x.dim() == 3:
+        origin = problem.scale * (q * origin).sum(-1)
+    torch.sub(x, sign * origin, out=out)
+
+
+def _of_queries(problem: Problem, x: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
+    """``x`` (sequences Hkv, D) for every query: (B, Hkv, 1 or Sq, D)."""
+    x = x.unflatten(0, (-1, problem.kv_heads))
+    if cu_seqlens_q is None:
+        return x.unsqueeze(2)
+    row = torch.arange(problem.q_len, device=x.device)
+    sequence = torch.searchsorted(cu_seqlens_q[1:].long(), row, right=True).clamp(max=x.shape[0] - 1)
+    return x[sequence].transpose(0, 1).unsqueeze(0)
 
 
 def tolerances(problem: Problem, adjoint: bool) -> tuple[Tolerances, int]:
@@ -217,34 +307,53 @@ def tolerances(problem: Problem, adjoint: bool) -> tuple[Tolerances, int]:
 
 def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
     """The passes of operator section 4: statistics, solve, output."""
-    call = Call(problem, inputs)
-    lse, lse2, omega, k_mean, image = call.rows(), call.rows(), call.rows(), call.vectors(), call.vectors()
+    plan = _plan_forward(problem, preconditioner, Around.now(problem.device), layouts(inputs))
+    return _FORWARD.record(plan.run(_INPUTS.flat(inputs)))
+
+
+@planned
+def _plan_forward(
+    problem: Problem, preconditioner: str, around: Around, given: tuple[Layout | None, ...]
+) -> Plan:  # fmt: skip
+    plan = Plan(problem.device, given)
+    call = Call(problem, around, plan, _INPUTS.record(plan.given))
+    q = call.inputs.q
+    of_rows = q.shape[:3]
+    lse2, image = call.rows(), call.vectors(memory=call.until_solved)
+    residuals = of_buffers(
+        Residuals, lse=call.output(*of_rows), guard=call.output(*of_rows),
+        probe=call.output(*q.shape), k_mean=call.output(*q.shape),
+    )  # fmt: skip
+    ended = Ended(
+        iterations=call.output(*of_rows, dtype=torch.int32), residual=call.output(*of_rows),
+        converged=call.output(*of_rows, dtype=torch.bool, fill=1),
+    )  # fmt: skip
+    omega = call.output(*of_rows)
+    # Of keys as the kernels have them.
+    lse, k_mean = residuals.lse, residuals.k_mean
+    if call.origin is not None:
+        lse, k_mean = call.rows(), call.vectors()
     call.launch_tiles(
         forward_kernels.statistics_kernel, "statistics", call.q, call.k, call.units, call.flaws, lse, lse2, omega,
         k_mean, image, *call.sight, problem.scale, FLIP=problem.scale < 0,
     )  # fmt: skip
-    probe = call.vectors()
-    ended = Ended(iterations=call.rows(torch.int32), residual=call.rows(), converged=call.rows(torch.bool))
-    if problem.mask.packed:
-        ended.converged.fill_(True)
-    solve(call, inputs.ridge_lambda, lse2, k_mean, image, probe, preconditioner, ended=ended)
-    del image
-    guard, o = call.rows(), empty_output(inputs.q, inputs.v)
-    o_rows = call.target(o)
+    solve(call, call.inputs.ridge_lambda, lse2, k_mean, image, residuals.probe, preconditioner, ended=ended)
+    plan.drop(call.until_solved)
+    o, o_rows = call.output_like(q, problem.v_dim)
     call.launch_tiles(
         forward_kernels.output_kernel, "output", call.q, call.k, call.v, call.units, call.origin, lse2, omega, k_mean,
-        probe, guard, call.strided(o_rows), *call.sight, problem.scale, problem.delta_eps,
+        residuals.probe, residuals.guard, call.strided(o_rows), *call.sight, problem.scale, problem.delta_eps,
     )  # fmt: skip
     if o_rows is not o:
-        o.copy_(o_rows)
-    lse, k_mean = call.moved(lse, k_mean, back=True)
-    residuals = Residuals(lse=lse, guard=guard, probe=probe, k_mean=k_mean)
-    report = Report(omega=omega, iterations=ended.iterations, residual=ended.residual, converged=ended.converged)
-    return Forward(o, residuals, report)
+        plan.compute(Tensor.copy_, o, o_rows)
+    if call.origin is not None:
+        call.moved(lse, k_mean, residuals.lse, residuals.k_mean, back=True)
+    report = of_buffers(Report, omega=omega, **ended._asdict())
+    return plan.finished(_FORWARD.flat(of_buffers(Forward, o=o, residuals=residuals, report=report)))
 
 
 def solve(
-    call: Call, ridge: Tensor, lse2: Tensor, k_mean: Tensor, b: Tensor, x: Tensor, preconditioner: str, *,
+    call: Call, ridge: Buffer, lse2: Buffer, k_mean: Buffer, b: Buffer, x: Buffer, preconditioner: str, *,
     ended: Ended | None = None, adjoint: Adjoint | None = None,
 ) -> None:  # fmt: skip
     """Launch the one solve kernel: for the probe, filling ``ended``, or for the ``adjoint`` probe."""
@@ -263,22 +372,23 @@ def solve(
 
 
 def gram(
-    call: Call, ridge: Strided, k_mean: Tensor, b: Tensor, probe: Tensor | None, segments: int
+    call: Call, ridge: Strided, k_mean: Buffer, b: Buffer, probe: Buffer | None, segments: int
 ) -> Preconditioner:  # fmt: skip
     """The preconditioner "gram" of every segment of queries that has one; ``probe``: for the adjoint solve."""
     d, segment = call.shape.BLOCK_D, configs.SEGMENT
     chunks = cdiv(call.problem.k_len, segment)
-    sums = call.scratch(call.n_kv_heads, chunks, d + 1, d)
-    scratch = call.scratch(call.n_heads, segments, 2 * d, d)
+    memory = call.until_solved
+    sums = call.scratch(call.n_kv_heads, chunks, d + 1, d, memory=memory)
+    scratch = call.scratch(call.n_heads, segments, 2 * d, d, memory=memory)
     made = Preconditioner(
-        inverse=call.scratch(call.n_heads, segments, d, d, dtype=call.operand_dtype),
-        use=call.scratch(call.n_heads, segments, dtype=torch.int32),
+        inverse=call.scratch(call.n_heads, segments, d, d, dtype=call.operand_dtype, memory=memory),
+        use=call.scratch(call.n_heads, segments, dtype=torch.int32, memory=memory),
     )
-    call.launch(
+    call.plan.launch(
         gram_kernels.gram_sums_kernel, "gram", (call.n_kv_heads * chunks,), call.k, sums, *call.sight, chunks,
         SHAPE=call.shape, SEGMENT=segment, **configs.gram_sums_tiles(d),
     )  # fmt: skip
-    call.launch(
+    call.plan.launch(
         gram_kernels.gram_kernel, "gram", (call.n_heads * segments,), call.q, sums, call.units, call.origin, k_mean,
         ridge, b, probe, scratch, made, *call.sight, chunks, segments,
         ADJOINT=probe is not None, SHAPE=call.shape, SEGMENT=segment, **configs.gram_tiles(d),
@@ -290,15 +400,29 @@ def backward(
     problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor, preconditioner: str
 ) -> Gradients:  # fmt: skip
     """The passes of operator section 4: moments, solve, dq with dlambda, dk and dv."""
-    call = Call(problem, inputs)
-    q, k, v, ridge = call.q, call.k, call.v, inputs.ridge_lambda
-    probe = residuals.probe.contiguous()
-    do, z = call.cast_rows(grad_o, residuals.guard.contiguous(), probe)
-    lse, k_mean = call.moved(residuals.lse, residuals.k_mean)
-    lse, k_mean = lse.contiguous(), k_mean.contiguous()
-    lse2, rhs, rhs_size, g_near = call.rows(), call.vectors(), call.rows(), None  # rhs: t of (3.1)
+    given = _ADJOINED.flat(Adjoined(inputs, residuals, grad_o))
+    plan = _plan_backward(problem, preconditioner, Around.now(problem.device), layouts(given))
+    return _GRADIENTS.record(plan.run(given))
+
+
+@planned
+def _plan_backward(
+    problem: Problem, preconditioner: str, around: Around, given: tuple[Layout | None, ...]
+) -> Plan:  # fmt: skip
+    plan = Plan(problem.device, given)
+    adjoined: Any = _ADJOINED.record(plan.given)
+    call = Call(problem, around, plan, adjoined.inputs)
+    q, k, v, ridge = call.q, call.k, call.v, call.inputs.ridge_lambda
+    lse, guard, probe, k_mean = map(call.contiguous, adjoined.residuals)
+    do, z = call.cast_rows(adjoined.grad_o, guard, probe)
+    if call.origin is not None:
+        moved = call.rows(), call.vectors()
+        call.moved(lse, k_mean, *moved)
+        lse, k_mean = moved
+    lse2, rhs_size, g_near = call.rows(), call.rows(), None
+    rhs = call.vectors(memory=call.until_solved)  # t of (3.1)
     half = call.operand_dtype == torch.float16
-    tops = torch.zeros(2, call.n_kv_heads, dtype=torch.float32, device=call.device)
+    tops = call.scratch(2, call.n_kv_heads, memory=plan.memory(fill=0))
     # float32 takes them twice, then about the g_mean of the first time: its rhs shall hold where weights are sharp.
     for _ in range(1 if half else 2):
         g_mean = call.rows()
@@ -311,27 +435,26 @@ def backward(
     y = Scaled(ptr=call.vectors(call.operand_dtype), unit=call.rows()) if half else None
     adjoint = Adjoint(b_size=rhs_size, probe=probe, tops=tops, z_y=z_y, y=y)
     solve(call, ridge, lse2, k_mean, rhs, y_neg, preconditioner, adjoint=adjoint)
-    del rhs
-    found = Gradients(
-        q=torch.empty_like(inputs.q), k=torch.empty_like(inputs.k), v=torch.empty_like(inputs.v),
-        ridge_lambda=call.rows(),
-    )  # fmt: skip
-    dq, dk, dv = call.target(found.q), call.target(found.k), call.target(found.v)
+    plan.drop(call.until_solved)
+    outputs = [call.output_like(x) for x in (call.inputs.q, call.inputs.k, call.inputs.v)]
+    dq, dk, dv = (rowed for _, rowed in outputs)
+    d_ridge = call.output(*call.inputs.q.shape[:3])
     # What queries hand on to keys: whole tiles of queries, a sequence's apart from the next one's.
     tiles = cdiv(problem.q_len, configs.ROWS_PAD) + (problem.sequences if problem.mask.packed else 0)
     rows_len = tiles * configs.ROWS_PAD
     handed = call.scratch(5, problem.batch * problem.q_heads, rows_len)
-    handed_on = HandedOn(handed, handed.stride(0))
+    handed_on = HandedOn(handed, handed.stride()[0])
     call.launch_tiles(
         backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, call.units, call.origin, z_y, lse2, k_mean,
-        call.strided(ridge), g_mean, y, call.strided(dq), found.ridge_lambda, handed_on, rows_len, tops,
+        call.strided(ridge), g_mean, y, call.strided(dq), d_ridge, handed_on, rows_len, tops,
         *call.sight, problem.scale,
     )  # fmt: skip
     call.launch_tiles(
         backward_kernels.dk_kernel, "dk", q, k, v, do.ptr, y_neg, z.ptr, call.units, handed_on, rows_len, tops,
         call.strided(dk), call.strided(dv), *call.sight, problem.scale, over_keys=True, GROUP=problem.group,
     )  # fmt: skip
-    for x, rowed in ((found.q, dq), (found.k, dk), (found.v, dv)):
+    for x, rowed in outputs:
         if rowed is not x:
-            x.copy_(rowed)
-    return found
+            plan.compute(Tensor.copy_, x, rowed)
+    dq, dk, dv = (x for x, _ in outputs)
+    return plan.finished(of_buffers(Gradients, q=dq, k=dk, v=dv, ridge_lambda=d_ridge))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+from flashlla.backends.triton.plan import Buffer
 
 
 class Strided(NamedTuple):
     """A (B, H, S, ...) tensor whose last dimension is contiguous. Packed: stride_b is 0."""
 
-    ptr: Tensor
+    ptr: Buffer
     stride_b: int
     stride_h: int
     stride_s: int
@@ -23,7 +23,7 @@ class Strided(NamedTuple):
 class Columns(NamedTuple):
     """One whose last dimension need not be."""
 
-    ptr: Tensor
+    ptr: Buffer
     stride_b: int
     stride_h: int
     stride_s: int
@@ -33,11 +33,11 @@ class Columns(NamedTuple):
 class Seqlens(NamedTuple):
     """Lengths that lie on the device, as in `problem.Inputs`."""
 
-    cu_q: Tensor | None = None  # (sequences + 1,)
-    cu_k: Tensor | None = None
-    k: Tensor | None = None  # (B,)   one past the last key
-    k_start: Tensor | None = None  # (B,)   the first key
-    own_end: Tensor | None = None  # (B,)   one past the last query's own key; None: one past the tensor's last key
+    cu_q: Buffer | None = None  # (sequences + 1,)
+    cu_k: Buffer | None = None
+    k: Buffer | None = None  # (B,)   one past the last key
+    k_start: Buffer | None = None  # (B,)   the first key
+    own_end: Buffer | None = None  # (B,)   one past the last query's own key; None: one past the tensor's last key
 
 
 class Shape(NamedTuple):
@@ -54,52 +54,52 @@ class Shape(NamedTuple):
 class Operands(NamedTuple):
     """q, k and v as the kernels have them: contiguous, in their dtype and units."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    q: Buffer
+    k: Buffer
+    v: Buffer
 
 
 class Flaws(NamedTuple):
     """What was not finite. Of ``heads`` that have nothing of the kind no row is told."""
 
-    heads: Tensor  # (heads of q, of k, of v)   1 where some number is not, else 0
-    q: Tensor  # (B, Hq, Sq)   NaN where the row has one, else 0
-    k: Tensor  # (B, Hkv, Sk)
-    v: Tensor  # (B, Hkv, Sk)
+    heads: Buffer  # (heads of q, of k, of v)   1 where some number is not, else 0
+    q: Buffer  # (B, Hq, Sq)   NaN where the row has one, else 0
+    k: Buffer  # (B, Hkv, Sk)
+    v: Buffer  # (B, Hkv, Sk)
 
 
 class Scaled(NamedTuple):
     """Rows of operands (B, Hq, Sq, ...), and what each is to be multiplied by, (B, Hq, Sq)."""
 
-    ptr: Tensor
-    unit: Tensor
+    ptr: Buffer
+    unit: Buffer
 
 
 class Adjoint(NamedTuple):
     """What the solve for the adjoint probe takes and gives beside what every solve does."""
 
-    b_size: Tensor  # (B, Hq, Sq)   the lengths of the right-hand sides
-    probe: Tensor  # (B, Hq, Sq, D)
+    b_size: Buffer  # (B, Hq, Sq)   the lengths of the right-hand sides
+    probe: Buffer  # (B, Hq, Sq, D)
     # (2, B Hkv)   of float16 what no probe or adjoint probe is longer than, in the units of the keys, or more; and for
     # the pass of dq to fill
-    tops: Tensor
-    z_y: Tensor  # (B, Hq, Sq)   to be filled
+    tops: Buffer
+    z_y: Buffer  # (B, Hq, Sq)   to be filled
     y: Scaled | None  # the solution itself, to be filled, of float16; None: where the solve's goes it is exact
 
 
 class Ended(NamedTuple):
     """How a solve went, to be filled: (B, Hq, Sq) each."""
 
-    iterations: Tensor
-    residual: Tensor
-    converged: Tensor
+    iterations: Buffer
+    residual: Buffer
+    converged: Buffer
 
 
 class Preconditioner(NamedTuple):
     """What gram.py makes for each segment of queries."""
 
-    inverse: Tensor  # (B Hq, segments, D, D)
-    use: Tensor  # (B Hq, segments)   1 where there is one
+    inverse: Buffer  # (B Hq, segments, D, D)
+    use: Buffer  # (B Hq, segments)   1 where there is one
 
 
 class Tolerances(NamedTuple):
@@ -111,23 +111,23 @@ class Tolerances(NamedTuple):
 class HandedOn(NamedTuple):
     """Five numbers a query that dq hands on to dk, (5, B Hq, rows_len)."""
 
-    ptr: Tensor
+    ptr: Buffer
     stride: int
 
 
 class Caches(NamedTuple):
     """Decoding: from which to which keys of a cache are in use, (B,) each."""
 
-    stop: Tensor
+    stop: Buffer
     stop_stride: int
-    start: Tensor | None  # None: from the first
+    start: Buffer | None  # None: from the first
     start_stride: int
 
 
 class BlockTable(NamedTuple):
     """Decoding: which page holds a sequence's keys, (B, pages)."""
 
-    ptr: Tensor
+    ptr: Buffer
     stride_b: int
     stride_s: int
 
@@ -135,7 +135,7 @@ class BlockTable(NamedTuple):
 class Moments(NamedTuple):
     """Decoding: the sums over pieces of the cache, or over all of it. See `decode_moments_kernel`."""
 
-    moments: Tensor
-    sums: Tensor
-    scalars: Tensor
-    offset: Tensor
+    moments: Buffer
+    sums: Buffer
+    scalars: Buffer
+    offset: Buffer

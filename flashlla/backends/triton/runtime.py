@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
-from torch import Tensor
 
 from flashlla.backends.triton import configs
-from flashlla.backends.triton.records import Strided
 
 # Without fused multiply-adds, which Triton means to stop using by default, every sweep takes a third more instructions.
 COMPILER = {"enable_fp_fusion": True}
+_HERE: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 # By what a config is looked up by: what FLASHLLA_AUTOTUNE=1 has found.
-_tuned: dict[tuple[Any, ...], configs.Config] = {}
-# By kernel, device, settings and kinds of arguments: what Triton compiled, the settings as its parameters follow, and
-# the kernel, which must live as long as its id is in a key (its own hash takes a lock, and longer than the rest).
-_compiled: dict[tuple[Any, ...], tuple[Any, list[Any], Kernel]] = {}
+tuned: dict[tuple[Any, ...], configs.Config] = {}
+# By kernel, device, settings and kinds of arguments (`plan.kinds`): what Triton compiled.
+compiled: dict[tuple[Any, ...], Compiled] = {}
+
+
+class Compiled(NamedTuple):
+    """What Triton made of ``kernel``, which must live as long as its id is in a key: its own hash takes a lock."""
+
+    binary: Any
+    parameters: tuple[Any, ...]  # those of the kernel that are settings, as they follow its arguments
+    kernel: Kernel
+
+    def launch(self, grid: tuple[int, ...], stream: int | None, arguments: tuple[Any, ...]) -> None:
+        """On ``stream``; None: as Triton does, which asks for the device, its stream and what hooks launches."""
+        binary, grid = self.binary, (*grid, 1, 1)[:3]
+        if stream is None:
+            binary[grid](*arguments, *self.parameters)
+        else:
+            binary.run(
+                *grid, stream, binary.function, binary.packed_metadata, None, None, None, *arguments, *self.parameters
+            )
 
 
 class Kernel(Protocol):
@@ -38,80 +53,47 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def with_unit_stride(t: Tensor) -> Tensor:
-    """``t``, copied only where its last dimension is not contiguous, or rows are so far apart that the offsets within a
-    tile, which are of 32 bits, would not hold them."""
-    near = t.stride(2) < 2**24 and (t.stride(-1) == 1 or t.shape[-1] == 1)
-    return t if near else t.contiguous()
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within it ``device`` is the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+def stream(device: torch.device) -> int | None:
+    """The current one of ``device``, unless launches go by hooks of Triton's, as those of its profiler."""
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    if device.type != "cuda" or any(getattr(hook, "calls", hook) for hook in hooks):
+        return None
+    found: int = triton.runtime.driver.active.get_current_stream(device.index)
+    return found
 
 
 def launch(
     kernel: Kernel, name: str, grid: tuple[int, ...], device: torch.device, *arguments: Any, **settings: Any
-) -> None:  # fmt: skip
-    """Launch ``kernel`` of pass ``name``.
-
-    From the second launch of a kind on without Triton's look at every argument, which takes as long as a short kernel.
-    """
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch(kernel, name, grid, device, *arguments, **settings)
-    key = id(kernel), device, tuple(settings.items()), kinds(arguments)
+) -> Compiled | None:  # fmt: skip
+    """Launch ``kernel`` of pass ``name`` on tensors; what Triton has compiled, but for its interpreter."""
     try:
-        if (known := _compiled.get(key)) is not None:
-            compiled, rest, _ = known
-            compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
-            return
-        compiled = kernel[grid](*arguments, **settings, **COMPILER)
-        if compiled is not None:  # it is None in Triton's interpreter
-            rest = [settings[parameter] for parameter in kernel.arg_names[len(arguments) :]]
-            _compiled[key] = compiled, rest, kernel
+        with on(device):
+            binary = kernel[grid](*arguments, **settings, **COMPILER)
     except Exception as error:
-        dtypes = {str(t.dtype).removeprefix("torch.") for t in map(_tensor, arguments[:3]) if t is not None}
-        raise RuntimeError(
-            f"flashlla: the Triton backends could not compile or launch kernel {kernel.__name__} (pass {name!r}, "
-            f"{', '.join(sorted(dtypes))}, config {settings}) on {device} with Triton {triton.__version__}. "
-            f"Use another backend: flashlla.set_backend('chunked'), or FLASHLLA_BACKEND=chunked."
-        ) from error
+        raise failed(kernel, name, device, arguments, settings) from error
+    if binary is None:
+        return None
+    return Compiled(binary, tuple(settings[parameter] for parameter in kernel.arg_names[len(arguments) :]), kernel)
 
 
-def kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Of a kernel's arguments all that Triton compiles for: None or not, dtypes and whether pointers are aligned, and
-    of integers whether they are 1, multiples of 16 and of 32 bits."""
-    return tuple([
-        _integers(x) if type(x) is int
-        else type(x) if x is None or type(x) is float
-        else (x.ptr.dtype, x.ptr.data_ptr() % 16 == 0, _integers(*x[1:])) if type(x) is Strided
-        else kinds(x) if isinstance(x, tuple)
-        else (x.dtype, x.data_ptr() % 16 == 0)
-        for x in arguments
-    ])  # fmt: skip
-
-
-@functools.lru_cache(maxsize=4096)
-def _integers(*xs: int) -> tuple[tuple[bool, bool, bool], ...]:
-    return tuple((x == 1, x % 16 == 0, x.bit_length() < 32) for x in xs)
-
-
-def _tensor(argument: Any) -> Tensor | None:
-    """The tensor that ``argument`` is, or begins with."""
-    first = argument[0] if isinstance(argument, tuple) else argument
-    return first if isinstance(first, Tensor) else None
-
-
-def chosen_config(
-    key: tuple[str, int, torch.dtype, tuple[int, int]], programs: Callable[[configs.Config], int],
-    device: torch.device, launch_with: Callable[[configs.Config], None] | None,
-) -> configs.Config:  # fmt: skip
-    """The table's config for ``key`` (see `configs.config`); where ``programs`` are few, that for few; with
-    FLASHLLA_AUTOTUNE=1 the fastest of those that ``launch_with`` launches, unless that is None."""
-    usual, few = configs.config(*key), configs.config(*key, few=True)
-    if few is not usual and programs(usual) <= configs.FEW * configs.processors(device):
-        return few
-    if launch_with is None or os.environ.get("FLASHLLA_AUTOTUNE") != "1" or device.type != "cuda":
-        return usual
-    if key not in _tuned:
-        _tuned[key] = fastest(configs.candidates(*key), launch_with)
-    return _tuned[key]
+def failed(
+    kernel: Kernel, name: str, device: torch.device, arguments: tuple[Any, ...], settings: dict[str, Any]
+) -> RuntimeError:  # fmt: skip
+    """The error of a launch."""
+    firsts = [x[0] if isinstance(x, tuple) else x for x in arguments[:3]]
+    dtypes = {str(x.dtype).removeprefix("torch.") for x in firsts if hasattr(x, "dtype")}
+    return RuntimeError(
+        f"flashlla: the Triton backends could not compile or launch kernel {kernel.__name__} (pass {name!r}, "
+        f"{', '.join(sorted(dtypes))}, config {settings}) on {device} with Triton {triton.__version__}. "
+        f"Use another backend: flashlla.set_backend('chunked'), or FLASHLLA_BACKEND=chunked."
+    )
 
 
 def fastest(configs_: list[configs.Config], launch_with: Callable[[configs.Config], None]) -> configs.Config:

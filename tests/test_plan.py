@@ -1,0 +1,182 @@
+"""Plans of calls: what they are made for, and that a call by addresses is the call by tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashlla import PCG, lla_attention_varlen, lla_decode
+from tests.support.interpreter import hasten
+from tests.support.kernels import interpreted, make, step
+from tests.support.replay import LAUNCHES, compiles
+
+pytest.importorskip("triton")
+hasten()
+
+
+class _Kernel:
+    """Stands for one of Triton's: launches, and what it has compiled, are told apart by name."""
+
+    arg_names = ("x", "n", "scale", "BLOCK")
+    __name__ = "kernel"
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, tuple[object, ...]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        def launch(*arguments: object, **settings: object) -> object:
+            self.launches.append(("compile", arguments))
+            return {(*grid, 1, 1)[:3]: lambda *all_: self.launches.append(("again", all_))}
+
+        return launch
+
+
+@pytest.mark.quick
+def test_a_kernel_is_launched_at_once_only_where_triton_would_compile_nothing_else() -> None:
+    from flashlla.backends.triton.plan import Plan, layouts
+
+    kernel, x = _Kernel(), torch.zeros(40)
+
+    def how(x: Tensor | None = x, n: int = 7, scale: float = 0.5, block: int = 64, warps: int = 4) -> str:
+        plan = Plan(torch.device("cpu"), layouts([x]))
+        plan.launch(kernel, "solve", (3,), plan.given[0], n, scale, BLOCK=block, num_warps=warps)
+        plan.finished(()).run([x])
+        return kernel.launches[-1][0]
+
+    assert how() == "compile"
+    assert how() == "again"
+    assert kernel.launches[-1][1] == (x.data_ptr(), 7, 0.5, 64)
+    assert how(x=torch.ones(9), n=99, scale=2.0) == "again"
+    others: list[dict[str, Any]] = [
+        {"x": x[1:]}, {"x": x.half()}, {"x": None}, {"n": 1}, {"n": 16}, {"n": 2**31 + 1}, {"block": 32}, {"warps": 8},
+    ]  # fmt: skip
+    for other in others:
+        assert how(**other) == "compile"
+        assert how(**other) == "again"
+
+
+@pytest.mark.quick
+def test_what_a_plan_fills_in() -> None:
+    from flashlla.backends.triton.plan import Layout, Plan, layouts
+
+    kernel, given = _Kernel(), [torch.ones(4, 4)[:, 1:], None]
+    plan = Plan(torch.device("cpu"), layouts(given))
+    x, nothing = plan.given
+    first, last = plan.memory(fill=0), plan.memory()
+    a, b = plan.scratch(first, (3, 4), torch.float32), plan.scratch(first, (2,), torch.int32)
+    c = plan.scratch(first, (2,), torch.float32)
+    out = plan.output(Layout((3, 4), (1, 3), torch.float32, aligned=True), fill=7)
+    record = (x, 1, 1.0, (b, 16))
+    plan.launch(kernel, "solve", (3,), record, nothing, (1, (2.0, 3)), 64)
+    plan.compute(lambda a, x, nothing: a.add_(x.t()) if nothing is None else None, a, x, nothing)
+    plan.compute(Tensor.add_, out, a)
+    plan.drop(last)
+    plan.launch(kernel, "solve", (3,), c, record, b, 64)
+    plan.finished([out])
+
+    for _ in range(2):
+        kernel.launches.clear()
+        (found,) = plan.run(given)
+        assert torch.equal(found, torch.full((3, 4), 8.0))
+        assert found.stride() == (1, 3)
+    (_, (seen, none, constants, _)), (_, (late, again, at_b, _)) = kernel.launches
+    assert seen == again == (given[0].data_ptr(), 1, 1.0, (at_b, 16))
+    assert [type(member) for member in seen] == [int, int, float, tuple]
+    assert (none, constants) == (None, (1, (2.0, 3)))
+    assert late % 16 == at_b % 16 == 0
+
+
+def _step(shape: tuple[int, ...], dtype: torch.dtype, seed: int, **options: Any) -> list[Tensor]:
+    tensors = make(shape, dtype, seed=seed)
+    if options.pop("layout", "bhsd") == "bshd":
+        tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
+    if options.pop("wide", False):  # rows that are no kernel's
+        tensors = [t.mT.contiguous().mT for t in tensors]
+    return list(step(tensors, 0.7, backend="triton", **options).values())
+
+
+def _packed(dtype: torch.dtype, seed: int) -> list[Tensor]:
+    q, k, v, grad_o = (t[0].transpose(0, 1) for t in make((1, 2, 40, 16), dtype, seed=seed))
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    edges = torch.tensor([0, 7, 7, 30], dtype=torch.int32)  # and ten tokens of no sequence
+    o = lla_attention_varlen(q, k, v, cu_seqlens=edges, max_seqlen=25, ridge_lambda=0.7, backend="triton")
+    return [o.detach(), *torch.autograd.grad(o, (q, k, v), grad_o)]
+
+
+def _decode(dtype: torch.dtype, seed: int, return_info: bool) -> list[Tensor]:
+    q, k, v, _ = make((2, 2, 40, 16), dtype, seed=seed)
+    lengths = torch.tensor([40, 9], dtype=torch.int32)
+    found = lla_decode(q[:, :, :1], k, v.mT.contiguous().mT, lengths, backend="triton", return_info=return_info)
+    return [found[0], *found[1]] if return_info else [found]
+
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+CALLS: dict[str, Callable[[int], list[Tensor]]] = {
+    "plain": lambda seed: _step((2, 2, 40, 16), HALF, seed),
+    "single": lambda seed: _step((1, 2, 40, 16), SINGLE, seed),
+    "layout": lambda seed: _step((1, 2, 40, 16), HALF, seed, layout="bshd"),
+    "wide": lambda seed: _step((1, 2, 40, 16), HALF, seed, wide=True),
+    "full": lambda seed: _step((1, 1, 40, 16), HALF, seed, causal=False),
+    "starts": lambda seed: _step((2, 1, 40, 16), SINGLE, seed, seqstarts_k=torch.tensor([0, 5], dtype=torch.int32)),
+    "gram": lambda seed: _step((1, 1, 70, 16), HALF, seed, solver=PCG(preconditioner="gram")),
+    "packed": lambda seed: _packed(HALF, seed),
+    "packed single": lambda seed: _packed(SINGLE, seed),
+    "decode": lambda seed: _decode(HALF, seed, return_info=False),
+    "decode info": lambda seed: _decode(SINGLE, seed, return_info=True),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_by_addresses_is_the_call_by_tensors(
+    monkeypatch: pytest.MonkeyPatch, poisoned_memory: None, name: str
+) -> None:
+    from flashlla.backends.triton import configs
+
+    monkeypatch.setattr(configs, "SEGMENT", 64)
+    by_tensors = [CALLS[name](seed) for seed in (1, 2)]
+    compiles(monkeypatch)
+    for seed, want in enumerate(by_tensors, start=1):
+        LAUNCHES.clear()
+        got = CALLS[name](seed)
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got, want, strict=True))
+    assert LAUNCHES["by address"] > 0
+    assert LAUNCHES["by tensors"] == 0
+
+
+@interpreted
+def test_what_a_call_takes_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches, allocations and torch's other operators, beside those of autograd and of the ridge's checks."""
+    from flashlla.backends.triton import launch
+    from flashlla.dispatch import backend_named
+    from flashlla.problem import Arguments, Inputs, describe
+    from tests.test_compile import SETTINGS
+
+    compiles(monkeypatch, computes=False)
+    q, k, v, grad_o = make((1, 2, 40, 16), torch.bfloat16)
+    inputs = Inputs(q, k, v, torch.ones(1, 2, 40))
+    problem = describe(Arguments(inputs, SETTINGS._replace(solver_demanded=False)))
+    backend = backend_named("triton")
+    residuals = backend.forward(problem, inputs).residuals
+    backend.backward(problem, inputs, residuals, grad_o)
+
+    def taken(call: Callable[[], Any]) -> dict[str, int]:
+        LAUNCHES.clear()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call()
+        found = Counter(event.name for event in profile.events() if event.name.startswith("aten::"))
+        return {"launches": LAUNCHES["by address"], **found}
+
+    # Nine outputs, and memory until the solve and until the end; four outputs, the same, and one that begins with 0.
+    assert taken(lambda: backend.forward(problem, inputs)) == {
+        "launches": 5, "aten::empty_strided": 9, "aten::empty": 2,
+    }  # fmt: skip
+    assert taken(lambda: backend.backward(problem, inputs, residuals, grad_o)) == {
+        "launches": 7, "aten::empty_strided": 4, "aten::empty": 3, "aten::fill_": 1,
+    }  # fmt: skip
+    assert launch._plan_forward.cache_info().currsize == launch._plan_backward.cache_info().currsize == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import math
 import pickle
 import random
 from typing import Any
@@ -246,8 +247,10 @@ def test_its_own_cache_keeps_none():
     layer, x, past = make(), hidden(2, 5), LLACache()
     layer(x, past_key_values=past)
     o = layer(x, past_key_values=past)[0]
-    with pytest.raises(NotImplementedError, match="lla_decode"):
+    with pytest.raises(NotImplementedError, match=r"past_key_values: .* as an LLACache; wanted no cache in training"):
         o.sum().backward()
+    with torch.no_grad():
+        assert layer(x, past_key_values=past)[0].isfinite().all()
 
 
 @pytest.mark.quick
@@ -458,11 +461,15 @@ MISMADE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "num_kv_heads": ({"num_kv_heads": 3}, ValueError, "num_kv_heads: got 3, wanted a number that divides num_heads 4"),
     "head_dim": ({"head_dim": 5}, ValueError, "head_dim: got 5, wanted an even number where rope_theta"),
     "rope_theta": ({"rope_theta": 0.0}, ValueError, "rope_theta: got 0.0, wanted a number above 0, or None"),
+    "rope_theta_word": ({"rope_theta": "a"}, TypeError, "rope_theta: got str, wanted a number"),
+    "rope_theta_endless": ({"rope_theta": math.inf}, ValueError, "rope_theta: got inf, wanted a number above 0"),
     "window": ({"window": 0}, ValueError, "window: got 0, wanted a whole number of at least 1"),
     "window_pair": ({"window": (3, 0)}, TypeError, "window: got tuple, wanted a whole number"),
     "ridge": ({"ridge": "heads"}, ValueError, "ridge: got 'heads'"),
     "ridge_init": ({"ridge_init": 1e-3}, ValueError, "ridge_init: got 0.001 with ridge_min 0.01"),
+    "ridge_init_none": ({"ridge_init": None}, TypeError, "ridge_init: got NoneType, wanted a number"),
     "tolerance": ({"tolerance": -1}, ValueError, "tolerance: got -1"),
+    "tolerance_none": ({"tolerance": None}, TypeError, "tolerance: got NoneType, wanted a number"),
     "solver": ({"solver": "qr"}, ValueError, "solver: got 'qr'"),
     "context_parallel": (
         {"context_parallel": "ring"},

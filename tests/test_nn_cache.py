@@ -214,6 +214,21 @@ def test_max_len_is_checked(max_len, error, words):
         LLACache(max_len)
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda cache: cache.crop("a"), TypeError, "length: got str, wanted a whole number"),
+        (lambda cache: cache.reorder([0, 1]), TypeError, r"beam_idx: got list, .*; try torch.tensor\(beam_idx\)"),
+        (lambda cache: cache.reorder(torch.ones(2)), ValueError, r"beam_idx: got torch.float32 of shape \(2,\)"),
+    ],
+)
+def test_what_it_is_told_is_checked(call, error, words):
+    cache = LLACache()
+    cache.update(*tokens(3))
+    with pytest.raises(error, match=words):
+        call(cache)
+
+
 def test_another_batch_is_refused():
     cache = LLACache()
     cache.update(*tokens(3))

@@ -148,11 +148,26 @@ def test_meta():
         ({"init": 0.01}, "ridge_init: got 0.01 with ridge_min 0.01, wanted .*; try ridge_init=0.02"),
         ({"minimum": -0.1}, "ridge_init: got 1.0 with ridge_min -0.1"),
         ({"kind": "token", "hidden_size": None}, "hidden_size: got None"),
+        ({"kind": "token", "hidden_size": 0}, "hidden_size: got 0, wanted a whole number of at least 1"),
+        ({"num_heads": 0}, "num_heads: got 0, wanted a whole number of at least 1"),
     ],
 )
 def test_arguments_are_checked(arguments, words):
     with pytest.raises(ValueError, match=words):
         Ridge(**{"kind": "head", "num_heads": HEADS, "hidden_size": HIDDEN, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"init": None}, "ridge_init: got NoneType, wanted a number"),
+        ({"minimum": "a"}, r"ridge_min: got str, wanted a number; try float\(ridge_min\)"),
+        ({"num_heads": 4.0}, "num_heads: got float, wanted a whole number"),
+    ],
+)
+def test_numbers_are_numbers(arguments, words):
+    with pytest.raises(TypeError, match=words):
+        Ridge(**{"kind": "head", "num_heads": HEADS, **arguments})
 
 
 def test_a_ridge_of_tokens_wants_them():

@@ -61,6 +61,7 @@ def test_a_solver_of_ones_own_is_used_as_it_is():
     [
         (None, 1.0, ValueError, "tolerance: got 1.0, wanted a number from 0 to below 1"),
         (None, "a", TypeError, "tolerance: got str"),
+        (None, None, TypeError, "tolerance: got NoneType, wanted a number"),
         (CG(), 0.1, ValueError, "tolerance: got 0.1 together with solver=CG"),
         ("direct", 0.1, ValueError, "tolerance: got 0.1 together with solver='direct'"),
         ("cgs", 1e-2, ValueError, "solver: got 'cgs' .did you mean 'cg'"),

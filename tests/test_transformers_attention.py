@@ -443,6 +443,8 @@ def test_a_name_is_a_string_and_a_tolerance_a_number():
         register(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="tolerance: got str, wanted a number"):
         register("lla", tolerance="rough")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tolerance: got NoneType, wanted a number"):
+        register("lla", tolerance=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-from typing import Any, Literal, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from flashlla.api import lla_attention, lla_attention_varlen, lla_decode
 from flashlla.nn.cache import Keys, LLACache
+from flashlla.nn.checks import check_numbers, check_whole
 from flashlla.nn.padding import Padding, Past, read_mask
 from flashlla.nn.protocols import open_cache
 from flashlla.nn.ridge import Ridge
@@ -136,7 +137,7 @@ class LocalLinearAttention(nn.Module):
                 f"implemented; try packing or a shorter sequence"
             )
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _check_whole(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        check_whole(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: got {num_kv_heads}, wanted a number that divides num_heads {num_heads}")
         if head_dim is None:
@@ -145,11 +146,12 @@ class LocalLinearAttention(nn.Module):
                     f"hidden_size: got {hidden_size}, wanted a multiple of num_heads {num_heads}; or try head_dim="
                 )
             head_dim = hidden_size // num_heads
-        _check_whole(head_dim=head_dim)
+        check_whole(head_dim=head_dim)
         if window is not None:
-            _check_whole(window=window)
+            check_whole(window=window)
         if rope_theta is not None:
-            if not rope_theta > 0:
+            check_numbers(rope_theta=rope_theta)
+            if not 0 < rope_theta < math.inf:
                 raise ValueError(f"rope_theta: got {rope_theta}, wanted a number above 0, or None for no positions")
             if head_dim % 2:
                 raise ValueError(f"head_dim: got {head_dim}, wanted an even number where rope_theta is not None")
@@ -314,7 +316,7 @@ class LocalLinearAttention(nn.Module):
             if history and torch.is_grad_enabled():
                 return self._attend(q, keys, ridge, self._solving.exact)
             seqlens = torch.full(q.shape[:1], keys.k.shape[1], dtype=torch.int32, device=q.device)
-        return lla_decode(
+        o: Tensor = lla_decode(
             q,
             keys.k,
             keys.v,
@@ -326,6 +328,9 @@ class LocalLinearAttention(nn.Module):
             layout="bshd",
             seqstarts_k=keys.seqstarts_k,
         )
+        if o.requires_grad and not torch.compiler.is_compiling():
+            o.register_hook(_refuse_gradient)
+        return o
 
     def extra_repr(self) -> str:
         told = {
@@ -337,6 +342,14 @@ class LocalLinearAttention(nn.Module):
             "layer_idx": self.layer_idx,
         }
         return ", ".join([str(self.hidden_size), *(f"{name}={value}" for name, value in told.items())])
+
+
+def _refuse_gradient(_: Tensor) -> NoReturn:
+    raise NotImplementedError(
+        "past_key_values: a loss was made of tokens behind a cache that keeps no history, as an LLACache; wanted no "
+        "cache in training, or, for a prefix of the tokens, a DynamicCache of Hugging Face or a cache of fla; in "
+        "evaluation try torch.no_grad()"
+    )
 
 
 def _normalised(norm: nn.Module, t: Tensor) -> Tensor:
@@ -356,14 +369,6 @@ def _positions(new: int, past: Past, padding: Padding | None, packing: _Packing 
         slots = slots + past.length
     seqstarts = past.seqstarts if padding is None else padding.seqstarts
     return slots if seqstarts is None else (slots - seqstarts[:, None]).clamp(min=0)
-
-
-def _check_whole(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, Integral):
-            raise TypeError(f"{name}: got {type(number).__name__}, wanted a whole number of at least 1")
-        if number < 1:
-            raise ValueError(f"{name}: got {number}, wanted a whole number of at least 1")
 
 
 def _check_hidden_states(hidden_states: Tensor, hidden_size: int) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashlla.checks import check_whole
 from flashlla.nn.padding import Padding, Past, read_mask
 from flashlla.values import looked_at
 
@@ -76,8 +77,7 @@ class LLACache:
 
     def __init__(self, max_len: int | None = None) -> None:
         if max_len is not None:
-            if isinstance(max_len, bool) or not isinstance(max_len, int):
-                raise TypeError(f"max_len: got {type(max_len).__name__}, wanted a whole number or None")
+            max_len = check_whole(max_len, "max_len", "a whole number or None")
             if max_len < 1:
                 raise ValueError(f"max_len: got {max_len}, wanted at least 1, or None for a cache that grows")
         self.max_len = max_len
@@ -189,6 +189,7 @@ class LLACache:
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` slots, as after rejected drafts; below 0: all but the last ``-length``."""
+        length = check_whole(length, "length")
         for layer in self._layers.values():
             if length < 0:
                 layer.lengths.add_(length).clamp_(min=0)
@@ -203,6 +204,14 @@ class LLACache:
 
         beam_idx: (B,) integers.
         """
+        if not isinstance(beam_idx, Tensor):
+            raise TypeError(
+                f"beam_idx: got {type(beam_idx).__name__}, wanted a tensor of (B,) integers; try torch.tensor(beam_idx)"
+            )
+        if beam_idx.dim() != 1 or beam_idx.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"beam_idx: got {beam_idx.dtype} of shape {tuple(beam_idx.shape)}, wanted (B,) integers, torch.int64"
+            )
         for layer in self._layers.values():
             index = beam_idx.to(layer.k.device)
             if index.shape != layer.lengths.shape and self.max_len is not None:

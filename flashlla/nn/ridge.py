@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashlla.nn.checks import check_numbers, check_whole
+
 
 class Ridge(nn.Module):
     """``ridge_lambda`` of an attention layer, learned: softplus(raw) + minimum, in float32.
@@ -68,13 +70,20 @@ class Ridge(nn.Module):
                 raise ValueError(f"ridge: got {kind!r}, wanted 'head', 'token' or a number")
             if not 0 < kind < math.inf:
                 raise ValueError(f"ridge: got {kind}, wanted a finite number above 0")
-        elif not 0 <= minimum < init < math.inf:
-            raise ValueError(
-                f"ridge_init: got {init} with ridge_min {minimum}, wanted 0 <= ridge_min < ridge_init; "
-                f"try ridge_init={2 * minimum if minimum > 0 else 1.0}"
-            )
-        if kind == "token" and hidden_size is None:
-            raise ValueError("hidden_size: got None, wanted the last dimension of hidden_states: the ridge is 'token'")
+        else:
+            check_numbers(ridge_init=init, ridge_min=minimum)
+            if not 0 <= minimum < init < math.inf:
+                raise ValueError(
+                    f"ridge_init: got {init} with ridge_min {minimum}, wanted 0 <= ridge_min < ridge_init; "
+                    f"try ridge_init={2 * minimum if minimum > 0 else 1.0}"
+                )
+        check_whole(num_heads=num_heads)
+        if kind == "token":
+            if hidden_size is None:
+                raise ValueError(
+                    "hidden_size: got None, wanted the last dimension of hidden_states: the ridge is 'token'"
+                )
+            check_whole(hidden_size=hidden_size)
         self.kind, self.num_heads, self.hidden_size = kind, num_heads, hidden_size
         self.init, self.minimum = init, minimum
         make: dict[str, Any] = {

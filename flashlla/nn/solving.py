@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+from flashlla.nn.checks import check_numbers
 from flashlla.solvers import CG, PCG, Direct, Solver, from_spelling
 
 # Names that say nothing of a tolerance.
@@ -21,6 +22,7 @@ class Solving(NamedTuple):
 
 def solving(solver: str | Solver | None, tolerance: float, default: float, head_dim: int) -> Solving:
     """``tolerance`` is a layer's, its ``default`` where the caller said nothing of it."""
+    check_numbers(tolerance=tolerance)
     # In exact arithmetic conjugate gradients end after head_dim steps; rounding may take them some more.
     most = max(64, 4 * head_dim)
     loose, tight = CG(tolerance=tolerance, max_iters=most), CG(tolerance=0.0, max_iters=most)

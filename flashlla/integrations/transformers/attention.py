@@ -15,7 +15,6 @@ from flashlla.integrations.transformers.registry import registered
 from flashlla.integrations.transformers.ridge import restore_when_loaded
 from flashlla.nn.solving import solving
 from flashlla.notices import warn_once
-from flashlla.solvers import CG
 from flashlla.values import looked_at
 
 # What changes softmax attention's weights in ways that this attention has no like of.
@@ -80,7 +79,7 @@ def register(name: str = "lla", *, tolerance: float = 1e-2) -> None:
             f"name: got {name!r}, wanted one without 'flash', which transformers takes for FlashAttention, and without "
             f"'|'; try 'lla'"
         )
-    CG(tolerance=tolerance)  # refuses what is none
+    solving(None, tolerance, tolerance, head_dim=1)  # refuses what is none
     taken = {"eager", *AttentionInterface().keys(), *AttentionMaskInterface().keys()}
     if name in taken - registered:
         raise ValueError(f"name: got {name!r}, which another attention has; try 'lla'")

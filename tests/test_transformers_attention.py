@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import warnings
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ from transformers.masking_utils import (
 from flashlla import notices
 from flashlla.integrations.transformers import register, set_ridge
 from flashlla.integrations.transformers.attention import _is_the_first, attend
+from flashlla.nn import LLACache
 from tests.support.models import CACHE, FAMILIES, TINY, gradients, left_padded, make, piecewise, tokens
 
 CACHES = {
@@ -550,6 +552,13 @@ def test_models_refuse_in_words():
         model(x[:, :1], attention_mask=more, **{CACHE: cache})
     with pytest.raises(ValueError, match="attention_mask: got 1 columns, wanted 13"):
         model(x[:, :1], attention_mask=more[:, -1:], **{CACHE: cache})
+
+
+def test_the_packages_cache_is_refused():
+    model, x = make(), tokens()
+    for run in (model, functools.partial(model.generate, max_new_tokens=2)):
+        with pytest.raises(TypeError, match=r"past_key_values: got an LLACache.*try DynamicCache\(\)"):
+            run(x, **{CACHE: LLACache()})
 
 
 def test_continuous_batching_is_refused():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -150,6 +151,21 @@ def test_generation(variant: str):
     assert torch.equal(model.generate(x[1:], prompt_lookup_num_tokens=3, **GREEDY), greedy[1:])
     torch.manual_seed(0)
     assert model.generate(x, attention_mask=mask, max_new_tokens=3, do_sample=True).shape == (2, 15)
+
+
+@pytest.mark.parametrize("max_len", [None, 40], ids=["grows", "fixed"])
+def test_generation_through_the_packages_cache(max_len: int | None):
+    model, (x, mask, _) = model_of("window"), left_padded()
+    greedy, past = model.generate(x, attention_mask=mask, **GREEDY), LLACache(max_len)
+    half = model.generate(x, attention_mask=mask, **GREEDY | {CACHE: past, "max_new_tokens": 3})
+    assert past.get_seq_length() == 14
+    more = {CACHE: past, "max_new_tokens": GREEDY["max_new_tokens"] - 3}
+    whole = model.generate(half, attention_mask=F.pad(mask, (0, 3), value=1), **GREEDY | more)
+    assert torch.equal(whole, greedy)
+    beams = {"attention_mask": mask, "num_beams": 3, **GREEDY}
+    assert torch.equal(model.generate(x, **beams, **{CACHE: LLACache(max_len)}), model.generate(x, **beams))
+    with pytest.raises(ValueError, match="got an LLACache in assisted generation, wanted a DynamicCache"):
+        model.generate(x[1:], prompt_lookup_num_tokens=3, **GREEDY, **{CACHE: LLACache(max_len)})
 
 
 def test_compiled_generation_does_not_compile_every_step():

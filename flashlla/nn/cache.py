@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class LLACache:
     Two kinds. Without ``max_len`` it grows, by doubling. With it, it has a fixed size from the first call on, lies
     still in memory and keeps its lengths on the device alone: good for ``torch.compile`` and CUDA graphs. Make the
     first call outside of them, as it allocates; ``reset()`` keeps the memory.
+
+    Transformers' ``generate`` takes it for models of :class:`LocalLinearAttention`, but for assisted generation.
 
     Sequences of a batch may begin and end in different slots. Those padded on the left stay behind their padding, as
     the ``attention_mask`` of the first calls said; padding on the right is overwritten by the tokens that follow. So
@@ -226,7 +228,25 @@ class LLACache:
                 else:
                     getattr(layer, name).copy_(t)
 
-    reorder_cache = reorder  # Hugging Face's name
+    # What transformers' `generate` asks.
+    reorder_cache = reorder
+    is_compileable = False
+    is_linear = (False,)  # it keeps tokens, and no state that stands for them
+    is_croppable = False  # by its own rule, in which crop(0) keeps all
+
+    def activate_past_recording(self) -> NoReturn:
+        """Refuses assisted generation, which asks for this and crops."""
+        raise ValueError(
+            "past_key_values: got an LLACache in assisted generation, wanted a DynamicCache of transformers; try to "
+            "leave it out: generate makes one"
+        )
+
+    def get_query_offset(self, layer_idx: int = 0) -> NoReturn:
+        """Refuses models whose layers are transformers', which ask for this when they make their mask."""
+        raise TypeError(
+            "past_key_values: got an LLACache, which serves layers of flashlla.nn, wanted a cache of transformers for "
+            "layers of transformers; try DynamicCache(), StaticCache(...), or to leave it out: generate makes one"
+        )
 
 
 def _empty(t: Tensor, room: int, in_use: int = 0) -> Tensor:

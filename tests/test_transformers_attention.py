@@ -24,6 +24,7 @@ from transformers import (
     BloomConfig,
     CompileConfig,
     DynamicCache,
+    FalconConfig,
     PhimoeConfig,
     PhimoeForCausalLM,
     StaticCache,
@@ -153,9 +154,9 @@ def test_padded_training_has_the_gradients_of_unpadded(side: str, ridge: str):
     model, x = make(ridge=ridge).train(), tokens()
     hidden = slice(None, 4) if side == "left" else slice(8, None)
     kept = slice(4, None) if side == "left" else slice(None, 8)
-    mask, labels = torch.ones_like(x), x.clone()
-    mask[0, hidden], labels[0, hidden] = 0, -100
-    labels[0, kept.start or 0] = -100  # nothing foretells a first token
+    mask = torch.ones_like(x)
+    mask[0, hidden] = 0
+    labels = x.where((mask.cumsum(1) > 1) & (mask == 1), -100)  # nothing foretells a first token
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     options = {"num_items_in_batch": 18}
     model(x, attention_mask=mask, position_ids=positions, labels=labels, **options).loss.backward()
@@ -534,6 +535,9 @@ def test_models_with_an_attention_of_their_own_are_refused():
     with pytest.raises(ValueError, match="got 'lla' for BloomModel, whose attention cannot be exchanged"):
         AutoModelForCausalLM.from_config(config, attn_implementation="lla")
     AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    falcon = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(KeyError, match="lla"):  # as docs/models.md says: before anything of ours is asked
+        AutoModelForCausalLM.from_config(falcon, attn_implementation="lla")
 
 
 def test_models_refuse_in_words():

@@ -52,9 +52,10 @@ def register(name: str = "lla", *, tolerance: float = 1e-2) -> None:
     later ones in a causal model, chunks and windows to both sides that are shorter than the sequence, and, where
     numbers are looked at (on the CPU, and elsewhere where the environment variable FLASHLLA_CHECK is 1), padding
     between tokens. Documents packed by ``position_ids`` want ``use_cache=False``, as transformers' own attentions do.
-    Models of transformers whose attention cannot be exchanged, as Bloom's, are refused when built. Continuous batching
-    (``generate_batch``) takes only transformers' own attentions, and where FlashAttention is installed it changes the
-    model to that with no more than a line in the log: pass ``auto_switch_to_flash=False`` to be told by an error.
+    Models of transformers whose attention cannot be exchanged, as Bloom's, are refused when built; Falcon and others
+    that keep a table of attentions answer ``KeyError`` themselves. Continuous batching (``generate_batch``) takes only
+    transformers' own attentions, and where FlashAttention is installed it changes the model to that with no more than a
+    line in the log: pass ``auto_switch_to_flash=False`` to be told by an error.
 
     Example:
         >>> import torch
@@ -68,7 +69,7 @@ def register(name: str = "lla", *, tolerance: float = 1e-2) -> None:
         >>> model = set_ridge(LlamaForCausalLM(config))
         >>> tokens = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]])
         >>> padded = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-        >>> model(tokens, attention_mask=padded, labels=tokens).loss.backward()
+        >>> model(tokens, attention_mask=padded, labels=tokens.where(padded.cumsum(1) > 1, -100)).loss.backward()
         >>> model.eval().generate(tokens, attention_mask=padded, max_new_tokens=3, pad_token_id=0).shape
         torch.Size([2, 8])
     """

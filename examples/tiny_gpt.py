@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flashlla import ConvergenceCounter
 from flashlla.nn import LLACache, LocalLinearAttention, param_groups
 
 # Modules and packages that are kept for validation.
@@ -208,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(param_groups(model, lr=size.lr, weight_decay=0.1), betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, size))
     order = torch.Generator().manual_seed(options.seed)  # of the training windows
-    history: dict[str, list] = {"loss": [], "seconds": [], "validation": []}
+    history: dict[str, list] = {"loss": [], "seconds": [], "validation": [], "unconverged": []}
 
     saved = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if options.checkpoint and options.checkpoint.exists():
@@ -226,7 +227,8 @@ def main(arguments: list[str] | None = None) -> None:
     done = len(history["loss"])
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{options.attention} on {device}: {parameters:,} parameters, {len(train_text):,} bytes to train on")
-    with tqdm(range(done, size.steps), initial=done, total=size.steps, unit="step", disable=None) as bar:
+    bar = tqdm(range(done, size.steps), initial=done, total=size.steps, unit="step", disable=None)
+    with bar, ConvergenceCounter() as counter:
         for step in bar:
             begin = time.perf_counter()
             starts = torch.randint(len(train_text) - size.length, (size.batch,), generator=order)
@@ -242,8 +244,12 @@ def main(arguments: list[str] | None = None) -> None:
                 raise SystemExit(f"the loss of step {step} is {history['loss'][-1]}")
             bar.set_postfix(loss=f"{history['loss'][-1]:.3f}")
             if (step + 1) % size.every == 0 or step + 1 == size.steps:
+                unconverged, queries = counter.read()  # of training, since the last validation
+                history["unconverged"].append([step + 1, unconverged, queries])
                 history["validation"].append([step + 1, validate(model, validation_text, size, device)])
-                bar.write(f"step {step + 1}: validation loss {history['validation'][-1][1]:.4f} nats a byte")
+                counter.read()  # those of validation
+                solved = f", {unconverged} of {queries} queries did not converge" * (queries > 0)
+                bar.write(f"step {step + 1}: validation loss {history['validation'][-1][1]:.4f} nats a byte{solved}")
                 if options.checkpoint:
                     state = {name: part.state_dict() for name, part in saved.items()}
                     state |= {"run": run, "history": history, "order": order.get_state()}

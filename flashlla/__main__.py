@@ -18,25 +18,25 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in SUPPORTED_DTYPES}
 
 def info() -> int:
     """Print versions, devices, and each backend with why it can or cannot run here."""
-    print(f"flashlla  {flashlla.__version__}")
-    print(f"python    {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in ("torch", "triton", "numpy", "scipy"):
+    print(f"flashlla      {flashlla.__version__}")
+    print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in ("torch", "triton", "numpy", "scipy", "transformers", "tqdm"):
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"
-        print(f"{package:<9} {version}")
-    print(f"cpu       {torch.get_num_threads()} threads")
+        print(f"{package:<13} {version}")
+    print(f"cpu           {torch.get_num_threads()} threads")
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
-        print(f"cuda:{i}    {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
+        print(f"cuda:{i:<8} {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
     if not torch.cuda.is_available():
-        print("cuda      no device")
+        print("cuda          no device")
     try:
         preferred = flashlla.get_backend()
     except ValueError as error:
         preferred = str(error)
-    print(f"backend   {preferred}; {'tried' if preferred == dispatch.AUTO else 'auto tries them'} in this order:")
+    print(f"backend       {preferred}; {'tried' if preferred == dispatch.AUTO else 'auto tries them'} in this order:")
     backends = dispatch.all_backends()
     width = max(len(b.name) for b in backends)
     for backend in backends:

@@ -1,6 +1,7 @@
 """What `torch.utils.flop_counter.FlopCounterMode` counts of the operators; docs/performance.md says how.
 
-That module takes longer to import than this package: the formulas are registered when somebody else imports it.
+That module imports Triton, which takes longer than this package: the formulas are registered when somebody else imports
+it. No later, as at a first call: a counter copies the registry when it is made, and torch.library knows no formulas.
 """
 
 from __future__ import annotations

@@ -14,7 +14,16 @@ pytestmark = pytest.mark.quick
 def test_info(capsys, monkeypatch):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    for word in (flashlla.__version__, torch.__version__, "chunked", "naive", "can run", "scipy"):
+    for word in (
+        flashlla.__version__,
+        torch.__version__,
+        "chunked",
+        "naive",
+        "can run",
+        "scipy",
+        "transformers",
+        "tqdm",
+    ):
         assert word in out
     assert "auto; tried in this order:" in out
     assert "memory quadratic in length; can run" in out

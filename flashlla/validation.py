@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -84,7 +85,7 @@ def prepare(
         seqlens_k=check_seqlens(seqlens_k, q, k),
         seqstarts_k=check_seqstarts(seqstarts_k, q, k),
     )
-    return Call(Arguments(inputs, _check_settings(q, **options)), layout)
+    return Call(Arguments(inputs, _settings(q, **options)), layout)
 
 
 def prepare_varlen(
@@ -115,7 +116,7 @@ def prepare_varlen(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )
-    settings = _check_settings(q, **options)._replace(
+    settings = _settings(q, **options)._replace(
         max_seqlen_q=check_max_seqlen(max_seqlen_q, max_seqlen, "max_seqlen_q", cu_seqlens_q),
         max_seqlen_k=check_max_seqlen(max_seqlen_k, max_seqlen, "max_seqlen_k", cu_seqlens_k),
     )
@@ -161,7 +162,7 @@ def prepare_decode(
         seqstarts_k=check_seqstarts(seqstarts_k, q, k),
         block_table=block_table,
     )
-    settings = _check_settings(
+    settings = _settings(
         q,
         qk_scale=qk_scale,
         delta_eps=delta_eps,
@@ -197,8 +198,21 @@ def check_out(out: Tensor, call: Call) -> Tensor:
     return wide
 
 
+def _settings(q: Tensor, **options: Unpack[SettingOptions]) -> Settings:
+    """What every kind of call says beside its tensors, checked once for all calls that say the same. A solver that is
+    an object has a name in a registry, which is asked each time."""
+    solver = options["solver"]
+    if not torch.compiler.is_compiling() and (solver is None or isinstance(solver, str)):
+        try:
+            return _checked_settings(q.shape[-1], q.dtype, **options)
+        except TypeError:  # an argument is no key, or of the wrong type: said below
+            pass
+    return _check_settings(q.shape[-1], q.dtype, **options)
+
+
 def _check_settings(
-    q: Tensor,
+    head_dim: int,
+    dtype: torch.dtype,
     *,
     qk_scale: float | None,
     delta_eps: float,
@@ -212,12 +226,11 @@ def _check_settings(
     causal: bool,
     window: int | None,
 ) -> Settings:
-    """What every kind of call says beside its tensors."""
     cg = _CGArguments(cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, tolerance)
     causal, window = _check_mask(causal, window)
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: got {type(backend).__name__}, wanted a backend's name, 'auto' or None")
-    scale = 1 / math.sqrt(q.shape[-1]) if qk_scale is None else _check_scale(qk_scale, q.dtype)
+    scale = 1 / math.sqrt(head_dim) if qk_scale is None else _check_scale(qk_scale, dtype)
     delta_eps = constant(check_number(delta_eps, "delta_eps"))
     if delta_eps < 0:
         raise ValueError(f"delta_eps: got {delta_eps}, wanted a number of at least 0")
@@ -235,6 +248,10 @@ def _check_settings(
         solver_demanded=solver is not None or cg.cg_use_preconditioner,
         backend=backend,
     )
+
+
+# A key tells True from 1 and from 1.0.
+_checked_settings = functools.lru_cache(maxsize=1024, typed=True)(_check_settings)
 
 
 def _check_scale(qk_scale: float, dtype: torch.dtype) -> float:

@@ -381,3 +381,20 @@ def test_pages(change: dict[str, Any], error: type, words: list[str]) -> None:
         lla_decode(torch.zeros(2, 2, 1, 8), cache, cache, given["seqlens_k"], block_table=given["block_table"])
     for word in words:
         assert word in str(caught.value)
+
+
+def test_what_equals_an_argument_of_an_earlier_call_is_not_taken_for_it() -> None:
+    """Settings are checked once for all calls that say the same: 1 is not True, nor a list a tuple."""
+    q = torch.zeros(1, 2, 4)
+    for good, bad in (
+        ({"causal": True}, {"causal": 1}),
+        ({"cg_max_iters": 1}, {"cg_max_iters": True}),
+        ({"cg_use_preconditioner": False}, {"cg_use_preconditioner": 0}),
+        ({"window": 1}, {"window": 1.0}),
+        ({"window": 2}, {"window": [2]}),
+        ({"qk_scale": 1.0}, {"qk_scale": torch.tensor(1.0)}),
+    ):
+        flashlla.lla_attention(q, q, q, **good)
+        for _ in range(2):
+            with pytest.raises(TypeError, match=next(iter(bad))):
+                flashlla.lla_attention(q, q, q, **bad)

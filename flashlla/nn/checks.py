@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from numbers import Real
+
+from flashlla import checks
 
 
 def check_whole(**numbers: int) -> None:
     """Each a whole number of at least 1."""
+    wanted = "a whole number of at least 1"
     for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, Integral):
-            raise TypeError(f"{name}: got {type(number).__name__}, wanted a whole number of at least 1")
-        if number < 1:
-            raise ValueError(f"{name}: got {number}, wanted a whole number of at least 1")
+        if checks.check_whole(number, name, wanted) < 1:
+            raise ValueError(f"{name}: got {number}, wanted {wanted}")
 
 
 def check_numbers(**numbers: float) -> None:

@@ -1,0 +1,216 @@
+"""A byte-level language model with softmax attention and with Local Linear Attention, on sources of Python packages.
+
+    python -m examples.experiments.language_model --quick                      a small one: under a minute on a CPU
+    python -m examples.experiments.language_model --study rates                learning rates, on a GPU
+    python -m examples.experiments.language_model --study steps time --seeds 0 1 2
+    python -m examples.experiments.language_model --kind softmax --lr 1e-3 --seconds 30
+
+A study is a few arms, which differ in one thing; without --study the flags are an arm. Batches and first weights of a
+seed are the same for all arms. Each arm's schedule decays to its own end. Learning rates are chosen by the loss on
+other packages than those of which losses are reported. Losses are in nats a byte.
+
+Runs are kept in --results as they end, and those that are there are not made again; a long one goes on from its
+checkpoint. --keys keeps queries, keys, values and ridges of one sequence, of the best run of each kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.experiments import corpus as text
+from examples.experiments.corpus import Corpus
+from examples.experiments.gpt import GPT, Size, keys_of
+from examples.experiments.runs import RESULTS, Run, Runs, progress, spread
+from examples.experiments.training import Arm, Setting, train
+
+FULL = Size(layers=6, width=512, heads=8, length=1024, batch=32)
+QUICK = Size(layers=2, width=128, heads=2, length=128, batch=8)
+RATES = (1e-3, 2e-3, 4e-3)
+BOTH = [Arm(kind, qk_norm) for qk_norm in (True, False) for kind in ("lla", "softmax")]
+STUDIES: dict[str, list[Arm]] = {
+    "rates": [replace(arm, lr=lr) for lr in RATES for arm in BOTH],
+    "steps": BOTH,
+    "time": [replace(arm, as_lla=True) for arm in BOTH if arm.kind == "softmax"],
+    "tolerance": [Arm(tolerance=tolerance) for tolerance in (1e-3, 1e-2, 3e-2, 1e-1)],
+    "ridge": [Arm(ridge_init=init) for init in (0.1, 1.0, 10.0)] + [Arm(ridge="token")],
+    "hybrid": [Arm(every=3)],
+    "window": [Arm(kind, window=256) for kind in ("lla", "softmax")],
+    "muon": [Arm(kind, optimizer="muon", lr=lr) for lr, kind in product(RATES, ("lla", "softmax"))],
+    "long": [Arm(kind, steps=5000) for kind in ("lla", "softmax")],
+    "long_time": [Arm("softmax", steps=5000, as_lla=True)],
+}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Run]:
+    options = parse(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.quick:
+        torch.set_num_threads(1)  # on small tensors threads wait for one another
+    size = QUICK if options.quick else FULL
+    setting = Setting(size, device, options.compile and device == "cuda", options.checkpoints)
+    runs = Runs(options.results, device)
+    begin, lasted = time.monotonic(), dict[str, float]()
+    if options.study:
+        arms = [arm for study in options.study for arm in STUDIES[study]]
+    elif options.quick:
+        arms = [Arm(kind, lr=3e-3, steps=60) for kind in ("lla", "softmax")]
+    else:
+        arms = [Arm(**{field.name: getattr(options, field.name) for field in fields(Arm)})]
+
+    read = text.read(options.text, options.cache, most=2_000_000 if options.quick else None)
+    print(f"{device}: {[f'{part:,}' for part in read.facts['bytes']]} bytes to train on, to choose by, to report of")
+    read = read.to(device)
+    best: dict[str, float] = {}  # of the files of keys
+    for seed, arm in progress(list(product(options.seeds, arms)), desc="runs", unit="run"):
+        if (resolved := resolve(arm, runs.all)) is None:
+            print(f"{arm.kind}: wants --lr, or runs of --study rates; with --as-lla those of LLA", flush=True)
+            continue
+        name = f"{replace(resolved, seconds=None if arm.as_lla else arm.seconds).name()} seed={seed}"
+        if name in runs.all:
+            continue
+        if time.monotonic() - begin + lasted.get(arm.kind, 0.0) > options.within:
+            print(f"no time for {name}", flush=True)
+            continue
+        began = time.monotonic()
+        run, model = train(resolved, seed, read, setting)
+        lasted[arm.kind] = time.monotonic() - began
+        runs.add(name, run)
+        keep_keys(options.keys, model, read, run, best)
+        figures = f"{run['reported']:.4f} ({run['choice']:.4f}), {run['steps']} steps of {run['step_ms']:.1f} ms"
+        print(f"{name}: {figures}; the run took {lasted[arm.kind]:.0f} s", flush=True)
+    print(table(runs.all))
+    if options.plot is not None:
+        draw(runs.all, options.plot)
+    return runs.all
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small model, for a CPU")
+    parser.add_argument("--study", nargs="+", choices=STUDIES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--within", type=float, default=float("inf"), help="seconds after which no run begins")
+    parser.add_argument("--results", type=Path, help="default: results/language_model.json beside this file")
+    parser.add_argument("--plot", type=Path, help="draw loss against steps and against time, as PNG")
+    parser.add_argument("--keys", type=Path, metavar="DIR", help="keep keys of LLA's runs here")
+    parser.add_argument("--checkpoints", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", metavar="DIR", help="folders of packages; default: this Python's"
+    )
+    parser.add_argument("--cache", type=Path, metavar="FILE", help="keep the text here")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on a GPU, blocks")
+    an_arm = parser.add_argument_group("an arm")
+    an_arm.add_argument("--kind", choices=["lla", "softmax"], default=Arm.kind)
+    an_arm.add_argument("--qk-norm", action=argparse.BooleanOptionalAction, default=Arm.qk_norm)
+    an_arm.add_argument("--window", type=int)
+    an_arm.add_argument("--every", type=int, default=Arm.every, help="LLA in the last of so many layers")
+    number = lambda ridge: ridge if ridge in ("head", "token") else float(ridge)
+    an_arm.add_argument("--ridge", type=number, default=Arm.ridge, help="head, token, or a number")
+    an_arm.add_argument("--ridge-init", type=float, default=Arm.ridge_init)
+    an_arm.add_argument("--tolerance", type=float, default=Arm.tolerance)
+    an_arm.add_argument("--optimizer", choices=["adamw", "muon"], default=Arm.optimizer)
+    an_arm.add_argument("--lr", type=float)
+    an_arm.add_argument("--steps", type=int, default=Arm.steps)
+    an_arm.add_argument("--seconds", type=float)
+    an_arm.add_argument("--as-lla", action="store_true", help="as long as LLA's runs of this arm took")
+    options = parser.parse_args(arguments)
+    if options.results is None:
+        options.results = RESULTS / f"language_model{'_quick' * options.quick}.json"
+    return options
+
+
+def resolve(arm: Arm, runs: dict[str, Run]) -> Arm | None:
+    """With the best learning rate of those tried, and the seconds of LLA's runs; None where there are none yet."""
+    if arm.lr is None:
+        losses = rates(arm, runs)
+        if not losses:
+            return None
+        arm = replace(arm, lr=min(losses, key=lambda lr: losses[lr]))
+    if not arm.as_lla:
+        return arm
+    lla = resolve(replace(arm, kind="lla", lr=None, as_lla=False), runs)
+    some = by_arm(runs).get(lla.name(), []) if lla else []
+    return replace(arm, seconds=statistics.mean(run["seconds"] for run in some)) if some else None
+
+
+def rates(arm: Arm, runs: dict[str, Run]) -> dict[float, float]:
+    """Learning rates and their losses on the set that is not reported, of the usual arm of this kind, seed 0."""
+    usual = asdict(Arm(arm.kind, arm.qk_norm, optimizer=arm.optimizer))
+    tried = [run for run in runs.values() if {**run["arm"], "lr": None} == usual and run["seed"] == 0]
+    return {run["arm"]["lr"]: run["choice"] for run in tried if run["choice"] == run["choice"]}
+
+
+def keep_keys(folder: Path | None, model: GPT, read: Corpus, run: Run, best: dict[str, float]) -> None:
+    """Of the first, the middle and the last layer, in one file for each kind: of its best run."""
+    arm = run["arm"]
+    name = "_".join([arm["kind"]] + ["no_qk_norm"] * (not arm["qk_norm"]))
+    if folder is None or arm["kind"] != "lla" or arm["every"] > 1 or run["choice"] >= best.get(name, float("inf")):
+        return
+    best[name] = run["choice"]
+    last = len(model.blocks) - 1
+    sequence = read.choice[: run["length"]].long()[None]
+    recipe = {name: value for name, value in run.items() if name not in ("curve", "loss")}
+    folder.mkdir(parents=True, exist_ok=True)
+    model.eval()
+    torch.save({**keys_of(model, sequence, [0, last // 2, last]), "recipe": json.dumps(recipe)}, folder / f"{name}.pt")
+
+
+def by_arm(runs: dict[str, Run]) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
+    for name, run in sorted(runs.items()):
+        found.setdefault(name.rpartition(" seed=")[0], []).append(run)
+    return found
+
+
+def table(runs: dict[str, Run]) -> str:
+    """Markdown: a row for each arm, means over its seeds."""
+    rows = ["| arm | loss | steps | ms a step | seconds |", "|---|---|---|---|---|"]
+    for name, some in by_arm(runs).items():
+        mean: Callable[[str], float] = lambda key, some=some: sum(run[key] for run in some) / len(some)
+        loss = spread([run["reported"] for run in some])
+        rows.append(f"| {name} | {loss} | {mean('steps'):.0f} | {mean('step_ms'):.1f} | {mean('seconds'):.1f} |")
+    return "\n".join(rows)
+
+
+def draw(runs: dict[str, Run], path: Path) -> None:
+    """Validation loss against steps and against seconds of training, softmax and LLA, each at its best rate."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes_of = figure.subplots(1, 2, sharey=True)
+    legend: dict[str, Any] = {}
+    for arm in [*BOTH, *STUDIES["time"]]:
+        if (resolved := resolve(arm, runs)) is None:
+            continue
+        some = by_arm(runs).get(replace(resolved, seconds=None).name(), [])
+        colour = f"C{BOTH.index(replace(arm, as_lla=False))}"
+        style: dict[str, Any] = {"color": colour, "linestyle": "--" if arm.as_lla else "-"}
+        label = f"{'LLA' if arm.kind == 'lla' else 'softmax'}, {'with' if arm.qk_norm else 'without'} qk-norm"
+        label += ", LLA's time" * arm.as_lla
+        for run in some:
+            steps, seconds, losses = zip(*run["curve"])
+            for axes, x in zip(axes_of, (steps, seconds)):
+                (legend[label],) = axes.plot(x, losses, label=label, alpha=0.8, linewidth=1.2, **style)
+                axes.plot(x[-1], losses[-1], "o", color=colour, markersize=4)
+    axes_of[0].set(xlabel="steps", ylabel="validation loss, nats a byte")
+    axes_of[1].set(xlabel="seconds of training")
+    for axes in axes_of:
+        axes.grid(alpha=0.3)
+        axes.set_yscale("log")
+    figure.legend(handles=list(legend.values()), loc="outside right upper", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""One run of a language model: an arm, a seed, a number of steps or of seconds."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from examples.experiments.corpus import Corpus, Windows, evenly
+from examples.experiments.gpt import GPT, Attention, Size, loss_of
+from examples.experiments.runs import Run, progress
+from flashlla import ConvergenceCounter
+from flashlla.nn import param_groups
+
+WARM, TIMED = 5, 10  # steps by which a step's time is measured before a run
+POINTS = 8  # of the loss curve
+CURVE_BATCHES, LAST_BATCHES = 4, 16  # that a validation loss is the mean of, on the way and at the end
+
+
+@dataclass(frozen=True)
+class Arm(Attention):
+    """What is compared: an attention, and how it is trained."""
+
+    optimizer: str = "adamw"  # or "muon", for matrices; what is none goes by AdamW
+    lr: float | None = None  # None: the best of those tried
+    steps: int = 500
+    seconds: float | None = None  # as many steps as take so long
+    as_lla: bool = False  # the seconds that LLA's runs took, of the arm that is else the same
+
+    def name(self) -> str:
+        """The settings that are not usual."""
+        unusual = [f for f in fields(self) if f.name not in ("kind", "lr") and getattr(self, f.name) != f.default]
+        settings = [f"{f.name}={getattr(self, f.name)}" for f in unusual]
+        return " ".join([self.kind, *settings, f"lr={self.lr:g}"])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where arms run: alike for all that are compared."""
+
+    size: Size
+    device: str
+    compiled: bool = False
+    checkpoints: Path | None = None  # long runs save here at each validation, and go on from there
+    long: int = 1000  # steps
+
+
+class Clock:
+    """Milliseconds of steps; on a GPU by events, for which nothing waits before they are read."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda, self._marks = device == "cuda", list[tuple[Any, Any]]()
+
+    def mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, begin: Any) -> None:
+        self._marks.append((begin, self.mark()))
+
+    def read(self) -> list[float]:
+        """Of the steps since the last time."""
+        marks, self._marks = self._marks, []
+        if not self._cuda:
+            return [1e3 * (end - begin) for begin, end in marks]
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in marks]
+
+
+class Learner:
+    """A model with its optimisers, new from a seed: the same weights for all arms."""
+
+    def __init__(self, arm: Arm, seed: int, setting: Setting) -> None:
+        torch.manual_seed(seed)
+        self.model = GPT(setting.size, arm).to(setting.device)
+        self.optimizers = _optimizers(self.model, arm, setting.device)
+        self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self._how = {"apply": _compiled_block()} if setting.compiled else {}
+
+    def step(self, batch: tuple[Tensor, Tensor], progress: float, warmup: float) -> Tensor:
+        """One step of training, at ``progress`` from 0 to 1; the loss."""
+        factor = rate(progress, warmup)
+        for optimizer, rates in zip(self.optimizers, self._rates):
+            for group, lr in zip(optimizer.param_groups, rates):
+                group["lr"] = factor * lr
+        loss = loss_of(self.model, *batch, **self._how)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    @torch.no_grad()
+    def validate(self, batches: list[tuple[Tensor, Tensor]]) -> float:
+        self.model.eval()
+        losses = [loss_of(self.model, *batch) for batch in batches]
+        self.model.train()
+        return torch.stack(losses).mean().item()
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+
+
+def rate(progress: float, warmup: float) -> float:
+    """The learning rate in its largest: linear warm-up, then half a cosine down to a tenth."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (progress - warmup) / (1 - warmup))
+
+
+def train(arm: Arm, seed: int, corpus: Corpus, setting: Setting) -> tuple[Run, GPT]:
+    """What the run gave, for its record, and the model."""
+    assert arm.lr is not None
+    size, device = setting.size, setting.device
+    measured = measure(arm, seed, corpus, setting)
+    steps = arm.steps if arm.seconds is None else max(1, round(1e3 * arm.seconds / measured))
+    batches = Windows(corpus.train, size.length, size.batch, steps, seed)
+    on_the_way = evenly(corpus.reported, size.length, size.batch, CURVE_BATCHES)
+    validated = {math.ceil(steps * (i + 1) / POINTS) for i in range(POINTS)}
+    warmup = min(200, max(1, steps // 10)) / steps
+
+    learner, clock = Learner(arm, seed, setting), Clock(device)
+    losses: list[float] = []
+    times: list[float] = []  # milliseconds of each step
+    curve: list[tuple[int, float, float]] = []  # steps, seconds of training, loss
+    unconverged = [0, 0]  # queries, and of how many
+    checkpoint = None
+    if setting.checkpoints is not None and steps >= setting.long:
+        checkpoint = setting.checkpoints / f"{arm.name()} seed={seed}.pt".replace(" ", "_")
+        if checkpoint.exists():
+            saved = torch.load(checkpoint, map_location="cpu")
+            assert saved["steps"] == steps, f"{checkpoint} is of {saved['steps']} steps, this run of {steps}"
+            learner.load(saved)
+            losses, times, curve, unconverged = (saved[name] for name in ("losses", "times", "curve", "unconverged"))
+
+    new: list[Tensor] = []
+    batch = batches[len(losses)] if len(losses) < steps else None
+    with ConvergenceCounter() as counter:
+        for step in progress(range(len(losses), steps), desc=f"{arm.name()} seed={seed}", unit="step"):
+            begin = clock.mark()
+            new.append(learner.step(batch, (step + 1) / steps, warmup))
+            clock.add(begin)
+            batch = batches[step + 1] if step + 1 < steps else None  # outside of what is timed
+            if step + 1 in validated:
+                times += clock.read()
+                losses += torch.stack(new).tolist()
+                new = []
+                unconverged = [a + b for a, b in zip(unconverged, counter.read())]
+                if not math.isfinite(losses[-1]):
+                    break
+                curve.append((step + 1, sum(times) / 1e3, learner.validate(on_the_way)))
+                counter.read()  # those of validation
+                if checkpoint is not None:
+                    told = {"losses": losses, "times": times, "curve": curve, "unconverged": unconverged}
+                    _save(checkpoint, {**learner.state(), **told, "steps": steps})
+    last = {
+        name: learner.validate(evenly(text, size.length, size.batch, LAST_BATCHES))
+        for name, text in (("choice", corpus.choice), ("reported", corpus.reported))
+    }
+    span = max(1, steps // 50)
+    return (
+        {
+            "arm": asdict(arm),
+            "seed": seed,
+            **asdict(size),
+            "compiled": setting.compiled,
+            "parameters": sum(p.numel() for p in learner.model.parameters()),
+            "steps": steps,
+            "seen": round(batches.epochs, 3),  # how often, of the text
+            **{name: round(loss, 5) for name, loss in last.items()},
+            "seconds": round(sum(times) / 1e3, 2),
+            "step_ms": round(statistics.median(times), 2),
+            "measured_ms": round(measured, 2),
+            "curve": [[step, round(seconds, 2), round(loss, 5)] for step, seconds, loss in curve],
+            "loss": [round(statistics.mean(losses[i : i + span]), 4) for i in range(0, len(losses), span)],
+            "unconverged": unconverged,
+            "ridges": [_rounded(layer.ridge) for layer in learner.model.lla_layers],
+            "corpus": corpus.facts["sha256"][:16],
+        },
+        learner.model,
+    )
+
+
+def measure(arm: Arm, seed: int, corpus: Corpus, setting: Setting) -> float:
+    """Milliseconds of a step, the median, by a model that is thrown away; compiles what is to be compiled."""
+    learner, clock = Learner(arm, seed, setting), Clock(setting.device)
+    batches = Windows(corpus.train, setting.size.length, setting.size.batch, WARM + TIMED, seed)
+    for step in range(WARM + TIMED):
+        batch, begin = batches[step], clock.mark()
+        learner.step(batch, 0.0, 0.1)
+        clock.add(begin)
+    return statistics.median(clock.read()[WARM:])
+
+
+def _optimizers(model: GPT, arm: Arm, device: str) -> list[torch.optim.Optimizer]:
+    assert arm.lr is not None
+    groups = param_groups(model, lr=arm.lr, weight_decay=0.1)
+    found: list[torch.optim.Optimizer] = []
+    if arm.optimizer == "muon":
+        matrices = {p for p in model.blocks.parameters() if p.dim() == 2} & {
+            p for group in groups if group["name"] == "weights" for p in group["params"]
+        }
+        # Updates of the size of AdamW's, so that rates mean about the same.
+        settings: dict[str, Any] = {"lr": arm.lr, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+        found.append(torch.optim.Muon([p for p in model.parameters() if p in matrices], **settings))
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p not in matrices]
+        groups = [group for group in groups if group["params"]]
+    found.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device == "cuda"))
+    return found
+
+
+def _compiled_block() -> Callable[[nn.Module, Tensor], Tensor]:
+    """One compiled function for all blocks and runs of a process: arms of one kind share what was compiled."""
+    global _block
+    if _block is None:
+        torch._dynamo.config.recompile_limit = 64  # one for each kind of block
+        _block = torch.compile(lambda block, x: block(x), dynamic=False)
+    return _block
+
+
+_block: Any = None
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    torch.save(state, unfinished)
+    os.replace(unfinished, path)
+
+
+def _rounded(ridge: Any) -> list[float]:
+    raw = ridge.raw
+    return [round(ridge.kind, 3)] if raw is None else [round(r, 3) for r in ridge._above_minimum(raw).tolist()]

@@ -1,13 +1,13 @@
 """A byte-level language model with softmax attention and with Local Linear Attention, on sources of Python packages.
 
     python -m examples.experiments.language_model --quick                      a small one: under a minute on a CPU
-    python -m examples.experiments.language_model --study rates                learning rates, on a GPU
-    python -m examples.experiments.language_model --study steps time --seeds 0 1 2
+    python -m examples.experiments.language_model --study main time --seeds 0 1 2       on a GPU
     python -m examples.experiments.language_model --kind softmax --lr 1e-3 --seconds 30
 
-A study is a few arms, which differ in one thing; without --study the flags are an arm. Batches and first weights of a
-seed are the same for all arms. Each arm's schedule decays to its own end. Learning rates are chosen by the loss on
-other packages than those of which losses are reported. Losses are in nats a byte.
+A study is a few arms, which differ in one thing; without --study the flags are an arm. Learning rates are tried in
+steps of 2, with seed 0, until the best has a worse one on either side, by the loss on other packages than those of which
+losses are reported. Batches and first weights of a seed are the same for all arms. Each arm's schedule decays to its
+own end. Losses are in nats a byte.
 
 Runs are kept in --results as they end, and those that are there are not made again; a long one goes on from its
 checkpoint. --keys keeps queries, keys, values and ridges of one sequence, of the best run of each kind.
@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
@@ -35,20 +36,19 @@ from examples.experiments.training import Arm, Setting, train
 
 FULL = Size(layers=6, width=512, heads=8, length=1024, batch=32)
 QUICK = Size(layers=2, width=128, heads=2, length=128, batch=8)
-RATES = (1e-3, 2e-3, 4e-3)
 BOTH = [Arm(kind, qk_norm) for qk_norm in (True, False) for kind in ("lla", "softmax")]
-STUDIES: dict[str, list[Arm]] = {
-    "rates": [replace(arm, lr=lr) for lr in RATES for arm in BOTH],
-    "steps": BOTH,
+STUDIES = {
+    "main": BOTH,
     "time": [replace(arm, as_lla=True) for arm in BOTH if arm.kind == "softmax"],
-    "tolerance": [Arm(tolerance=tolerance) for tolerance in (1e-3, 1e-2, 3e-2, 1e-1)],
+    "tolerance": [Arm(tolerance=tolerance) for tolerance in (1e-1, 3e-2, 1e-2, 1e-3)],
     "ridge": [Arm(ridge_init=init) for init in (0.1, 1.0, 10.0)] + [Arm(ridge="token")],
     "hybrid": [Arm(every=3)],
     "window": [Arm(kind, window=256) for kind in ("lla", "softmax")],
-    "muon": [Arm(kind, optimizer="muon", lr=lr) for lr, kind in product(RATES, ("lla", "softmax"))],
+    "muon": [Arm(kind, optimizer="muon") for kind in ("lla", "softmax")],
     "long": [Arm(kind, steps=5000) for kind in ("lla", "softmax")],
     "long_time": [Arm("softmax", steps=5000, as_lla=True)],
 }
+SEARCHES = ("main", "muon")  # in these, learning rates are searched first, by seed 0
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Run]:
@@ -59,35 +59,29 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     size = QUICK if options.quick else FULL
     setting = Setting(size, device, options.compile and device == "cuda", options.checkpoints)
     runs = Runs(options.results, device)
-    begin, lasted = time.monotonic(), dict[str, float]()
-    if options.study:
-        arms = [arm for study in options.study for arm in STUDIES[study]]
-    elif options.quick:
-        arms = [Arm(kind, lr=3e-3, steps=60) for kind in ("lla", "softmax")]
-    else:
-        arms = [Arm(**{field.name: getattr(options, field.name) for field in fields(Arm)})]
-
+    begin, speed = time.monotonic(), dict[str, float]()  # seconds a step, all told
     read = text.read(options.text, options.cache, most=2_000_000 if options.quick else None)
     print(f"{device}: {[f'{part:,}' for part in read.facts['bytes']]} bytes to train on, to choose by, to report of")
     read = read.to(device)
     best: dict[str, float] = {}  # of the files of keys
-    for seed, arm in progress(list(product(options.seeds, arms)), desc="runs", unit="run"):
+    for seed, arm in progress(wanted(options, runs), desc="runs", unit="run"):
         if (resolved := resolve(arm, runs.all)) is None:
-            print(f"{arm.kind}: wants --lr, or runs of --study rates; with --as-lla those of LLA", flush=True)
+            print(f"{arm.kind}: wants --lr, or runs of --study main; with --as-lla those of LLA", flush=True)
             continue
         name = f"{replace(resolved, seconds=None if arm.as_lla else arm.seconds).name()} seed={seed}"
         if name in runs.all:
             continue
-        if time.monotonic() - begin + lasted.get(arm.kind, 0.0) > options.within:
+        began = time.monotonic()
+        if began - begin + max(resolved.seconds or 0.0, resolved.steps * speed.get(arm.kind, 0.0)) > options.within:
             print(f"no time for {name}", flush=True)
             continue
-        began = time.monotonic()
         run, model = train(resolved, seed, read, setting)
-        lasted[arm.kind] = time.monotonic() - began
+        lasted = time.monotonic() - began
+        speed[arm.kind] = lasted / run["steps"]
         runs.add(name, run)
         keep_keys(options.keys, model, read, run, best)
         figures = f"{run['reported']:.4f} ({run['choice']:.4f}), {run['steps']} steps of {run['step_ms']:.1f} ms"
-        print(f"{name}: {figures}; the run took {lasted[arm.kind]:.0f} s", flush=True)
+        print(f"{name}: {figures}; the run took {lasted:.0f} s", flush=True)
     print(table(runs.all))
     if options.plot is not None:
         draw(runs.all, options.plot)
@@ -129,6 +123,29 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def wanted(options: argparse.Namespace, runs: Runs) -> Iterator[tuple[int, Arm]]:
+    """Seeds and arms; of a search each after the one before has run."""
+    if not options.study:
+        quick = [Arm(kind, lr=3e-3, steps=60) for kind in ("lla", "softmax")]
+        one = [Arm(**{field.name: getattr(options, field.name) for field in fields(Arm)})]
+        yield from product(options.seeds, quick if options.quick else one)
+    for study in options.study or []:
+        for arm in STUDIES[study] if study in SEARCHES else []:
+            tried = None
+            while (lr := next_rate(rates(arm, runs.all))) not in (None, tried):  # it is not run where time is up
+                tried = lr
+                yield 0, replace(arm, lr=lr)
+        yield from product(options.seeds, STUDIES[study])
+
+
+def next_rate(losses: dict[float, float]) -> float | None:
+    """Rates in steps of 2, from 1e-3 on, until the best has one on either side; None then."""
+    if not losses:
+        return 1e-3
+    best = min(losses, key=lambda lr: losses[lr])
+    return next((lr for lr in (2 * best, best / 2) if lr not in losses), None)
+
+
 def resolve(arm: Arm, runs: dict[str, Run]) -> Arm | None:
     """With the best learning rate of those tried, and the seconds of LLA's runs; None where there are none yet."""
     if arm.lr is None:
@@ -147,7 +164,7 @@ def rates(arm: Arm, runs: dict[str, Run]) -> dict[float, float]:
     """Learning rates and their losses on the set that is not reported, of the usual arm of this kind, seed 0."""
     usual = asdict(Arm(arm.kind, arm.qk_norm, optimizer=arm.optimizer))
     tried = [run for run in runs.values() if {**run["arm"], "lr": None} == usual and run["seed"] == 0]
-    return {run["arm"]["lr"]: run["choice"] for run in tried if run["choice"] == run["choice"]}
+    return {run["arm"]["lr"]: run["choice"] if math.isfinite(run["choice"]) else math.inf for run in tried}
 
 
 def keep_keys(folder: Path | None, model: GPT, read: Corpus, run: Run, best: dict[str, float]) -> None:

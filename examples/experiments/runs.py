@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from benchmarks.record import circumstances
 
@@ -34,6 +39,18 @@ class Runs:
         partial.replace(self.path)
 
 
+def parser_of(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """What all experiments are told by."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    name = module.rpartition("/")[2].removesuffix(".py")
+    parser.add_argument("--quick", action="store_true", help="a small form: under a minute on a CPU")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.json", help="default: %(default)s")
+    parser.add_argument("--plot", type=Path, help="draw it here, as PNG")
+    parser.add_argument("--within", type=float, default=float("inf"), help="seconds after which no run begins")
+    return parser
+
+
 def _module() -> str:
     spec = sys.modules["__main__"].__spec__
     return spec.name if spec else sys.argv[0]
@@ -54,3 +71,64 @@ def spread(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.4f} (1)"
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f} ({len(values)})"
+
+
+def within(seconds: float, items: Iterable[T]) -> Iterator[T]:
+    """Items until so many seconds have passed."""
+    begin = time.monotonic()
+    for item in progress(list(items), desc="runs", unit="run"):
+        if time.monotonic() - begin > seconds:
+            print(f"no time for {item}", flush=True)
+        else:
+            yield item
+
+
+def chosen(rates: Sequence[float], seeds: list[int], choice: Tensor, reported: Tensor) -> Run:
+    """Of losses (seeds x rates,): for each seed which model is the best by ``choice``, and what is reported of it."""
+    by_seed = choice.nan_to_num(nan=torch.inf).view(len(seeds), -1)
+    best = by_seed.argmin(1).cpu()  # (seeds,)
+    members = (best + torch.arange(len(seeds)) * len(rates)).tolist()
+    return {
+        "seeds": seeds,
+        "rates": list(rates),
+        "choice": [round(loss, 6) for loss in choice.tolist()],
+        "all": [round(loss, 6) for loss in reported.tolist()],
+        "members": members,
+        "chosen": [rates[i] for i in best],
+        "reported": [round(reported[i].item(), 6) for i in members],
+    }
+
+
+def table_of(runs: dict[str, Run]) -> str:
+    """Markdown: what is reported of each run, over its seeds."""
+    rows = ["| run | reported | learning rates |", "|---|---|---|"]
+    for name, run in runs.items():
+        rows.append(f"| {name} | {spread(run['reported'])} | {', '.join(f'{rate:g}' for rate in run['chosen'])} |")
+    return "\n".join(rows)
+
+
+def draw_curves(panels: dict[str, dict[str, list[Any]]], path: Path, x: str, y: str, log: bool) -> None:
+    """A panel for each task, a colour for each mixer, a line for each seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 + 4.2 * len(panels), 3.8), layout="constrained")
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    legend: dict[str, Any] = {}
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for name, some in lines.items():
+            for xs, ys in some:
+                settings: dict[str, Any] = {
+                    "color": f"C{names.index(name)}",
+                    "alpha": 0.8,
+                    "marker": ".",
+                    "label": name,
+                }
+                (legend[name],) = axes.plot(xs, ys, **settings)
+        axes.set(title=title, xlabel=x, ylabel=y)
+        if log:
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    figure.legend(handles=list(legend.values()), loc="outside right upper", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,175 @@
+"""Associative recall: the value that stood beside a key, of many pairs in one sequence.
+
+    python -m examples.experiments.associative_recall --quick --results FILE
+    python -m examples.experiments.associative_recall                            on a GPU
+
+words    MQAR as zoology defines it: a vocabulary of 8192, a half of it keys, the other values; pairs first, then each
+         key once more among random tokens, near ones more often (power 0.01), where its value is foretold. Two layers,
+         one head, no MLP, no convolution, learned positions. Reported: the part of answers that are wrong. Sequences
+         are new at each step.
+numbers  the continuous variant: keys are random directions in 16 dimensions, values random numbers in 16; then each
+         key comes once more, with noise, and its value is foretold. One layer, one head. Reported: the mean square of
+         the error, in variances of the values. Keys that differ by less than the noise leave some to every mixer.
+
+Of each mixer and seed the learning rate is chosen on other sequences than those that are reported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples.experiments.ensemble import Block, Embedding, Linear, Norm, alike, fit
+from examples.experiments.runs import Run, Runs, chosen, draw_curves, parser_of, table_of, within
+
+MIXERS = ("softmax", "LLA", "delta rule")
+VOCABULARY, POWER = 8192, 0.01
+POINT, NOISE = 16, 0.1  # the noise of a query: norm, beside the key's 1
+RATES = {"words": (3e-3, 1e-2), "numbers": (1e-3, 3e-3, 1e-2)}
+
+
+@dataclass(frozen=True)
+class Task:
+    kind: str
+    pairs: int
+    length: int
+    width: int
+    vocabulary: int = VOCABULARY
+
+    def name(self) -> str:
+        return f"{self.kind}, {self.pairs} pairs, {self.length} tokens, width {self.width}"
+
+
+TASKS = [
+    *(Task("numbers", pairs, 2 * pairs, 64) for pairs in (16, 64, 256)),
+    *(Task("words", pairs, length, width) for length, pairs in ((64, 4), (128, 8), (256, 16)) for width in (16, 32)),
+    Task("words", 64, 512, 32),
+]
+
+
+def words(task: Task, sequences: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (N, S), where to answer (N, pairs), with what (N, pairs)."""
+    device = generator.device
+    uniform = lambda *shape: torch.rand(*shape, generator=generator, device=device)
+    half = task.vocabulary // 2
+    keys = 1 + uniform(sequences, half - 1).topk(task.pairs).indices  # without repetition
+    values = half + uniform(sequences, half).topk(task.pairs).indices
+    space = (task.length - 2 * task.pairs) // 2
+    # Without repetition, by weights: the largest of log weight + Gumbel noise.
+    weights = (POWER - 1) * torch.arange(1, space + 1, device=device).log()
+    gaps = (weights - (-uniform(sequences, space).log()).log()).topk(task.pairs).indices
+    where = 2 * task.pairs + 2 * gaps
+    tokens = torch.randint(task.vocabulary, (sequences, task.length), generator=generator, device=device)
+    tokens[:, : 2 * task.pairs] = torch.stack([keys, values], -1).flatten(1)
+    return tokens.scatter(1, where, keys), where, values
+
+
+def numbers(task: Task, sequences: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (N, S, 33), where to answer (N, pairs), with what (N, pairs, 16). The last coordinate tells queries."""
+    normal = lambda *shape: torch.randn(*shape, generator=generator, device=generator.device)
+    keys, values = F.normalize(normal(sequences, task.pairs, POINT), dim=-1), normal(sequences, task.pairs, POINT)
+    asked = keys + NOISE * POINT**-0.5 * normal(sequences, task.pairs, POINT)
+    pairs = F.pad(torch.cat([keys, values], -1), (0, 1))
+    queries = F.pad(F.pad(asked, (0, POINT)), (0, 1), value=1.0)
+    where = torch.arange(task.pairs, 2 * task.pairs, device=generator.device).expand(sequences, -1)
+    return torch.cat([pairs, queries], 1), where, values
+
+
+def run(task: Task, mixer: str, seeds: list[int], batch: int, steps: int, device: str) -> Run:
+    rates = RATES[task.kind]
+    models, width = len(seeds) * len(rates), task.width
+    torch.manual_seed(seeds[0])
+    if task.kind == "words":
+        enter: nn.Module = Embedding(models, task.vocabulary, width, task.length)
+        layers, leave = 2, Linear(models, width, task.vocabulary)
+    else:
+        enter, layers, leave = Linear(models, 2 * POINT + 1, width), 1, Linear(models, width, POINT)
+    blocks = [Block(models, width, 1, mixer, mlp=False) for _ in range(layers)]
+    model = alike(nn.Sequential(enter, *blocks, Norm(models, width), leave), len(rates)).to(device)
+    generators = [torch.Generator(device).manual_seed(1 + seed) for seed in seeds]
+
+    def answers(sequences: int, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """What the models say where they are asked, (E, N, pairs, ...), and what is right."""
+        drawn = [(words if task.kind == "words" else numbers)(task, sequences, generator) for generator in generators]
+        tokens, where, right = (torch.stack(parts).repeat_interleave(len(rates), 0) for parts in zip(*drawn))
+        x = model[:-1](tokens)
+        x = x.gather(2, where.unsqueeze(-1).expand(-1, -1, -1, width))
+        return model[-1](x), right
+
+    def loss(said: Tensor, right: Tensor) -> Tensor:
+        if task.kind == "words":
+            losses = F.cross_entropy(said.flatten(0, -2), right.flatten(), reduction="none")
+            return losses.view(models, -1).mean(1)
+        return (said - right).square().flatten(1).mean(1)
+
+    each = torch.tensor(rates, device=device).repeat(len(seeds))
+    curve = fit(lambda _: loss(*answers(batch, generators)), model, each, steps, f"{task.name()}, {mixer}")
+
+    @torch.no_grad()
+    def wrong(first: int) -> Tensor:
+        """(E,)"""
+        fresh = [torch.Generator(device).manual_seed(first + seed) for seed in seeds]
+        total = torch.zeros(models, device=device)
+        for _ in range(8):
+            said, right = answers(64, fresh)
+            total += (said.argmax(-1) != right).float().mean((1, 2)) if task.kind == "words" else loss(said, right)
+        return total / 8
+
+    return {
+        "task": task.kind,
+        "pairs": task.pairs,
+        "length": task.length,
+        "width": width,
+        "mixer": mixer,
+        "batch": batch,
+        "steps": steps,
+        **chosen(rates, seeds, wrong(1000), wrong(2000)),
+        "curve": curve,
+    }
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Run]:
+    parser = parser_of(__file__, __doc__)
+    parser.add_argument("--kinds", nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--most", type=int, default=512, help="longest sequences")
+    options = parser.parse_args(arguments)
+    tasks = [task for task in TASKS if task.kind in options.kinds and task.length <= options.most]
+    if options.quick:
+        tasks, options.mixers = [Task("numbers", 16, 32, 32), Task("words", 4, 16, 32, vocabulary=16)], MIXERS[:2]
+        options.seeds, options.steps = [0], 150
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    runs = Runs(options.results, device)
+    for task, mixer in within(options.within, product(tasks, options.mixers)):
+        name = f"{task.name()}, {mixer}"
+        if name not in runs.all:
+            runs.add(name, run(task, mixer, options.seeds, options.batch, options.steps, device))
+            print(table_of({name: runs.all[name]}).splitlines()[-1], flush=True)
+    print(table_of(runs.all))
+    if options.plot is not None:
+        plot(runs.all, options.plot)
+    return runs.all
+
+
+def plot(runs: dict[str, Run], path: Path) -> None:
+    """What is wrong against the number of pairs."""
+    panels: dict[str, dict[str, list[tuple[list[float], list[float]]]]] = {}
+    for run in sorted(runs.values(), key=lambda run: (run["task"], run["width"], run["pairs"])):
+        lines = panels.setdefault(f"{run['task']}, width {run['width']}", {}).setdefault(run["mixer"], [])
+        for i, wrong in enumerate(run["reported"]):
+            if i == len(lines):
+                lines.append(([], []))
+            lines[i][0].append(run["pairs"])
+            lines[i][1].append(wrong)
+    draw_curves(panels, path, x="pairs", y="wrong answers, or mean square", log=False)
+
+
+if __name__ == "__main__":
+    main()

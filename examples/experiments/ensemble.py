@@ -1,0 +1,167 @@
+"""Small models, many at once: one for each seed and learning rate, along the first dimension of every parameter.
+
+What trains one model of a few thousand parameters spends its time on launching kernels; this trains all of them in the
+same time. No model sees another: losses are added, each has a learning rate and a clipped gradient of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples.experiments.mixers import delta_rule, ridge_regression, softmax_attention
+from examples.experiments.runs import progress
+from examples.experiments.training import rate
+from flashlla import lla_attention
+from flashlla.nn.groups import RIDGE_RATE
+
+MIXERS = ("softmax", "LLA", "delta rule", "gated delta rule", "ridge regression")
+
+
+class Linear(nn.Module):
+    """x (E, ..., in) to (E, ..., out), by a matrix for each of E models."""
+
+    def __init__(self, models: int, width_in: int, width_out: int) -> None:
+        super().__init__()
+        bound = width_in**-0.5
+        self.weight = nn.Parameter(torch.empty(models, width_in, width_out).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1, -2) @ self.weight).unflatten(1, x.shape[1:-1])
+
+
+class Norm(nn.Module):
+    """RMSNorm of the last dimension of x (E, ..., width), with weights for each of E models."""
+
+    def __init__(self, models: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(models, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.view(len(x), *[1] * (x.dim() - 2), -1)
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight
+
+
+class Attention(nn.Module):
+    """x (E, B, S, width), causal, without positions; queries and keys normalised, whatever the mixer."""
+
+    def __init__(self, models: int, width: int, heads: int, mixer: str) -> None:
+        super().__init__()
+        self.models, self.heads, self.mixer = models, heads, mixer
+        self.qkv, self.out = Linear(models, width, 3 * width), Linear(models, width, width)
+        if mixer in ("softmax", "LLA"):
+            self.q_norm, self.k_norm = (Norm(models, width // heads) for _ in range(2))
+        if mixer in ("LLA", "ridge regression"):
+            self.ridge = nn.Parameter(torch.full((models, heads), math.log(math.expm1(1.0))))  # 1 at first
+        if "delta rule" in mixer:
+            self.gates = Linear(models, width, 2 * heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[1]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).movedim(3, 0).transpose(3, 4)  # (E, B, H, S, D) each
+        if self.mixer in ("softmax", "LLA"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        else:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (E B, H, S, D)
+        if self.mixer == "softmax":
+            o = softmax_attention(q, k, v)
+        elif self.mixer == "LLA":
+            o = lla_attention(q, k, v, ridge_lambda=self._ridge(batch), tolerance=1e-2)
+        elif self.mixer == "ridge regression":
+            o = ridge_regression(q, k, v, self._ridge(batch))
+        else:
+            beta, decay = self.gates(x).unflatten(-1, (2, -1)).permute(3, 0, 1, 4, 2).flatten(1, 2)  # (E B, H, S) each
+            # Decays begin at 0.98 a token.
+            o = delta_rule(q, k, v, beta.sigmoid(), F.logsigmoid(decay + 4) if "gated" in self.mixer else None)
+        return self.out(o.unflatten(0, (self.models, batch)).transpose(2, 3).flatten(3))
+
+    def _ridge(self, batch: int) -> Tensor:
+        """(E B, H, 1)"""
+        return (F.softplus(self.ridge) + 1e-2).repeat_interleave(batch, 0).unsqueeze(-1)
+
+
+class Block(nn.Module):
+    def __init__(self, models: int, width: int, heads: int, mixer: str, mlp: bool) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = Norm(models, width), Attention(models, width, heads, mixer)
+        self.mlp = None
+        if mlp:
+            wide = Linear(models, width, 4 * width), Linear(models, 4 * width, width)
+            self.mlp = nn.Sequential(Norm(models, width), wide[0], nn.GELU(), wide[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x if self.mlp is None else x + self.mlp(x)
+
+
+class Embedding(nn.Module):
+    """Tokens (E, B, S) to (E, B, S, width), and learned positions where ``length`` is given."""
+
+    def __init__(self, models: int, tokens: int, width: int, length: int | None = None) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(models, tokens, width) * 0.02)
+        self.positions = None if length is None else nn.Parameter(torch.randn(models, 1, length, width) * 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        models = torch.arange(len(tokens), device=tokens.device).view(-1, 1, 1)
+        x = self.tokens[models, tokens]
+        return x if self.positions is None else x + self.positions[:, :, : tokens.shape[2]]
+
+
+class AdamW:
+    """AdamW with a learning rate for each model, ridges ten times as fast; gradients of each clipped to norm 1.
+
+    Source: Loshchilov and Hutter, 2019.
+    """
+
+    def __init__(self, model: nn.Module, rates: Tensor, decay: float = 0.1) -> None:
+        self.named = list(model.named_parameters())
+        self.rates, self.decay, self.steps = rates, decay, 0
+        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for _, p in self.named]
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        self.steps += 1
+        grads = [p.grad for _, p in self.named]
+        norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()  # (E,)
+        clip = (1 / norms).clamp(max=1)
+        for (name, p), grad, (first, second) in zip(self.named, grads, self.moments):
+            each = lambda t, p=p: t.view(-1, *[1] * (p.dim() - 1))
+            grad = grad * each(clip)
+            first.lerp_(grad, 0.1)
+            second.lerp_(grad.square(), 0.05)
+            update = first / (1 - 0.9**self.steps) / ((second / (1 - 0.95**self.steps)).sqrt() + 1e-8)
+            lr = each(factor * self.rates * (RIDGE_RATE if name.endswith("ridge") else 1.0))
+            if name.endswith("weight") and p.dim() == 3:  # matrices
+                p.mul_(1 - lr * self.decay)
+            p.sub_(lr * update)
+            p.grad = None
+
+
+def alike(model: nn.Module, rates: int) -> nn.Module:
+    """The same first weights for the ``rates`` learning rates of a seed, which lie one behind the other."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter[::rates].repeat_interleave(rates, 0))
+    return model
+
+
+def fit(loss: Callable[[int], Tensor], model: nn.Module, rates: Tensor, steps: int, name: str) -> list[Any]:
+    """Train by ``loss(step)``, (E,), with ``rates`` (E,) that grow for a tenth of the steps and fall to a tenth.
+
+    Returns steps and losses, (E,), about fifty times on the way.
+    """
+    optimizer, curve, every = AdamW(model, rates), [], max(1, steps // 50)
+    for step in progress(range(steps), desc=name, unit="step"):
+        losses = loss(step)
+        losses.sum().backward()
+        optimizer.step(rate((step + 1) / steps, 0.1))
+        if (step + 1) % every == 0:
+            curve.append([step + 1, [round(one, 5) for one in losses.tolist()]])
+    return curve

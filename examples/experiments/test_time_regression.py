@@ -1,0 +1,234 @@
+"""Test-time regression: attention as an estimator of a function from the examples so far, with nothing trained.
+
+    python -m examples.experiments.test_time_regression --quick --results DIR     a minute on a CPU
+    python -m examples.experiments.test_time_regression                           about an hour on a CPU
+
+Keys lie on the unit sphere in D dimensions, values are a function of the key, and noise. At each token the estimator
+foretells the next token's value from its key and all pairs before it. Errors are mean squares of the distance to the
+function without noise, in variances of the function. Four functions:
+
+    segments    in each quarter of the sequence keys come from a region of their own, with a linear map of its own
+    piecewise   keys come from all over the sphere, in any order; a ReLU network: piecewise linear and continuous
+    smooth      the same keys; waves
+    jumps       the same keys; each of four regions has a linear map of its own, and the function jumps between them
+
+Softmax attention, ridge regression and Local Linear Attention are each given the scale and the ridge that are best on
+other draws than those of which errors are reported, for each function, dimension and length anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from examples.experiments.mixers import ridge_regression, softmax_attention
+from examples.experiments.runs import RESULTS, Run, Runs, progress
+from flashlla import lla_attention
+
+FUNCTIONS = ("segments", "piecewise", "smooth", "jumps")
+REGIONS = 4
+NOISE = 0.1  # standard deviation, of a function with variance 1
+SCALES = tuple(2.0**i for i in range(-1, 11))
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # in a variance of keys along one axis, 1 / D
+COUNTS = (1e-2, 1e-1, 1.0, 10.0)  # ridges of ridge regression, which sums over keys: worth so many of them
+Setting = dict[str, float]
+Estimator = Callable[[Tensor, Tensor, Tensor, Setting], Tensor]
+
+
+def draw(function: str, draws: int, length: int, dim: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys (draws, 1, S + 1, D), values with noise and without (draws, 1, S + 1, D)."""
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    tokens = length + 1
+    centres = F.normalize(normal(draws, REGIONS, dim), dim=-1)
+    keys = F.normalize(normal(draws, tokens, dim), dim=-1)
+    if function == "smooth":
+        frequencies, phases = normal(draws, dim, dim), 2 * math.pi * torch.rand(draws, 1, dim, generator=generator)
+        values = torch.sin(2 * keys @ frequencies + phases)
+    elif function == "piecewise":
+        values = (keys @ normal(draws, dim, 4 * dim)).relu() @ normal(draws, 4 * dim, dim)
+    else:
+        if function == "segments":
+            region = (torch.arange(tokens) * REGIONS // tokens).expand(draws, tokens)
+            centre = centres.gather(1, region[..., None].expand(-1, -1, dim))
+            keys = F.normalize(centre + 0.5 * keys, dim=-1)
+        else:
+            region = (keys @ centres.mT).argmax(-1)  # (draws, tokens)
+        each = torch.einsum("btd,bred->btre", keys, normal(draws, REGIONS, dim, dim))  # (draws, tokens, REGIONS, D)
+        values = each.gather(2, region[..., None, None].expand(-1, -1, 1, dim)).squeeze(2)
+    values = values / values.std(dim=(1, 2), keepdim=True)
+    return tuple(t.float().unsqueeze(1) for t in (keys, values + NOISE * normal(draws, tokens, dim), values))
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Tensor:
+    return softmax_attention(q, k, v, setting["scale"])
+
+
+def _ridge(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Tensor:
+    constant = lambda t: F.pad(t, (0, 1), value=1.0)  # an intercept
+    return ridge_regression(constant(q), constant(k), v, setting["count"] / k.shape[-1])
+
+
+def _lla(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Tensor:
+    ridge = setting["ridge"] / k.shape[-1]
+    o: Tensor = lla_attention(q, k, v, qk_scale=setting["scale"], ridge_lambda=ridge, solver="direct")
+    return o
+
+
+ESTIMATORS: dict[str, tuple[Estimator, list[Setting]]] = {
+    "softmax": (_softmax, [{"scale": scale} for scale in SCALES]),
+    "ridge regression": (_ridge, [{"count": count} for count in COUNTS]),
+    "LLA": (_lla, [{"scale": scale, "ridge": ridge} for scale, ridge in product(SCALES, RIDGES)]),
+}
+
+
+def errors(estimator: Estimator, setting: Setting, drawn: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """(draws, S): of what is foretold at each token for the next."""
+    keys, values, truth = drawn
+    o = estimator(keys[:, :, 1:], keys[:, :, :-1], values[:, :, :-1], setting)
+    return (o - truth[:, :, 1:]).square().mean((1, 3))
+
+
+def spans(length: int, function: str) -> dict[str, Tensor]:
+    """Tokens that settings are chosen for and errors are means over, by their last: (0, 16], (16, 32], (32, 64], ...
+
+    For segments: the second half of each.
+    """
+    token = torch.arange(length)
+    if function == "segments":
+        return {str(length): token * 2 * REGIONS // length % 2 == 1}
+    ends = [16 * 2**i for i in range(20) if 16 * 2**i <= length]
+    return {str(end): (token >= (end // 2 if end > 16 else 0)) & (token < end) for end in ends}
+
+
+def run(function: str, dim: int, length: int, draws: int, seed: int) -> Run:
+    """Errors of each estimator at its best settings: by length, or in 64 parts of the sequence for segments."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen_on, reported = (draw(function, draws, length, dim, generator) for _ in range(2))
+    found: Run = {"function": function, "dim": dim, "length": length, "draws": draws, "seed": seed, "noise": NOISE}
+    for name, (estimator, settings) in ESTIMATORS.items():
+        tried = torch.stack([errors(estimator, setting, chosen_on).mean(0) for setting in settings])  # (settings, S)
+        best = {end: int(tried[:, span].mean(1).argmin()) for end, span in spans(length, function).items()}
+        of = {i: errors(estimator, settings[i], reported).mean(0) for i in set(best.values())}
+        found[name] = {
+            end: {"error": of[best[end]][span].mean().item(), **settings[best[end]]}
+            for end, span in spans(length, function).items()
+        }
+        if function == "segments":
+            (error,) = of.values()
+            found[name]["along"] = [round(part.mean().item(), 6) for part in error.chunk(64)]
+    return found
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Run]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="D = 4, up to 512 tokens, one seed")
+    parser.add_argument("--dims", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, default=RESULTS / "test_time_regression.json")
+    parser.add_argument("--plot", type=Path, help="draw it here, as PNG")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.dims, options.length, options.seeds = [4], 512, [0]
+    runs = Runs(options.results, "cpu")
+    wanted = list(product(options.seeds, options.dims, FUNCTIONS))
+    for seed, dim, function in progress(wanted, desc="runs", unit="run"):
+        name = f"{function} dim={dim} length={options.length} seed={seed}"
+        if name not in runs.all:
+            runs.add(name, run(function, dim, options.length, options.draws, seed))
+            print(f"{name}: {_last(runs.all[name])}", flush=True)
+    print(table(runs.all))
+    if options.plot is not None:
+        plot(runs.all, options.plot)
+    return runs.all
+
+
+def _last(run: Run) -> str:
+    return ", ".join(f"{name} {run[name][str(run['length'])]['error']:.4f}" for name in ESTIMATORS)
+
+
+def groups(runs: dict[str, Run]) -> dict[tuple[str, int], list[Run]]:
+    """Runs that differ in their seed alone, by function and dimension."""
+    found: dict[tuple[str, int], list[Run]] = {}
+    for run in runs.values():
+        found.setdefault((run["function"], run["dim"]), []).append(run)
+    return dict(sorted(found.items(), key=lambda item: (FUNCTIONS.index(item[0][0]), item[0][1])))
+
+
+def mean_error(some: list[Run], name: str, end: str) -> float:
+    return statistics.mean(run[name][end]["error"] for run in some)
+
+
+def table(runs: dict[str, Run]) -> str:
+    """Markdown: errors at the full length; means over seeds and, in brackets, the smallest and the largest."""
+    rows = [
+        "| function | D | tokens | " + " | ".join(ESTIMATORS) + " | softmax / LLA |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (function, dim), some in groups(runs).items():
+        length = some[0]["length"]
+        for end in sorted({128, 512, length} if function != "segments" else {length}):
+            if end <= length:
+                cells = []
+                for name in ESTIMATORS:
+                    all_ = [run[name][str(end)]["error"] for run in some]
+                    cells.append(f"{statistics.mean(all_):.4f} ({min(all_):.4f} to {max(all_):.4f})")
+                ratio = mean_error(some, "softmax", str(end)) / mean_error(some, "LLA", str(end))
+                rows.append(f"| {function} | {dim} | {end} | {' | '.join(cells)} | {ratio:.1f} |")
+    return "\n".join(rows)
+
+
+def plot(runs: dict[str, Run], path: Path) -> None:
+    """A row for each function, a column for each dimension: error along the sequence, or against its length."""
+    from matplotlib.figure import Figure
+
+    dims = sorted({run["dim"] for run in runs.values()})
+    figure = Figure(figsize=(1.5 + 3.2 * len(dims), 8.5), layout="constrained")
+    panels = figure.subplots(len(FUNCTIONS), len(dims), squeeze=False, sharey="row")
+    legend: dict[str, Any] = {}
+    for (function, dim), some in groups(runs).items():
+        axes = panels[FUNCTIONS.index(function)][dims.index(dim)]
+        length = some[0]["length"]
+        ends = list(spans(length, function))
+        for colour, name in zip(("C1", "C2", "C0"), ESTIMATORS):
+            if function == "segments":
+                along = torch.tensor([run[name]["along"] for run in some]).mean(0)
+                x = (torch.arange(len(along)) + 0.5) * length / len(along)
+                (legend[name],) = axes.plot(x, along, color=colour, label=name)
+            else:
+                of = [[run[name][end]["error"] for end in ends] for run in some]
+                (legend[name],) = axes.plot(list(map(int, ends)), torch.tensor(of).mean(0), color=colour, label=name)
+                for line in of:
+                    axes.plot(list(map(int, ends)), line, ".", color=colour, markersize=3)
+                axes.set_xscale("log", base=2)
+        if function != "segments":
+            loses = [
+                int(e)
+                for e in ends
+                if mean_error(some, "LLA", e) >= min(mean_error(some, name, e) for name in ESTIMATORS if name != "LLA")
+            ]
+            for end in loses:
+                axes.axvspan(end / 2**0.5, end * 2**0.5, color="0.92", zorder=0)
+        axes.set(title=f"{function}, D = {dim}", yscale="log")
+        axes.grid(alpha=0.3)
+    for axes, label in zip(panels[:, 0], ("token", "length", "length")):
+        axes.set_ylabel("error, in variances")
+        for other in panels[list(panels[:, 0]).index(axes)]:
+            other.set_xlabel(label)
+    figure.legend(handles=list(legend.values()), loc="outside right upper", frameon=False)
+    figure.text(0.5, 0.0, "grey: lengths at which LLA is not the best", ha="center", va="top")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

@@ -40,7 +40,7 @@ class Corpus:
     facts: dict[str, Any]  # how much there was, for the record
 
     def to(self, device: str) -> Corpus:
-        return Corpus(*(part.to(device) for part in (self.train, self.choice, self.reported)), self.facts)
+        return Corpus(self.train.to(device), self.choice.to(device), self.reported.to(device), self.facts)
 
 
 def folders_of_packages() -> list[Path]:
@@ -72,12 +72,12 @@ def _gather(folders: list[Path]) -> tuple[bytearray, dict[str, Any]]:
     # In an order that has nothing to do with what they are.
     names = sorted(packages, key=lambda name: hashlib.sha256(name.encode()).digest())
     held_out: dict[str, list[str]] = {"choice": [], "reported": []}
-    for part in held_out.values():
+    for held in held_out.values():
         size = 0
         for name in list(names):
             length = sum(map(len, packages[name]))
             if size < HELD_OUT * total and length < LARGE * total:
-                part.append(name)
+                held.append(name)
                 names.remove(name)
                 size += length
 

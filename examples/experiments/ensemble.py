@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(models, width_in, width_out).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.flatten(1, -2) @ self.weight).unflatten(1, x.shape[1:-1])
+        y: Tensor = (x.flatten(1, -2) @ self.weight).unflatten(1, x.shape[1:-1])
+        return y
 
 
 class Norm(nn.Module):
@@ -79,7 +80,8 @@ class Attention(nn.Module):
             beta, decay = self.gates(x).unflatten(-1, (2, -1)).permute(3, 0, 1, 4, 2).flatten(1, 2)  # (E B, H, S) each
             # Decays begin at 0.98 a token.
             o = delta_rule(q, k, v, beta.sigmoid(), F.logsigmoid(decay + 4) if "gated" in self.mixer else None)
-        return self.out(o.unflatten(0, (self.models, batch)).transpose(2, 3).flatten(3))
+        y: Tensor = self.out(o.unflatten(0, (self.models, batch)).transpose(2, 3).flatten(3))
+        return y
 
     def _ridge(self, batch: int) -> Tensor:
         """(E B, H, 1)"""
@@ -128,7 +130,8 @@ class AdamW:
     @torch.no_grad()
     def step(self, factor: float) -> None:
         self.steps += 1
-        grads = [p.grad for _, p in self.named]
+        grads = [p.grad for _, p in self.named if p.grad is not None]
+        assert len(grads) == len(self.named), "a parameter has no gradient"
         norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()  # (E,)
         clip = (1 / norms).clamp(max=1)
         for (name, p), grad, (first, second) in zip(self.named, grads, self.moments):
@@ -144,7 +147,10 @@ class AdamW:
             p.grad = None
 
 
-def alike(model: nn.Module, rates: int) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def alike(model: M, rates: int) -> M:
     """The same first weights for the ``rates`` learning rates of a seed, which lie one behind the other."""
     with torch.no_grad():
         for parameter in model.parameters():

@@ -102,7 +102,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))[0]
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.mlp(self.mlp_norm(x))
+        return x
 
 
 class GPT(nn.Module):
@@ -121,6 +122,11 @@ class GPT(nn.Module):
             x = apply(block, x)
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+    def attention(self, layer: int) -> nn.Module:
+        block = self.blocks[layer]
+        assert isinstance(block, Block)
+        return block.attention
 
     @property
     def lla_layers(self) -> list[LocalLinearAttention]:
@@ -141,9 +147,8 @@ def keys_of(model: GPT, tokens: Tensor, layers: list[int]) -> dict[str, Any]:
     found: list[tuple[Tensor, ...]] = []
     hooks = []
     for layer in layers:
-        attention = model.blocks[layer].attention  # type: ignore[union-attr]
         hook = lambda module, inputs: found.append((*heads_of(module, inputs[0]), _ridge(module, inputs[0])))
-        hooks.append(attention.register_forward_pre_hook(hook))
+        hooks.append(model.attention(layer).register_forward_pre_hook(hook))
     loss_of(model, tokens, tokens)
     for handle in hooks:
         handle.remove()

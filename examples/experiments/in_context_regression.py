@@ -53,7 +53,8 @@ def run(function: str, mixer: str, seeds: list[int], length: int, batch: int, st
         """(E, N, S)"""
         drawn = [draw(function, sequences, length, generator) for generator in generators]
         tokens, y = (torch.stack(parts).repeat_interleave(rates, 0) for parts in zip(*drawn))
-        return (model(tokens).squeeze(-1) - y).square()
+        said: Tensor = model(tokens)
+        return (said.squeeze(-1) - y).square()
 
     each = torch.tensor(RATES, device=device).repeat(len(seeds))
     curve = fit(lambda _: errors(batch, generators).mean((1, 2)), model, each, steps, f"{function}, {mixer}")

@@ -5,8 +5,8 @@
     python -m examples.experiments.language_model --kind softmax --lr 1e-3 --seconds 30
 
 A study is a few arms, which differ in one thing; without --study the flags are an arm. Learning rates are tried in
-steps of 2, with seed 0, until the best has a worse one on either side, by the loss on other packages than those of which
-losses are reported. Batches and first weights of a seed are the same for all arms. Each arm's schedule decays to its
+steps of 2, with seed 0, until the best has a worse one on either side, by the loss on other packages than those that
+losses are reported of. Batches and first weights of a seed are the same for all arms. Each schedule decays to its arm's
 own end. Losses are in nats a byte.
 
 Runs are kept in --results as they end, and those that are there are not made again; a long one goes on from its
@@ -20,7 +20,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
@@ -193,9 +193,9 @@ def table(runs: dict[str, Run]) -> str:
     """Markdown: a row for each arm, means over its seeds."""
     rows = ["| arm | loss | steps | ms a step | seconds |", "|---|---|---|---|---|"]
     for name, some in by_arm(runs).items():
-        mean: Callable[[str], float] = lambda key, some=some: sum(run[key] for run in some) / len(some)
+        steps, ms, seconds = (statistics.mean(run[key] for run in some) for key in ("steps", "step_ms", "seconds"))
         loss = spread([run["reported"] for run in some])
-        rows.append(f"| {name} | {loss} | {mean('steps'):.0f} | {mean('step_ms'):.1f} | {mean('seconds'):.1f} |")
+        rows.append(f"| {name} | {loss} | {steps:.0f} | {ms:.1f} | {seconds:.1f} |")
     return "\n".join(rows)
 
 

@@ -26,7 +26,8 @@ def ridge_regression(q: Tensor, k: Tensor, v: Tensor, ridge: Tensor | float) -> 
     ridge = torch.as_tensor(ridge, dtype=k.dtype, device=k.device)[..., None, None]  # (H, 1, 1, 1), or a number
     factor = torch.linalg.cholesky(gram + ridge * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device))
     found = torch.cholesky_solve(q.unsqueeze(-1), factor)  # (B, H, S, D, 1)
-    return (found.mT @ cross).squeeze(-2)
+    o: Tensor = (found.mT @ cross).squeeze(-2)
+    return o
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None) -> Tensor:
@@ -44,4 +45,5 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor 
     beta = beta.unsqueeze(-1)  # (B, H, S, 1)
     system = (beta * (k @ k.mT) * kept).tril(-1)
     written = torch.linalg.solve_triangular(system, beta * v, upper=False, unitriangular=True)
-    return (q @ k.mT * kept) @ written
+    o: Tensor = (q @ k.mT * kept) @ written
+    return o

@@ -65,7 +65,8 @@ def draw(function: str, draws: int, length: int, dim: int, generator: torch.Gene
         each = torch.einsum("btd,bred->btre", keys, normal(draws, REGIONS, dim, dim))  # (draws, tokens, REGIONS, D)
         values = each.gather(2, region[..., None, None].expand(-1, -1, 1, dim)).squeeze(2)
     values = values / values.std(dim=(1, 2), keepdim=True)
-    return tuple(t.float().unsqueeze(1) for t in (keys, values + NOISE * normal(draws, tokens, dim), values))
+    noisy = values + NOISE * normal(draws, tokens, dim)
+    return keys.float().unsqueeze(1), noisy.float().unsqueeze(1), values.float().unsqueeze(1)
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Tensor:
@@ -166,7 +167,7 @@ def groups(runs: dict[str, Run]) -> dict[tuple[str, int], list[Run]]:
 
 
 def mean_error(some: list[Run], name: str, end: str) -> float:
-    return statistics.mean(run[name][end]["error"] for run in some)
+    return float(statistics.mean(run[name][end]["error"] for run in some))
 
 
 def table(runs: dict[str, Run]) -> str:

@@ -86,7 +86,7 @@ class Learner:
         self.model = GPT(setting.size, arm).to(setting.device)
         self.optimizers = _optimizers(self.model, arm, setting.device)
         self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self._how = {"apply": _compiled_block()} if setting.compiled else {}
+        self._how: dict[str, Any] = {"apply": _compiled_block()} if setting.compiled else {}
 
     def step(self, batch: tuple[Tensor, Tensor], progress: float, warmup: float) -> Tensor:
         """One step of training, at ``progress`` from 0 to 1; the loss."""
@@ -151,13 +151,13 @@ def train(arm: Arm, seed: int, corpus: Corpus, setting: Setting) -> tuple[Run, G
             losses, times, curve, unconverged = (saved[name] for name in ("losses", "times", "curve", "unconverged"))
 
     new: list[Tensor] = []
-    batch = batches[len(losses)] if len(losses) < steps else None
+    batch = batches[min(len(losses), steps - 1)]
     with ConvergenceCounter() as counter:
         for step in progress(range(len(losses), steps), desc=f"{arm.name()} seed={seed}", unit="step"):
             begin = clock.mark()
             new.append(learner.step(batch, (step + 1) / steps, warmup))
             clock.add(begin)
-            batch = batches[step + 1] if step + 1 < steps else None  # outside of what is timed
+            batch = batches[min(step + 1, steps - 1)]  # outside of what is timed
             if step + 1 in validated:
                 times += clock.read()
                 losses += torch.stack(new).tolist()
@@ -232,8 +232,12 @@ def _compiled_block() -> Callable[[nn.Module, Tensor], Tensor]:
     global _block
     if _block is None:
         torch._dynamo.config.recompile_limit = 64  # one for each kind of block
-        _block = torch.compile(lambda block, x: block(x), dynamic=False)
-    return _block
+        _block = torch.compile(_run_block, dynamic=False)
+    return _block  # type: ignore[no-any-return]
+
+
+def _run_block(block: nn.Module, x: Tensor) -> Any:
+    return block(x)
 
 
 _block: Any = None

@@ -1,0 +1,293 @@
+"""examples/experiments: their short forms run and show what is robust of their claims; mixers are what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from examples.experiments import (
+    associative_recall,
+    corpus,
+    ensemble,
+    in_context_regression,
+    language_model,
+    mixers,
+    state_tracking,
+    test_time_regression,
+    tolerance,
+    training,
+)
+from examples.experiments.corpus import Corpus, Windows
+from examples.experiments.gpt import GPT, Attention, Size, heads_of, keys_of
+from examples.experiments.training import Arm, Setting, train
+from flashlla import lla_attention
+
+TINY = Size(layers=2, width=32, heads=2, length=32, batch=2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On small tensors threads wait for one another; scripts set that, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def text() -> Corpus:
+    generator = torch.Generator().manual_seed(0)
+    train, choice, reported = torch.randint(97, 105, (3, 4000), dtype=torch.uint8, generator=generator)
+    return Corpus(train, choice, reported, {"sha256": "of no files", "bytes": [4000] * 3})
+
+
+# What is robust of the claims
+
+
+def test_test_time_regression(tmp_path: Path) -> None:
+    runs = test_time_regression.main(["--quick", "--results", str(tmp_path / "runs.json")])
+    of = {run["function"]: run for run in runs.values()}
+    error = lambda function, name: of[function][name]["512"]["error"]
+    assert error("piecewise", "LLA") < 0.5 * error("piecewise", "softmax")
+    assert error("smooth", "LLA") < 0.7 * error("smooth", "softmax")
+    assert all(error(function, "LLA") < error(function, "softmax") for function in of)
+    # Along the four segments, in halves: LLA's error falls in each; ridge regression is the best in the first alone.
+    halves = {name: torch.tensor(of["segments"][name]["along"]).view(4, 2, -1).mean(2) for name in ("LLA", "softmax")}
+    ridge = torch.tensor(of["segments"]["ridge regression"]["along"]).view(4, 2, -1).mean(2)
+    assert (halves["LLA"][:, 1] < 0.5 * halves["LLA"][:, 0]).all()
+    assert ridge[0, 1] < halves["LLA"][0, 1] < halves["softmax"][0, 1]
+    assert (halves["LLA"][1:, 1] < 0.5 * ridge[1:, 1]).all()
+
+
+def test_in_context_regression(tmp_path: Path) -> None:
+    runs = in_context_regression.main(["--quick", "--results", str(tmp_path / "runs.json")])
+    assert runs["linear, LLA"]["reported"][0] < 0.7 * runs["linear, softmax"]["reported"][0]
+
+
+def test_associative_recall(tmp_path: Path) -> None:
+    runs = associative_recall.main(["--quick", "--results", str(tmp_path / "runs.json")])
+    wrong = {(run["task"], run["mixer"]): run["reported"][0] for run in runs.values()}
+    assert wrong["numbers", "LLA"] < 0.8 * wrong["numbers", "softmax"] < 0.2
+    assert max(wrong["words", "LLA"], wrong["words", "softmax"]) < 0.8  # of 8 values: chance is 0.875
+
+
+def test_state_tracking(tmp_path: Path) -> None:
+    runs = state_tracking.main(["--quick", "--results", str(tmp_path / "runs.json")])
+    assert all(run["reported"][0] < 0.95 for run in runs.values())  # who knows the parity alone: 0.983
+
+
+def test_language_model(tmp_path: Path) -> None:
+    paths = ["--results", str(tmp_path / "runs.json"), "--keys", str(tmp_path / "keys")]
+    paths += ["--text", str(Path(training.__file__).parents[2] / "flashlla")]
+    runs = language_model.main(["--quick", *paths])
+    assert all(run["reported"] < 3.3 for run in runs.values())  # 5.55 at first
+    again = language_model.main(["--quick", *paths])  # made once
+    assert again == runs == json.loads((tmp_path / "runs.json").read_text())["runs"]
+    kept = torch.load(tmp_path / "keys" / "lla.pt")
+    assert kept["q"].shape == kept["k"].shape == kept["v"].shape == (3, 2, 128, 64)
+    assert kept["ridge"].shape == (3, 2, 1)
+
+    found = tolerance.main([str(tmp_path / "keys" / "lla.pt"), "--results", str(tmp_path / "tolerance.json")])
+    loose, tight = found["lla 0.1"], found["lla 0.001"]
+    assert loose["iterations"] < tight["iterations"]
+    assert loose["error"] > tight["error"]
+    assert 0.9 < loose["cosines"]["q"] < tight["cosines"]["q"]
+
+
+# A language model's run
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, text: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm = Arm(lr=1e-2, steps=16)
+    whole, _ = train(arm, 0, text, Setting(TINY, "cpu"))
+    setting = Setting(TINY, "cpu", checkpoints=tmp_path, long=1)
+
+    def interrupted(steps: range, **_: Any) -> Iterator[int]:
+        yield from steps[:9]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "progress", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(arm, 0, text, setting)
+    resumed, _ = train(arm, 0, text, setting)
+    for name in ("loss", "choice", "reported", "ridges"):
+        assert resumed[name] == whole[name]
+    assert [(step, loss) for step, _, loss in resumed["curve"]] == [(step, loss) for step, _, loss in whole["curve"]]
+    assert whole["reported"] < 3.0  # 5.55 at first; of eight bytes, alike: 2.08
+
+
+def test_arms_begin_with_the_same_weights_and_see_the_same_batches(text: Corpus) -> None:
+    models = []
+    for kind in ("lla", "softmax"):
+        torch.manual_seed(3)
+        models.append(dict(GPT(TINY, Attention(kind)).named_parameters()))
+    lla, softmax = models
+    assert set(lla) - set(softmax) == {f"blocks.{i}.attention.ridge.raw" for i in range(2)}
+    assert all(torch.equal(lla[name], softmax[name]) for name in softmax)
+    short, long = (Windows(text.train, length=32, batch=2, steps=steps, seed=5) for steps in (20, 100))
+    assert all(torch.equal(short[step][0], long[step][0]) for step in range(20))
+
+
+def test_no_part_of_the_text_comes_twice_before_all_have_come() -> None:
+    text = torch.arange(4000) % 251
+    windows = Windows(torch.arange(4000), length=32, batch=4, steps=31, seed=0)
+    assert windows.epochs < 1.01
+    seen = torch.cat([windows[step][0].flatten() for step in range(30)])
+    assert len(seen.unique()) == len(seen)
+    bytes_, next_ = Windows(text, length=32, batch=4, steps=1, seed=0)[0]
+    assert torch.equal((bytes_ + 1) % 251, next_)
+
+
+def test_as_many_steps_as_take_the_seconds(text: Corpus) -> None:
+    run, _ = train(Arm(lr=1e-2, steps=10**9, seconds=0.5), 0, text, Setting(TINY, "cpu"))
+    assert run["steps"] == round(500 / run["measured_ms"]) == run["curve"][-1][0]
+
+
+def test_rates_are_searched_until_the_best_has_one_on_either_side() -> None:
+    found: dict[float, float] = {}
+    while (lr := language_model.next_rate(found)) is not None:
+        found[lr] = abs(lr - 3.9e-3)
+    assert sorted(found) == [1e-3, 2e-3, 4e-3, 8e-3]
+
+
+def test_an_arm_of_equal_time_takes_the_time_of_lla() -> None:
+    run = lambda arm, choice, seconds: {"arm": {**vars(arm)}, "seed": 0, "choice": choice, "seconds": seconds}
+    lla, softmax = Arm(lr=1e-3), Arm("softmax", lr=2e-3)
+    runs = {f"{arm.name()} seed=0": run(arm, 1.0, s) for arm, s in ((lla, 40.0), (softmax, 20.0))}
+    runs[f"{replace(lla, lr=4e-3).name()} seed=0"] = run(replace(lla, lr=4e-3), 2.0, 90.0)
+    found = language_model.resolve(Arm("softmax", as_lla=True), runs)
+    assert found == Arm("softmax", lr=2e-3, seconds=40.0, as_lla=True)
+    assert language_model.resolve(Arm("softmax", qk_norm=False), runs) is None
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_keys_are_what_attention_gets(qk_norm: bool) -> None:
+    model = GPT(TINY, Attention(qk_norm=qk_norm)).eval()
+    attention, x = model.blocks[1].attention, torch.randn(1, 32, 32)
+    q, k, v = heads_of(attention, x)
+    o = lla_attention(q, k, v, ridge_lambda=attention.ridge(), tolerance=0.0)
+    torch.testing.assert_close(attention.o_proj(o.transpose(1, 2).flatten(2)), attention(x)[0])
+    kept = keys_of(model, torch.randint(256, (1, 32)), [0, 1])
+    assert kept["k"].shape == (2, 2, 32, 16)
+    torch.testing.assert_close(kept["ridge"], torch.ones(2, 2, 1))
+    assert kept["scale"] == 0.25
+
+
+def test_the_corpus_is_split_by_package_without_duplicates(tmp_path: Path) -> None:
+    line = lambda package, i: f"the_name_of_{package}_{i} = {i}\n"
+    for number in range(200):
+        folder = tmp_path / "site" / f"package{number}"
+        folder.mkdir(parents=True)
+        (folder / "own.py").write_text("".join(line(number, i) for i in range(20)))
+        (folder / "copied.py").write_text("".join(line("all", i) for i in range(20)))
+    (tmp_path / "site" / "package0" / "tests").mkdir()
+    (tmp_path / "site" / "package0" / "tests" / "left_out.py").write_text("left_out = True\n" * 10)
+    read = corpus.read([tmp_path / "site"], cache=tmp_path / "cache" / "corpus.bin")
+    parts = [bytes(part.tolist()).decode() for part in (read.train, read.choice, read.reported)]
+    assert sum(part.count("the_name_of_all_3 =") for part in parts) == 1
+    assert not any("left_out" in part for part in parts)
+    own = [{line.split("_")[3] for line in part.splitlines()} - {"all"} for part in parts]
+    assert sum(map(len, own)) == len(set.union(*own)) >= 198  # a held-out package may have gone with what it copied
+    assert all(3 <= len(part) <= 6 for part in own[1:])
+    again = corpus.read([tmp_path / "elsewhere"], cache=tmp_path / "cache" / "corpus.bin")
+    assert torch.equal(again.reported, read.reported)
+
+
+# Mixers and tasks against what their docstrings say
+
+
+def drawn(*names: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    shapes = {"beta": (2, 3, 20), "log_decay": (2, 3, 20)}
+    return {name: torch.randn(shapes.get(name, (2, 3, 20, 5)), dtype=torch.float64) for name in names}
+
+
+def test_ridge_regression_is_the_formula() -> None:
+    t = drawn("q", "k", "v")
+    ridge = torch.tensor([[0.1], [1.0], [10.0]], dtype=torch.float64)  # (H, 1)
+    o = mixers.ridge_regression(**t, ridge=ridge)
+    for head, i in ((0, 3), (1, 7), (2, 19)):
+        k, v = t["k"][1, head, : i + 1], t["v"][1, head, : i + 1]
+        weights = torch.linalg.solve(k.T @ k + ridge[head] * torch.eye(5, dtype=torch.float64), k.T @ v)
+        torch.testing.assert_close(o[1, head, i], t["q"][1, head, i] @ weights)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_delta_rule_is_the_recurrence(gated: bool) -> None:
+    t = drawn("q", "k", "v", "beta", "log_decay")
+    t["k"] = torch.nn.functional.normalize(t["k"], dim=-1)
+    t["beta"] = t["beta"].sigmoid()
+    decay = -t.pop("log_decay").exp()
+    o = mixers.delta_rule(**t, log_decay=decay if gated else None)
+    state = torch.zeros(2, 3, 5, 5, dtype=torch.float64)
+    for i in range(20):
+        q, k, v, beta = (t[name][:, :, i].unsqueeze(-1) for name in ("q", "k", "v", "beta"))
+        a = decay[:, :, i, None, None].exp() if gated else 1.0
+        beta = beta.unsqueeze(-1)
+        state = a * state @ (torch.eye(5, dtype=torch.float64) - beta * k @ k.mT) + beta * v @ k.mT
+        torch.testing.assert_close(o[:, :, i], (state @ q).squeeze(-1))
+
+
+@pytest.mark.parametrize("mixer", ensemble.MIXERS)
+def test_models_of_an_ensemble_are_causal_and_do_not_see_one_another(mixer: str) -> None:
+    torch.manual_seed(0)
+    block = ensemble.Block(3, 8, 2, mixer, mlp=True)
+    x = torch.randn(3, 2, 10, 8)
+    other = x.clone()
+    other[1] += 1  # another model's
+    other[0, :, 6:] += 1  # later tokens
+    before, after = block(x), block(other)
+    torch.testing.assert_close(after[2], before[2])
+    torch.testing.assert_close(after[0, :, :6], before[0, :, :6])
+    assert not torch.allclose(after[1], before[1])
+
+
+def test_the_ensembles_adamw_is_torchs() -> None:
+    torch.manual_seed(0)
+    model = ensemble.Linear(2, 4, 3)
+    single = torch.nn.Parameter(model.weight[1].detach().clone())
+    mine = ensemble.AdamW(model, torch.tensor([0.5, 1e-2]))
+    theirs = torch.optim.AdamW([single], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(5):
+        x = torch.randn(2, 6, 4)
+        (model(x) * (step + 1)).square().sum().backward()
+        ((x[1] @ single) * (step + 1)).square().sum().backward()
+        torch.nn.utils.clip_grad_norm_([single], 1.0)
+        theirs.step()
+        theirs.zero_grad()
+        mine.step(1.0)
+    torch.testing.assert_close(model.weight[1], single)
+
+
+def test_words_ask_for_what_stood_beside_each_key() -> None:
+    task = associative_recall.Task("words", pairs=16, length=128, width=8)
+    tokens, where, values = associative_recall.words(task, 50, torch.Generator().manual_seed(0))
+    keys = tokens[:, :32].view(50, 16, 2)
+    assert ((keys[..., 0] >= 1) & (keys[..., 0] < 4096)).all()
+    assert (values >= 4096).all()
+    assert torch.equal(keys[..., 1], values)
+    assert torch.equal(tokens.gather(1, where), keys[..., 0])
+    assert all(len(row.unique()) == 16 for row in where)
+    assert where.min() >= 32
+    assert where.max() < 128
+    assert (where - 32).float().mean() < 44  # near ones more often than far ones, whose mean is 48
+
+
+def test_states_are_products_of_permutations() -> None:
+    tokens, states = state_tracking.draw("permutations", 4, 6, torch.Generator().manual_seed(0))
+    for row, told in zip(tokens.tolist(), states.tolist()):
+        things = tuple(range(5))
+        for token, state in zip(row, told):
+            things = tuple(state_tracking.GROUP[token][i] for i in things)
+            assert state_tracking.GROUP[state] == things
+    assert len(state_tracking.SWAPS) == 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -48,11 +49,17 @@ def text() -> Corpus:
     return Corpus(train, choice, reported, {"sha256": "of no files", "bytes": [4000] * 3})
 
 
+def kept_in(folder: Path) -> list[str]:
+    """Where runs go, and the plot, if matplotlib is there."""
+    plot = ["--plot", str(folder / "plot.png")] * (importlib.util.find_spec("matplotlib") is not None)
+    return ["--results", str(folder / "runs.json"), *plot]
+
+
 # What is robust of the claims
 
 
 def test_test_time_regression(tmp_path: Path) -> None:
-    runs = test_time_regression.main(["--quick", "--results", str(tmp_path / "runs.json")])
+    runs = test_time_regression.main(["--quick", *kept_in(tmp_path)])
     of = {run["function"]: run for run in runs.values()}
     error = lambda function, name: of[function][name]["512"]["error"]
     assert error("piecewise", "LLA") < 0.5 * error("piecewise", "softmax")
@@ -67,25 +74,30 @@ def test_test_time_regression(tmp_path: Path) -> None:
 
 
 def test_in_context_regression(tmp_path: Path) -> None:
-    runs = in_context_regression.main(["--quick", "--results", str(tmp_path / "runs.json")])
+    runs = in_context_regression.main(["--quick", *kept_in(tmp_path)])
     assert runs["linear, LLA"]["reported"][0] < 0.7 * runs["linear, softmax"]["reported"][0]
 
 
 def test_associative_recall(tmp_path: Path) -> None:
-    runs = associative_recall.main(["--quick", "--results", str(tmp_path / "runs.json")])
+    runs = associative_recall.main(["--quick", *kept_in(tmp_path)])
     wrong = {(run["task"], run["mixer"]): run["reported"][0] for run in runs.values()}
     assert wrong["numbers", "LLA"] < 0.8 * wrong["numbers", "softmax"] < 0.2
     assert max(wrong["words", "LLA"], wrong["words", "softmax"]) < 0.8  # of 8 values: chance is 0.875
 
 
 def test_state_tracking(tmp_path: Path) -> None:
-    runs = state_tracking.main(["--quick", "--results", str(tmp_path / "runs.json")])
+    runs = state_tracking.main(["--quick", *kept_in(tmp_path)])
     assert all(run["reported"][0] < 0.95 for run in runs.values())  # who knows the parity alone: 0.983
 
 
 def test_language_model(tmp_path: Path) -> None:
-    paths = ["--results", str(tmp_path / "runs.json"), "--keys", str(tmp_path / "keys")]
-    paths += ["--text", str(Path(training.__file__).parents[2] / "flashlla")]
+    paths = [
+        *kept_in(tmp_path),
+        "--keys",
+        str(tmp_path / "keys"),
+        "--text",
+        str(Path(training.__file__).parents[2] / "flashlla"),
+    ]
     runs = language_model.main(["--quick", *paths])
     assert all(run["reported"] < 3.3 for run in runs.values())  # 5.55 at first
     again = language_model.main(["--quick", *paths])  # made once

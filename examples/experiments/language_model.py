@@ -20,7 +20,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
@@ -191,42 +191,43 @@ def by_arm(runs: dict[str, Run]) -> dict[str, list[Run]]:
 
 def table(runs: dict[str, Run]) -> str:
     """Markdown: a row for each arm, means over its seeds."""
-    rows = ["| arm | loss | steps | ms a step | seconds |", "|---|---|---|---|---|"]
+    rows = ["| arm | loss | on the set to choose by | steps | ms a step | seconds |", "|---|---|---|---|---|---|"]
     for name, some in by_arm(runs).items():
         steps, ms, seconds = (statistics.mean(run[key] for run in some) for key in ("steps", "step_ms", "seconds"))
-        loss = spread([run["reported"] for run in some])
-        rows.append(f"| {name} | {loss} | {steps:.0f} | {ms:.1f} | {seconds:.1f} |")
+        loss, choice = (spread([run[key] for run in some]) for key in ("reported", "choice"))
+        rows.append(f"| {name} | {loss} | {choice} | {steps:.0f} | {ms:.1f} | {seconds:.1f} |")
     return "\n".join(rows)
 
 
-def draw(runs: dict[str, Run], path: Path) -> None:
-    """Validation loss against steps and against seconds of training, softmax and LLA, each at its best rate."""
+def draw(runs: dict[str, Run], path: Path, arms: Sequence[Arm] = (*BOTH, *STUDIES["time"])) -> None:
+    """Loss against steps and against seconds of training, of arms at their best rates; a line for each seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    axes_of = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     legend: dict[str, Any] = {}
-    for arm in [*BOTH, *STUDIES["time"]]:
+    for arm in arms:
         if (resolved := resolve(arm, runs)) is None:
             continue
-        some = by_arm(runs).get(replace(resolved, seconds=None).name(), [])
-        colour = f"C{BOTH.index(replace(arm, as_lla=False))}"
-        style: dict[str, Any] = {"color": colour, "linestyle": "--" if arm.as_lla else "-"}
-        label = f"{'LLA' if arm.kind == 'lla' else 'softmax'}, {'with' if arm.qk_norm else 'without'} qk-norm"
-        label += ", LLA's time" * arm.as_lla
-        for run in some:
+        colour = "C0" if arm.kind == "lla" else "C2" if arm.as_lla else "C1"
+        label = f"{'LLA' if arm.kind == 'lla' else 'softmax'}{', as long as LLA' * arm.as_lla}"
+        label += ", no qk-norm" * (not arm.qk_norm)
+        for run in by_arm(runs).get(replace(resolved, seconds=None).name(), []):
             steps, seconds, losses = zip(*run["curve"])
-            for axes, x in zip(axes_of, (steps, seconds)):
-                (legend[label],) = axes.plot(x, losses, label=label, alpha=0.8, linewidth=1.2, **style)
+            for axes, x in zip(panels, (steps, seconds)):
+                style = {"color": colour, "linestyle": "-" if arm.qk_norm else ":", "linewidth": 1.2}
+                (legend[label],) = axes.plot(x, losses, label=label, **style)
                 axes.plot(x[-1], losses[-1], "o", color=colour, markersize=4)
-    axes_of[0].set(xlabel="steps", ylabel="validation loss, nats a byte")
-    axes_of[1].set(xlabel="seconds of training")
-    for axes in axes_of:
+    panels[0].set(xlabel="steps", ylabel="validation loss, nats a byte")
+    panels[1].set(xlabel="seconds of training")
+    for axes in panels:
         axes.grid(alpha=0.3)
-        axes.set_yscale("log")
+    if legend:  # where curves part
+        lowest = min(min(line.get_ydata()) for line in panels[0].lines)
+        panels[0].set_ylim(lowest - 0.02, 1.6 * lowest)
     figure.legend(handles=list(legend.values()), loc="outside right upper", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

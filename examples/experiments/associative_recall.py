@@ -47,8 +47,8 @@ class Task:
 
 TASKS = [
     *(Task("numbers", pairs, 2 * pairs, 64) for pairs in (16, 64, 256)),
-    *(Task("words", pairs, length, width) for length, pairs in ((64, 4), (128, 8), (256, 16)) for width in (16, 32)),
-    Task("words", 64, 512, 32),
+    *(Task("words", pairs, length, width) for width in (32, 16) for length, pairs in ((64, 4), (128, 8), (256, 16))),
+    *(Task("words", 64, 512, width) for width in (32, 16)),
 ]
 
 
@@ -138,19 +138,19 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser.add_argument("--kinds", nargs="+", choices=RATES, default=list(RATES))
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=16384, help="in a batch")
     parser.add_argument("--most", type=int, default=512, help="longest sequences")
     options = parser.parse_args(arguments)
     tasks = [task for task in TASKS if task.kind in options.kinds and task.length <= options.most]
     if options.quick:
         tasks, options.mixers = [Task("numbers", 16, 32, 32), Task("words", 4, 16, 32, vocabulary=16)], MIXERS[:2]
-        options.seeds, options.steps = [0], 150
+        options.seeds, options.steps, options.tokens = [0], 150, 2048
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs = Runs(options.results, device)
     for task, mixer in within(options.within, product(tasks, options.mixers)):
         name = f"{task.name()}, {mixer}"
         if name not in runs.all:
-            runs.add(name, run(task, mixer, options.seeds, options.batch, options.steps, device))
+            runs.add(name, run(task, mixer, options.seeds, options.tokens // task.length, options.steps, device))
             print(table_of({name: runs.all[name]}).splitlines()[-1], flush=True)
     print(table_of(runs.all))
     if options.plot is not None:

@@ -78,9 +78,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser = parser_of(__file__, __doc__)
     parser.add_argument("--functions", nargs="+", choices=FUNCTIONS, default=list(FUNCTIONS))
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500)
     options = parser.parse_args(arguments)
-    length, batch = 256, 64
+    length, batch = 128, 32
     if options.quick:
         options.seeds, options.steps, length, batch = [0], 150, 32, 32
         options.functions, options.mixers = ["linear"], ["softmax", "LLA"]

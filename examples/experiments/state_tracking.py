@@ -86,9 +86,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser = parser_of(__file__, __doc__)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args(arguments)
-    length, batch = 32, 128
+    length, batch = 32, 64
     if options.quick:
         options.kinds, options.mixers, options.seeds, options.steps = ["swaps"], MIXERS[:2], [0], 100
         length, batch = 4, 64

@@ -27,6 +27,7 @@ from examples.experiments import (
 )
 from examples.experiments.corpus import Corpus, Windows
 from examples.experiments.gpt import GPT, Attention, Size, heads_of, keys_of
+from examples.experiments.runs import RESULTS, table_of
 from examples.experiments.training import Arm, Setting, train
 from flashlla import lla_attention
 
@@ -111,6 +112,31 @@ def test_language_model(tmp_path: Path) -> None:
     assert loose["iterations"] < tight["iterations"]
     assert loose["error"] > tight["error"]
     assert 0.9 < loose["cosines"]["q"] < tight["cosines"]["q"]
+
+
+# What the documentation says of the full ones
+
+RECORDS = {
+    "language_model": language_model.table,
+    "tolerance": tolerance.table,
+    "test_time_regression": test_time_regression.table,
+    "in_context_regression": table_of,
+    "associative_recall": table_of,
+    "state_tracking": table_of,
+}
+
+
+def test_rows_of_the_pages_are_those_of_the_records() -> None:
+    rows: set[str] = set()
+    for name, table in RECORDS.items():
+        if (record := RESULTS / f"{name}.json").exists():
+            rows.update(table(json.loads(record.read_text())["runs"]).splitlines())
+    docs = Path(__file__).parents[1] / "docs"
+    tolerances = (docs / "solvers.md").read_text().split("## What the tolerance buys")[1].split("\n## ")[0]
+    told = [line for page in ((docs / "experiments.md").read_text(), tolerances) for line in page.splitlines()]
+    told = [line for line in told if line.startswith("|")]
+    assert len(told) > 20
+    assert [line for line in told if line not in rows] == []
 
 
 # A language model's run

@@ -16,7 +16,7 @@ Of each mixer and seed the learning rate is chosen on other sequences than those
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -42,7 +42,8 @@ class Task:
     vocabulary: int = VOCABULARY
 
     def name(self) -> str:
-        return f"{self.kind}, {self.pairs} pairs, {self.length} tokens, width {self.width}"
+        name = f"{self.kind}, {self.pairs} pairs, {self.length} tokens, width {self.width}"
+        return name + f", vocabulary {self.vocabulary}" * (self.vocabulary != VOCABULARY and self.kind == "words")
 
 
 TASKS = [
@@ -125,6 +126,7 @@ def run(task: Task, mixer: str, seeds: list[int], batch: int, steps: int, device
         "pairs": task.pairs,
         "length": task.length,
         "width": width,
+        "vocabulary": task.vocabulary,
         "mixer": mixer,
         "batch": batch,
         "steps": steps,
@@ -138,10 +140,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser.add_argument("--kinds", nargs="+", choices=RATES, default=list(RATES))
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--tokens", type=int, default=16384, help="in a batch")
     parser.add_argument("--most", type=int, default=512, help="longest sequences")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of words; default: %(default)s")
     options = parser.parse_args(arguments)
-    tasks = [task for task in TASKS if task.kind in options.kinds and task.length <= options.most]
+    tasks = [replace(task, vocabulary=options.vocabulary) for task in TASKS if task.kind in options.kinds]
+    tasks = [task for task in tasks if task.length <= options.most and task.width in options.widths]
     if options.quick:
         tasks, options.mixers = [Task("numbers", 16, 32, 32), Task("words", 4, 16, 32, vocabulary=16)], MIXERS[:2]
         options.seeds, options.steps, options.tokens = [0], 150, 2048

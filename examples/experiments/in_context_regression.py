@@ -79,17 +79,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser.add_argument("--functions", nargs="+", choices=FUNCTIONS, default=list(FUNCTIONS))
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
+    parser.add_argument("--batch", type=int, default=32, help="sequences a step")
     options = parser.parse_args(arguments)
-    length, batch = 128, 32
     if options.quick:
-        options.seeds, options.steps, length, batch = [0], 150, 32, 32
+        options.seeds, options.steps, options.length, options.batch = [0], 150, 32, 32
         options.functions, options.mixers = ["linear"], ["softmax", "LLA"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs = Runs(options.results, device)
     for function, mixer in within(options.within, product(options.functions, options.mixers)):
         name = f"{function}, {mixer}"
         if name not in runs.all:
-            runs.add(name, run(function, mixer, options.seeds, length, batch, options.steps, device))
+            runs.add(name, run(function, mixer, options.seeds, options.length, options.batch, options.steps, device))
             print(name, table_of({name: runs.all[name]}).splitlines()[-1], flush=True)
     print(table_of(runs.all))
     if options.plot is not None:

@@ -87,17 +87,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--length", type=int, default=32, help="tokens a sequence")
+    parser.add_argument("--batch", type=int, default=64, help="sequences a step")
     options = parser.parse_args(arguments)
-    length, batch = 32, 64
     if options.quick:
         options.kinds, options.mixers, options.seeds, options.steps = ["swaps"], MIXERS[:2], [0], 100
-        length, batch = 4, 64
+        options.length, options.batch = 4, 64
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs = Runs(options.results, device)
     for kind, mixer in within(options.within, product(options.kinds, options.mixers)):
         name = f"{kind}, {mixer}"
         if name not in runs.all:
-            runs.add(name, run(kind, mixer, options.seeds, length, batch, options.steps, device))
+            runs.add(name, run(kind, mixer, options.seeds, options.length, options.batch, options.steps, device))
             print(table_of({name: runs.all[name]}).splitlines()[-1], flush=True)
     print(table_of(runs.all))
     if options.plot is not None:

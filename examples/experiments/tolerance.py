@@ -102,7 +102,7 @@ def table(runs: dict[str, Run]) -> str:
         "| keys, tolerance | iterations | error of o | of dq, dk, dv | cosine of dq, dk, dv | forward, backward, ms |",
         "|---|---|---|---|---|---|",
     ]
-    for name, run in sorted(runs.items(), key=lambda item: -item[1]["tolerance"]):
+    for name, run in sorted(runs.items(), key=lambda item: (item[0].split()[0], -item[1]["tolerance"])):
         errors = ", ".join(f"{run['errors'][x]:.1e}" for x in "qkv")
         cosines = ", ".join(f"{run['cosines'][x]:.6f}" for x in "qkv")
         ms = f"{run['forward_ms']:.2f}, {run['backward_ms']:.2f}" if "forward_ms" in run else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,24 @@ def test_rows_of_the_pages_are_those_of_the_records() -> None:
     told = [line for line in told if line.startswith("|")]
     assert len(told) > 20
     assert [line for line in told if line not in rows] == []
+
+
+def test_figures_of_the_readme_are_those_of_the_record() -> None:
+    runs = language_model.by_arm(json.loads((RESULTS / "language_model.json").read_text())["runs"])
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+
+    def loss(arm: str) -> str:
+        losses = [run["reported"] for run in runs[arm]]
+        return f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+
+    ms = lambda arm: f"{statistics.mean(run['step_ms'] for run in runs[arm]):.1f}"
+    softmax, lla, longer = "softmax lr=0.002", "lla lr=0.002", "softmax as_lla=True lr=0.002"
+    assert (
+        f"| softmax | {loss(softmax)} | {ms(softmax)} | {loss(longer)} ({runs[longer][0]['steps']} steps) |" in readme
+    )
+    assert f"| LLA | {loss(lla)} | {ms(lla)} | {loss(lla)} |" in readme
+    bare = [loss(f"{kind} qk_norm=False lr=0.001").split()[0] for kind in ("softmax", "lla")]
+    assert f"Without that softmax attention is at {bare[0]} after 500 steps, LLA at {bare[1]}" in readme
 
 
 # A language model's run

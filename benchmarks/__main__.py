@@ -9,15 +9,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import compile, cpu, decode, gpu, host, run, sanitize
+from benchmarks import compile, cpu, decode, gpu, host, keys, model, run, sanitize
 from benchmarks.needs import Missing
 
 COMMANDS = {
     "run": run,
+    "model": model,
     "gpu": gpu,
     "decode": decode,
     "host": host,
     "cpu": cpu,
+    "keys": keys,
     "compile": compile,
     "sanitize": sanitize,
 }

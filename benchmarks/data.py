@@ -1,4 +1,7 @@
-"""Random q, k, v and grad_o of the kinds of tests/support/cases.py, made on the device, whole tensors at a time."""
+"""q, k, v and grad_o: of trained models (benchmarks/keys.py), or random, of the kinds of tests/support/cases.py.
+
+Random ones are made on the device, whole tensors at a time.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from benchmarks.keys import kept
 
 COEFFICIENT = 0.95  # of the AR(1) sequence
 
@@ -65,6 +70,14 @@ def _sharp(q: Tensor, k: Tensor, normal: Normal) -> tuple[Tensor, Tensor]:
 KINDS: dict[str, Kind] = {"iid": _iid, "correlated": _correlated, "power_law": _power_law, "sharp": _sharp}
 
 
+# Of models that were trained, without qk-norm and with it; they bring their ridges. A path to a file is a kind, too.
+TRAINED = ("trained", "trained_qknorm")
+
+
+def is_trained(data: str) -> bool:
+    return data in TRAINED or data.endswith(".pt")
+
+
 def make(
     shape: tuple[int, ...],
     data: str = "iid",
@@ -77,7 +90,16 @@ def make(
     generator = torch.Generator(device).manual_seed(seed)
     normal: Normal = lambda *shape: torch.randn(shape, generator=generator, device=device)
     q, k, v, grad_o = (normal(*shape) for _ in range(4))
-    q, k = KINDS[data](q, k, normal)
+    if is_trained(data):
+        q, k, v, _ = kept(data).tiled(shape, torch.float32, device)
+    else:
+        q, k = KINDS[data](q, k, normal)
     point = normal(shape[-1])
     point *= offset / point.norm()
     return [t.to(dtype) for t in (q + point, k + point, v, grad_o)]
+
+
+def learned_ridge(shape: tuple[int, ...], data: str, device: str = "cuda") -> Tensor:
+    """(B, H, 1) or (B, H, S), float32: what a trained model has for its keys."""
+    *_, ridge = kept(data).tiled(shape, torch.float32, device)
+    return ridge

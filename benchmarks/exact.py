@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 
-def output(q: Tensor, k: Tensor, v: Tensor, ridge: float) -> Tensor:
-    """(..., 1, D) of one query and the keys it sees, (..., n, D): docs/math.md, (2.1) to (2.3)."""
+def output(q: Tensor, k: Tensor, v: Tensor, ridge: float | Tensor) -> Tensor:
+    """(..., 1, D) of one query and the keys it sees, (..., n, D), with a ridge or one of each head, (..., 1, 1):
+    docs/math.md, (2.1) to (2.3)."""
     p = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)  # (..., 1, n)
     k_mean = p @ k
     centred = k - k_mean
@@ -51,8 +52,11 @@ class Sample:
         return {name: relative(pick(t), getattr(self, name)) for name, t in results.items()}
 
 
-def sample(tensors: Sequence[Tensor], ridge: float, heads: int = 3, rows: int = 32) -> Sample:
-    """Of q, k, v and grad_o: up to ``heads`` of the heads, a quarter of the ``rows`` the first, the others spread."""
+def sample(
+    tensors: Sequence[Tensor], ridge: float | Tensor, heads: int = 3, rows: int = 32, window: int | None = None
+) -> Sample:
+    """Of q, k, v and grad_o, with a ridge or (B, H, 1 or S) of them: up to ``heads`` of the heads, a quarter of the
+    ``rows`` the first, the others spread."""
     length, device = tensors[0].shape[2], tensors[0].device
     first = torch.arange(min(rows // 4, length))  # they see few keys, which is where solvers have it hardest
     spread = torch.linspace(0, length - 1, rows - len(first)).long()
@@ -60,10 +64,15 @@ def sample(tensors: Sequence[Tensor], ridge: float, heads: int = 3, rows: int = 
     total = tensors[0].shape[0] * tensors[0].shape[1]
     picked_heads = torch.linspace(0, total - 1, min(heads, total)).long().to(device)
     q, k, v, grad_o = (t.detach().flatten(0, 1)[picked_heads].double() for t in tensors)  # (heads, S, D)
+    if isinstance(ridge, Tensor):
+        ridges = ridge.flatten(0, 1)[picked_heads].double().expand(-1, length)[..., None, None]  # (heads, S, 1, 1)
+    else:
+        ridges = torch.full((len(picked_heads), length, 1, 1), ridge, dtype=torch.float64, device=device)
     found = []
     for i in picked_rows.tolist():
         query = q[:, i : i + 1].clone().requires_grad_()
-        o = output(query, k[:, : i + 1], v[:, : i + 1], ridge)
+        seen = slice(0 if window is None else max(0, i + 1 - window), i + 1)
+        o = output(query, k[:, seen], v[:, seen], ridges[:, i])
         (dq,) = torch.autograd.grad(o, query, grad_o[:, i : i + 1])
         found.append((o.detach(), dq))
     o, dq = (torch.cat(parts, dim=1) for parts in zip(*found))

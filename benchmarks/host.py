@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from benchmarks import needs, record
-from benchmarks.data import make
+from benchmarks.data import TRAINED, learned_ridge, make
 from benchmarks.timing import sdpa
 from flashlla import lla_attention, lla_decode
 
-# Batch, heads, length, head dim, ridge.
-SHAPES = [
-    (1, 8, 256, 64, 10.0), (4, 8, 512, 64, 10.0), (4, 16, 1024, 64, 10.0), (2, 16, 2048, 64, 1.0),
-    (4, 16, 4096, 64, 1.0),
+# Kind of data, batch, heads, length, head dim, ridge (None: that of trained keys).
+SHAPES: list[tuple[str, int, int, int, int, float | None]] = [
+    (TRAINED[1], 4, 8, 1024, 64, None), ("iid", 1, 8, 256, 64, 10.0), ("iid", 4, 8, 512, 64, 10.0),
+    ("iid", 4, 16, 1024, 64, 10.0), ("iid", 2, 16, 2048, 64, 1.0), ("iid", 4, 16, 4096, 64, 1.0),
 ]  # fmt: skip
-COMPILED = SHAPES[1]
+COMPILED = SHAPES[2]
 # Batch and room for keys; of 8 heads of 128.
 DECODING = [(1, 4096), (32, 4096)]
 ROUNDS, CALLS = 15, 10
@@ -58,9 +58,12 @@ def steps(attend: Callable[..., Tensor], tensors: list[Tensor], ridge: Tensor | 
     return lambda: torch.autograd.grad(attend(*leaves), leaves, grad_o)
 
 
-def of_shape(batch: int, heads: int, length: int, dim: int, ridge: float) -> dict[str, Any]:
-    tensors = make((batch, heads, length, dim))
-    lam = torch.full((heads, 1), ridge, device="cuda", requires_grad=True)
+def of_shape(data: str, batch: int, heads: int, length: int, dim: int, ridge: float | None) -> dict[str, Any]:
+    shape = batch, heads, length, dim
+    tensors = make(shape, data)
+    # (H, 1), as layers learn it.
+    lam = torch.full((heads, 1), ridge, device="cuda") if ridge else learned_ridge(shape, data)[0]
+    lam.requires_grad_()
     attend = lambda q, k, v, lam=lam: lla_attention(q, k, v, ridge_lambda=lam)
     step = steps(attend, tensors, lam)
     # One token less each time: its kernels are those of the whole length.
@@ -74,12 +77,12 @@ def of_shape(batch: int, heads: int, length: int, dim: int, ridge: float) -> dic
         forward = microseconds(lambda: attend(*tensors[:3]))
         softmax = microseconds(lambda: sdpa(*tensors[:3]))
     line = {
-        "batch_heads": batch * heads, "length": length, "dim": dim, "ridge": ridge,
+        "data": data, "batch_heads": batch * heads, "length": length, "dim": dim, "ridge": ridge,
         "forward_us": forward, "step_us": microseconds(step),
         "new_length_us": microseconds(step_at_new_length, calls=1),
         "sdpa_forward_us": softmax, "sdpa_step_us": microseconds(steps(sdpa, tensors, None)),
     }  # fmt: skip
-    if (batch, heads, length, dim, ridge) == COMPILED:
+    if (data, *shape, ridge) == COMPILED:
         line["compiled_us"] = microseconds(steps(torch.compile(attend, fullgraph=True), tensors, lam))
         line["sdpa_compiled_us"] = microseconds(steps(torch.compile(sdpa, fullgraph=True), tensors, None))
     return line

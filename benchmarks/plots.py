@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.report import Line
+from benchmarks.report import Line, ridge_name
 
 K = TypeVar("K", bound=Hashable)
 MARKERS = "os^Dvp*X"
@@ -15,7 +15,7 @@ MARKERS = "os^Dvp*X"
 
 def draw(lines: Sequence[Line], path: Path) -> list[Path]:
     """Draw beside ``path`` what there is to draw; the files."""
-    lines = [line for line in lines if "failed" not in line]
+    lines = [line for line in lines if "failed" not in line and line["window"] is None]
     drawn = []
     if series := over_length(lines):
         drawn.append(_times(series, path.with_name(f"{path.stem}_time.png")))
@@ -33,7 +33,8 @@ def grouped(lines: Sequence[Line], key: Callable[[Line], K]) -> dict[K, list[Lin
 
 def over_length(lines: Sequence[Line]) -> list[list[Line]]:
     """Lines that differ in their length alone, or in batch and heads besides: those of two lengths and more."""
-    what = lambda line: (line["pass"], line["backend"], line["solver"], line["shape"][3], line["data"], line["ridge"])
+    named = ("pass", "backend", "solver", "data", "ridge", "tolerance")
+    what = lambda line: (line["shape"][3], *map(line.get, named))
     return [some for some in grouped(lines, what).values() if len({line["shape"][2] for line in some}) > 1]
 
 
@@ -47,15 +48,23 @@ def by_length(lines: Sequence[Line], key: str) -> tuple[list[int], list[float]]:
 def naming(lines: Sequence[Line], parts: dict[str, Callable[[Line], str]]) -> Callable[[Line], str]:
     """The name of a line: those of its ``parts`` that are not the same in all ``lines``."""
     varied = [part for part in parts.values() if len(set(map(part, lines))) > 1]
-    return lambda line: ", ".join(part(line) for part in varied)
+    return lambda line: ", ".join(filter(None, (part(line) for part in varied)))
 
 
 BACKEND: dict[str, Callable[[Line], str]] = {
     "backend": lambda line: line["backend"],
     "solver": lambda line: line["solver"],
 }
+TOLERANCE: dict[str, Callable[[Line], str]] = {
+    "tolerance": lambda line: "" if line.get("tolerance") is None else f"tolerance {line['tolerance']:g}"
+}
 DATA: dict[str, Callable[[Line], str]] = {"data": lambda line: line["data"]}
 DIM: dict[str, Callable[[Line], str]] = {"dim": lambda line: f"D = {line['shape'][3]}"}
+
+
+def _by_ridge(line: Line) -> tuple[bool, Any]:
+    """The order of numbers, then of what has one of its own."""
+    return isinstance(line["ridge"], str), line["ridge"]
 
 
 def _plain(axis: Any) -> None:
@@ -81,9 +90,9 @@ def _times(series: list[list[Line]], path: Path) -> Path:
 
     lines = [line for some in series for line in some]
     dims, passes = sorted({line["shape"][3] for line in lines}), list(dict.fromkeys(line["pass"] for line in lines))
-    ridges = sorted({line["ridge"] for line in lines}, reverse=True)
+    ridges = list(dict.fromkeys(line["ridge"] for line in sorted(lines, key=_by_ridge, reverse=True)))
     shade = dict(zip(ridges, colormaps["viridis_r"]([(i + 1) / (len(ridges) + 0.5) for i in range(len(ridges))])))
-    name = naming(lines, {**BACKEND, **DATA})
+    name = naming(lines, {**BACKEND, **DATA, **TOLERANCE})
     mark = dict(zip(dict.fromkeys(map(name, lines)), MARKERS * len(lines)))
     lengths = sorted({line["shape"][2] for line in lines})
 
@@ -96,7 +105,7 @@ def _times(series: list[list[Line]], path: Path) -> Path:
             axes.set(title=f"{which}, D = {dim}", xscale="log", yscale="log")
             for some in sorted(here, key=lambda some: ridges.index(some[0]["ridge"])):
                 first = some[0]
-                label = ", ".join(filter(None, ["LLA", name(first), f"lambda = {first['ridge']:g}"]))
+                label = ", ".join(filter(None, ["LLA", name(first), f"lambda = {ridge_name(first)}"]))
                 (legend[label],) = axes.plot(
                     *by_length(some, "ms"), color=shade[first["ridge"]], marker=mark[name(first)], label=label
                 )
@@ -122,7 +131,7 @@ def _errors(lines: list[Line], path: Path) -> Path:
     length = statistics.mode(line["shape"][2] for line in lines)
     lines = [line for line in lines if line["shape"][2] == length]
     passes = grouped(lines, lambda line: line["pass"])
-    name = naming(lines, {**BACKEND, **DIM, **DATA})
+    name = naming(lines, {**BACKEND, **DIM, **DATA, **TOLERANCE})
     colour = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(map(name, lines)))}
 
     figure = Figure(figsize=(1.5 + 4.8 * len(passes), 4.2), layout="constrained")
@@ -130,11 +139,11 @@ def _errors(lines: list[Line], path: Path) -> Path:
     for axes, (which, here) in zip(figure.subplots(1, len(passes), squeeze=False)[0], passes.items()):
         axes.set(title=f"{which}, {length} tokens", xscale="log", yscale="log")
         for label, some in grouped(here, name).items():
-            some = sorted(some, key=lambda line: line["ridge"])
+            some = sorted(some, key=_by_ridge)
             points = [line["ratio"] for line in some], [line["error"] for line in some]
             (legend[label],) = axes.plot(*points, "o-", color=colour[label], label=label or "LLA")
             for line, x, y in zip(some, *points):
-                axes.annotate(f"{line['ridge']:g}", (x, y), (4, 4), textcoords="offset points", fontsize="small")
+                axes.annotate(ridge_name(line), (x, y), (4, 4), textcoords="offset points", fontsize="small")
         axes.set(xlabel="times as long as SDPA (at each point: lambda)", ylabel="relative error to float64")
         axes.margins(0.1)
         _plain(axes.xaxis)

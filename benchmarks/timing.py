@@ -5,15 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# graph: the same step as "both", replayed from a CUDA graph, which leaves out what the host takes to launch it.
-PASSES = ("forward", "backward", "both", "graph")
+# both: a training step.
+PASSES = ("forward", "backward", "both")
 
 
 def milliseconds(call: Callable[[], Any], device: str = "cuda") -> float:
@@ -47,21 +47,37 @@ def prepared(which: str, attend: Attend, tensors: Sequence[Tensor]) -> Callable[
     if which == "backward":
         o = attend(q, k, v)
         return lambda: torch.autograd.grad(o, (q, k, v), grad_o, retain_graph=True)
-    step = lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), grad_o)
-    return step if which == "both" else captured(step).replay
+    return lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), grad_o)
 
 
-def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+class Graphed(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    call: Callable[[], Any]  # what it was captured of, whose tensors it reads
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def graphed(which: str, attend: Attend, tensors: Sequence[Tensor]) -> Graphed:
+    """The same, replayed from a CUDA graph, which leaves out what the host takes to launch it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # gradients run on the stream of what they are gradients of
+        call = prepared(which, attend, tensors)
+    return Graphed(captured(call, stream), call)
+
+
+def captured(call: Callable[[], Any], stream: torch.cuda.Stream | None = None) -> torch.cuda.CUDAGraph:
     if not torch.cuda.is_available():
         raise RuntimeError("a CUDA graph needs a CUDA device")
-    stream = torch.cuda.Stream()
+    stream = stream or torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # what is compiled or set up in the first calls cannot be captured
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         call()
     return graph
 

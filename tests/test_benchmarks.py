@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import flashlla
-from benchmarks import cpu, data, exact, plots, record, report, run, timing
+from benchmarks import cpu, data, exact, keys, model, plots, record, report, run, timing
 from benchmarks.__main__ import COMMANDS, main, parse
 from tests.support import cases
 from tests.support.helpers import normal
@@ -53,6 +54,150 @@ def test_exact_rows_are_those_of_the_naive_backend(kind: str):
     for wrong in (o * 1.001, o.roll(1, dims=2)):
         assert sample.errors(o=wrong)["o"] > 0.99e-3
     assert sample.errors(dq=dq * 1.001)["dq"] > 0.99e-3
+
+
+@pytest.mark.parametrize("kind", data.TRAINED)
+def test_exact_rows_of_trained_keys_and_of_windows(kind: str):
+    shape = (1, 7, 90, 64)
+    tensors, ridge = of_size(*shape, kind=kind), data.learned_ridge(shape, kind, "cpu")
+    for window in (None, 20):
+        q, k, v = (t.requires_grad_() for t in tensors[:3])
+        o = flashlla.lla_attention(q, k, v, ridge_lambda=ridge, window=window, backend="naive")
+        (dq,) = torch.autograd.grad(o, q, tensors[3])
+        sample = exact.sample(tensors, ridge, window=window)
+        assert sample.heads.tolist() == [0, 3, 6]
+        assert all(error < 1e-6 for error in sample.errors(o=o, dq=dq).values())
+        assert sample.errors(o=o.roll(1, dims=1))["o"] > 0.1
+
+
+@pytest.mark.parametrize("name", data.TRAINED)
+def test_kept_keys(name: str):
+    """A shallow, a middle and a deep layer's, small, and such as have been trained."""
+    path = keys.FOLDER / f"{name}.pt"
+    found = keys.kept(name)
+    assert path.stat().st_size < 3e6
+    assert found.q.dtype == found.v.dtype == torch.float16
+    assert found.q.shape == (3, 2, 1024, 64)
+    assert found.layers == sorted(set(found.layers))
+    assert ('"qk_norm": true' in found.recipe) == (name == "trained_qknorm")
+    facts = keys.facts(found, layer=1, head=1)
+    assert 0.1 < facts["ridge"] < 10
+    assert 1 < facts["effective keys"] < 300
+    assert 4 < facts["iterations"] < 10
+
+
+def test_trained_keys_are_tiled_cut_and_refused():
+    found = keys.kept("trained")
+    q, k, v, ridge = found.tiled((4, 3, 50, 64), torch.float64, "cpu")
+    assert q.shape == k.shape == v.shape == (4, 3, 50, 64)
+    assert ridge.shape == (4, 3, 1)
+    for head, where in ((0, (0, 0)), (5, (2, 1)), (7, (0, 1)), (11, (2, 1))):  # six heads, again and again
+        assert torch.equal(q.flatten(0, 1)[head], found.q[where][:50].double())
+        assert torch.equal(ridge.flatten(0, 1)[head], found.ridge[where])
+    with pytest.raises(ValueError, match=r"end at 1024 tokens, and 1025 are asked for; try --data iid"):
+        found.tiled((1, 1, 1025, 64), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="have head dim 64, and 32 is asked for"):
+        found.tiled((1, 1, 8, 32), torch.float32, "cpu")
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A user's file: one layer, three heads, a ridge of each token."""
+    q, k, v = (normal(1, 3, 30, 8, seed=seed).half() for seed in range(3))
+    ridge = torch.linspace(1, 2, 90).view(1, 3, 30)
+    made = keys.Keys(q, k, v, ridge, layers=[4], scale=8**-0.5, recipe="drawn")
+    made.write(tmp_path / "mine.pt")
+    return tmp_path / "mine.pt"
+
+
+@pytest.mark.usefixtures("instant")
+def test_keys_of_ones_own(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    record_path = tmp_path / "run.json"
+    swept = [
+        "run",
+        "--device",
+        "cpu",
+        "--from",
+        str(own),
+        "--shapes",
+        "1x4x20x8",
+        "--backends",
+        "chunked",
+        "--no-plots",
+    ]
+    assert main([*swept, "--tolerances", "1e-6", "1e-1", "--json", str(record_path)]) == 0
+    lines = json.loads(record_path.read_text())["lines"]
+    assert [(line["data"], line["ridge"], line["tolerance"]) for line in lines[::2]] == [
+        ("mine", "learned", 1e-6), ("mine", "learned", 1e-1),
+    ]  # fmt: skip
+    assert lines[0]["error"] < 1e-4 < lines[2]["error"]
+    assert "| mine " in record_path.with_suffix(".md").read_text()
+
+    monkeypatch.setattr(keys, "FOLDER", tmp_path / "kept")
+    assert main(["keys", str(own), "--heads", "0", "2", "--keep", "mine"]) == 0
+    assert capsys.readouterr().out.count("layer 4 head") == 2
+    kept = keys.kept("mine")
+    assert torch.equal(kept.ridge[0, 1], keys.kept(str(own)).ridge[0, 2])
+    assert kept.recipe == "drawn; heads [0, 2]"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"v": torch.zeros(1, 3, 30, 7)}, r"v is \(1, 3, 30, 7\), where q is \(1, 3, 30, 8\)"),
+        ({"ridge": torch.ones(1, 3)}, r"ridge is \(1, 3\)"),
+        ({"scale": 1.0}, r"scale is 1.0, wanted 1 / sqrt\(D\)"),
+        ({"lam": 1.0}, "lam.*keys --help"),
+    ],
+)
+def test_files_that_hold_no_keys(own: Path, change: dict[str, Any], words: str, capsys: pytest.CaptureFixture):
+    torch.save({**torch.load(own), **change}, own)
+    with pytest.raises(ValueError, match=words):
+        keys.Keys.read(own)
+    assert main(["keys", str(own.with_name("none.pt"))]) == 2
+    assert "there are no keys in" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("instant")
+def test_windows_are_compared_with_plain_attention_a_pair():
+    options = parse([*SMALL, "--backends", "chunked"])
+    case = run.Case((1, 2, 40, 8), ridges=(1.0,), window=5)
+    for line in run.sweep([case], options):
+        assert "failed" not in line
+        assert line["window"] == 5
+        assert line["error"] < 1e-5
+        assert line["causal_ms"] == pytest.approx(2.0 * (5 * 40 - 10) / (40 * 41 / 2))  # ms, of any call
+        assert line["ratio"] == pytest.approx(2.0 / line["causal_ms"])
+        assert "sdpa_ms" not in line
+
+
+def test_a_step_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    solved = []
+    attention = flashlla.lla_attention
+
+    def spy(*tensors: Tensor, **options: Any) -> Any:
+        solved.append(options["tolerance"])
+        return attention(*tensors, **options)
+
+    monkeypatch.setattr("flashlla.nn.attention.lla_attention", spy)
+    monkeypatch.setattr(model, "TEXT", 20_000)
+    sizes = ["--layers", "2", "--width", "32", "--heads", "2", "--length", "24", "--batch", "2", "--device", "cpu"]
+    few = ["--warm", "2", "--rounds", "2", "--steps", "1", "--modes", "eager", "--tolerances", "1e-2", "1e-1"]
+    path = tmp_path / "model.json"
+    assert main(["model", *sizes, *few, "--json", str(path)]) == 0
+    made = json.loads(path.read_text())
+    assert [(row["attention"], row["tolerance"]) for row in made["rows"]] == [
+        ("softmax", None),
+        ("lla", 0.01),
+        ("lla", 0.1),
+    ]
+    softmax, *ours = made["rows"]
+    for row in ours:
+        assert row["ratio"] == pytest.approx(row["ms"] / softmax["ms"])
+        assert row["added_ms"] == pytest.approx((row["ms"] - softmax["ms"]) / 2)
+    assert Counter(solved) == {0.01: 2 * (2 + 3 + 2), 0.1: 2 * (3 + 2)}  # two layers; warmed, compiled, measured
+    assert all(model.row(row) in path.with_suffix(".md").read_text() for row in made["rows"])
+    assert model.HEADING in capsys.readouterr().out
 
 
 def test_a_sample_of_one_token():
@@ -137,16 +282,18 @@ def test_seeds_offsets_and_dtypes():
 
 @pytest.mark.quick
 def test_counts_of_products():
-    shape, pairs = (2, 3, 10, 4), 6 * 55
-    count = lambda backend, which, t: run.tflops(backend, which, t, shape, 1e-9) / (2 * 4 * pairs)
+    case, pairs = run.Case((2, 3, 10, 4)), 6 * 55
+    count = lambda backend, which, t: run.tflops(backend, which, t, case, 1e-9) / (2 * 4 * pairs)
+    assert case.pairs == pairs
+    assert run.Case((2, 3, 10, 4), window=3).pairs == 6 * (1 + 2 + 8 * 3)
     assert count("sdpa", "forward", 0) == pytest.approx(2)
     assert count("sdpa", "both", 0) == pytest.approx(2 + 5)
     assert count("triton", "forward", 1.5) == pytest.approx(3 + 3 * 1.5 + 3)
     assert count("triton_pcg", "backward", 1.5) == pytest.approx(3 + 3 * 1.5 + 5 + 8)
-    assert count("triton", "graph", 1.5) == pytest.approx(22 + 6 * 1.5)
+    assert count("triton", "both", 1.5) == pytest.approx(22 + 6 * 1.5)
     assert count("chunked", "both", 1.5) == pytest.approx(4 + 10 + 4 * 1.5)
-    assert run.tflops("naive", "forward", 0, shape, 1.0) is None
-    assert run.tflops("chunked", "forward", 0, shape, 1.0) is None  # a direct solver
+    assert run.tflops("naive", "forward", 0, case, 1.0) is None
+    assert run.tflops("chunked", "forward", 0, case, 1.0) is None  # a direct solver
 
 
 def test_the_usual_table_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
@@ -156,7 +303,11 @@ def test_the_usual_table_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
     assert {line["backend"] for line in lines} == {"triton"}
     assert {line["dtype"] for line in lines} == {"bfloat16"}
     passes = lambda *shape: [line["pass"] for line in lines if line["shape"] == list(shape)]
-    assert passes(4, 16, 1024, 64) == ["forward", "backward", "graph"] * 3
+    assert [(line["data"], line["ridge"], line["tolerance"]) for line in lines[:7:3]] == [
+        ("trained_qknorm", "learned", None), ("trained_qknorm", "learned", 1e-2), ("trained_qknorm", "learned", 1e-1),
+    ]  # fmt: skip
+    assert {line["window"] for line in lines if line["shape"][:3] == [2, 32, 4096]} == {512}
+    assert passes(4, 16, 1024, 64) == ["forward", "backward", "both"] * 3
     assert passes(1, 8, 65536, 64) == ["forward"] * 3
     assert passes(4, 16, 4096, 64) == ["forward", "backward"] * (3 + 2 + 2 + 2)
 
@@ -198,19 +349,16 @@ def test_a_line_that_fails_says_why_and_the_sweep_goes_on(tmp_path: Path, monkey
 
     monkeypatch.setattr(flashlla, "lla_attention", short_of_memory)
     path = tmp_path / "run.json"
-    backends = ["--backends", "triton", "naive", "--passes", "forward", "backward", "graph"]
+    backends = ["--backends", "triton", "naive", "--passes", "forward", "backward", "both"]
     assert main([*SMALL, *backends, "--no-plots", "--json", str(path)]) == 0
     lines = json.loads(path.read_text())["lines"]
     assert len(lines) == 2 * 2 * 3
     failed = {(x["backend"], x["pass"], x["shape"][2]): x["failed"] for x in lines if "failed" in x}
-    assert all("RuntimeError: out of memory | here" in failed["naive", which, 40] for which in ("backward", "graph"))
-    assert "CUDA" in failed["naive", "graph", 72]
+    assert all("RuntimeError: out of memory | here" in failed["naive", which, 40] for which in ("backward", "both"))
     assert all(
         reason.startswith("UnsupportedError: it") for (backend, *_), reason in failed.items() if backend == "triton"
     )
-    assert {key for key in failed if key[0] == "naive"} == {
-        ("naive", p, n) for p, n in (("backward", 40), ("graph", 40), ("graph", 72))
-    }
+    assert {key for key in failed if key[0] == "naive"} == {("naive", which, 40) for which in ("backward", "both")}
     table = path.with_suffix(".md").read_text()
     assert "out of memory / here" in table
     assert not list(tmp_path.glob("*.png"))
@@ -282,6 +430,11 @@ def test_comparison_counts_what_fails_now():
     said, fine = report.compare({"device": "x", "lines": [ran]}, {"device": "x", "lines": [failed]})
     assert not fine
     assert "it broke" in said[0]
+    once, again = ({"device": "x", "lines": [{**ran, "graph_ratio": ratio}]} for ratio in (4.0, 5.0))
+    said, fine = report.compare(once, again)
+    assert not fine
+    assert said[0] == "slower from a graph: 1x1x8x4 float32 iid 1 forward naive default: 4.00 to 5.00 x SDPA (+25%)"
+    assert report.compare(again, once)[1]
     assert report.compare({"device": "x", "lines": [ran]}, {"device": "x", "lines": [ran]})[1]
 
 
@@ -309,7 +462,10 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert f"usage: python -m benchmarks {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [["gpu"], ["decode"], ["sanitize"], ["run", "--device", "cuda"]])
+@pytest.mark.parametrize(
+    "command",
+    [["gpu"], ["decode"], ["sanitize"], ["run", "--device", "cuda"], ["model", "--device", "cuda"]],
+)
 def test_without_a_gpu_it_says_so(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

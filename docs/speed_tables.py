@@ -1,0 +1,151 @@
+"""The tables of README.md and docs/performance.md that hold recorded figures: ``python docs/speed_tables.py`` writes
+them anew, from the records in benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+BLOCK = re.compile(r"(<!-- table (\S+), written by docs/speed_tables\.py -->\n).*?(<!-- end -->\n)", re.DOTALL)
+KEYS = {"trained_qknorm": "trained, with qk-norm", "trained": "trained", "power_law": "power law with an offset"}
+KEYS["sharp"] = "sharp softmax"
+# Of the kernels published with the paper, beside the same yardstick on an H200: forward and backward.
+PUBLISHED = {64: "61x, 32x", 128: "71x, 48x"}
+# Of the README: batch x heads, tokens, head dim, data, ridge.
+SHOWN = [
+    (192, 1024, 64, "trained_qknorm", "learned"), (192, 512, 64, "trained_qknorm", "learned"),
+    (64, 1024, 64, "iid", 10), (64, 4096, 64, "iid", 10), (64, 4096, 64, "iid", 1), (64, 4096, 64, "iid", 0.1),
+    (64, 4096, 64, "correlated", 0.1), (64, 4096, 64, "sharp", 0.1), (32, 4096, 128, "iid", 10),
+    (32, 4096, 128, "iid", 0.1), (8, 65536, 64, "iid", 10),
+]  # fmt: skip
+
+Line = dict[str, Any]
+
+
+def record(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return found
+
+
+def table(headings: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
+    """Markdown, without columns that are empty; nothing where there are no rows."""
+    cells = list(rows)
+    used = [i for i in range(len(headings)) if any(row[i] for row in cells)]
+    lines = [[row[i] for i in used] for row in (headings, ["---"] * len(headings), *cells)] if cells else []
+    return "".join("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|\n" for line in lines)
+
+
+def times(x: float | None) -> str:
+    return "" if x is None else f"{x:.1f}x"
+
+
+def calls(window: bool = False) -> dict[tuple[Any, ...], dict[str, Line]]:
+    """Lines of `run` by (batch x heads, tokens, head dim, data, ridge, tolerance), and by pass."""
+    found: dict[tuple[Any, ...], dict[str, Line]] = {}
+    for line in record("run_h100")["lines"]:
+        if "failed" not in line and (line.get("window") is not None) == window:
+            batch, heads, length, dim = line["shape"]
+            key = batch * heads, length, dim, line["data"], line["ridge"], line.get("tolerance")
+            found.setdefault(key, {})[line["pass"]] = line
+    return found
+
+
+def named(key: tuple[Any, ...]) -> list[str]:
+    """Cells of a row: sizes, keys, ridge, tolerance."""
+    pairs, length, dim, data, ridge, tolerance = key
+    ridge = ridge if isinstance(ridge, str) else f"{ridge:g}"
+    return [f"{pairs}, {length}, {dim}", KEYS.get(data, data), ridge, "" if tolerance is None else f"{tolerance:g}"]
+
+
+def speed() -> str:
+    """All calls: kernels' time from CUDA graphs, and in brackets that of eager calls, beside softmax attention's."""
+
+    def beside(line: Line | None) -> str:
+        if line is None:
+            return ""
+        graph, eager = line.get("graph_ratio"), times(line["ratio"])
+        return eager if graph is None else f"{times(graph)} ({eager})"
+
+    def rows() -> Iterator[list[str]]:
+        for key, passes in calls().items():
+            of = {which: beside(passes.get(which)) for which in ("forward", "backward", "both")}
+            solved = passes["forward"]
+            yield [
+                *named(key),
+                *of.values(),
+                f"{solved['iterations']:.1f}",
+                f"{solved['error']:.1e}".replace("e-0", "e-"),
+            ]
+
+    headings = ["batch x heads, S, D", "keys", "lambda", "tolerance", "forward", "backward", "step", "iterations"]
+    return table([*headings, "error of o"], rows())
+
+
+def cost() -> str:
+    """The same of a few calls, kernels alone."""
+
+    def rows() -> Iterator[list[str]]:
+        ratio = lambda line: "" if line is None else times(line.get("graph_ratio", line["ratio"]))
+        for key, passes in calls().items():
+            if key[:-1] in SHOWN:
+                known = PUBLISHED[key[2]] if key[1] == 4096 and key[3:5] in (("iid", 10), ("iid", 0.1)) else ""
+                yield [*named(key), *(ratio(passes.get(which)) for which in ("forward", "backward")), known]
+
+    return table(["batch x heads, tokens, D", "keys", "ridge", "tolerance", "forward", "backward", "published"], rows())
+
+
+def windows() -> str:
+    """Time a visible pair beside plain causal attention."""
+
+    def rows() -> Iterator[list[str]]:
+        for key, passes in calls(window=True).items():
+            size = f"{key[0]}, {key[1]}, {key[2]}"
+            ratio = (
+                f"{passes[which].get('graph_ratio', passes[which]['ratio']):.2f}" for which in ("forward", "backward")
+            )
+            yield [size, str(passes["forward"]["window"]), *named(key)[2:3], *ratio]
+
+    return table(["batch x heads, S, D", "window", "lambda", "forward", "backward"], rows())
+
+
+def model() -> str:
+    """A training step of the byte-level model."""
+
+    def rows() -> Iterator[list[str]]:
+        for line in record("model_h100")["rows"]:
+            tolerance = "" if line["tolerance"] is None else f"{line['tolerance']:g}"
+            ratio, added = (f"{line[key]:.2f}" if key in line else "" for key in ("ratio", "added_ms"))
+            name = {"softmax": "softmax", "lla": "LLA"}[line["attention"]]
+            yield [name, tolerance, line["mode"], f"{line['ms']:.1f}", ratio and f"{ratio}x", added]
+
+    return table(["attention", "tolerance", "mode", "ms a step", "beside softmax", "added a layer, ms"], rows())
+
+
+TABLES: dict[str, Callable[[], str]] = {"speed": speed, "cost": cost, "windows": windows, "model": model}
+
+
+def recorded() -> list[str]:
+    """Names of the tables for which there are records."""
+
+    def made(name: str) -> str:
+        try:
+            return TABLES[name]()
+        except FileNotFoundError:
+            return ""
+
+    return [name for name in TABLES if made(name)]
+
+
+def written(page: str) -> str:
+    """``page`` with each table in its place."""
+    return BLOCK.sub(lambda block: f"{block[1]}\n{TABLES[block[2]]()}\n{block[3]}", page)
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -10,6 +10,7 @@ caller's demand instead. ``which`` returns the choice as a number on the CPU.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from typing import Any, NamedTuple, NoReturn
 
@@ -49,6 +50,7 @@ class AdjointArguments(NamedTuple):
     inputs: Inputs
     residuals: Residuals
     settings: Settings
+    unrounded: bool = False  # dk and dv in the accumulator's dtype, for who adds them to others
 
 
 class OutArguments(NamedTuple):
@@ -128,8 +130,10 @@ def _trace_forward(arguments: Arguments) -> Forward:
 def _run_backward(arguments: AdjointArguments) -> Gradients:
     inputs, settings = arguments.inputs.with_dense_lengths(), arguments.settings
     problem = describe(Arguments(inputs, settings))
+    if arguments.unrounded:
+        problem = dataclasses.replace(problem, unrounded=True)
     if problem.empty:
-        return zero_gradients(inputs)
+        return zero_gradients(inputs, arguments.unrounded)
     if settings.backend in (None, dispatch.AUTO):
         chosen = dispatch.choose(problem, settings.backend)
     else:
@@ -142,13 +146,12 @@ def _run_backward(arguments: AdjointArguments) -> Gradients:
 
 
 def _trace_backward(arguments: AdjointArguments) -> Gradients:
-    return empty_gradients(arguments.inputs)
+    return empty_gradients(arguments.inputs, arguments.unrounded)
 
 
 def _save(ctx: Any, arguments: Arguments, outputs: Forward) -> None:
     ctx.save_for_backward(*_SAVED.flat(_Saved(arguments.inputs, outputs.residuals)))
-    settings = arguments.settings
-    ctx.settings = settings if _last_backend.name is None else settings._replace(backend=_last_backend.name)
+    ctx.settings = ran(arguments).settings
     ctx.set_materialize_grads(False)
 
 
@@ -383,6 +386,13 @@ def which(arguments: Arguments) -> Tensor:
     if torch.compiler.is_compiling() or _last_backend.name is None:
         return WHICH(arguments).number
     return _choice(dispatch.backend_named(_last_backend.name)).number
+
+
+def ran(arguments: Arguments) -> Arguments:
+    """``arguments``, which have just run, for their backward pass: they name the backend, if it is known."""
+    if _last_backend.name is None:
+        return arguments
+    return arguments._replace(settings=arguments.settings._replace(backend=_last_backend.name))
 
 
 def decode(arguments: Arguments) -> Tensor:

@@ -151,7 +151,8 @@ class Problem:
 
     batch, q_len and k_len are those of the tensors; of packed ones 1 and the total lengths. With pages, k_len is what a
     row of the block table holds. ``solver_demanded`` is False where the caller named no solver: ``solver`` then carries
-    the tolerances, and a backend may use them with the solver it does best.
+    the tolerances, and a backend may use them with the solver it does best. ``unrounded``, which the backward pass
+    alone looks at: dk and dv are parts of sums, and are rounded to the dtype of k by whoever adds them up.
     """
 
     batch: int
@@ -172,11 +173,17 @@ class Problem:
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
     page_size: int | None = None  # decoding: k and v are pages of so many keys
+    unrounded: bool = False  # dk and dv are wanted in the accumulator's dtype
 
     @property
     def group(self) -> int:
         """Query heads that share a key head."""
         return self.q_heads // max(1, self.kv_heads)
+
+    @property
+    def key_gradients(self) -> torch.dtype:
+        """The dtype of dk and dv."""
+        return accumulator(self.dtype) if self.unrounded else self.dtype
 
     @property
     def empty(self) -> bool:
@@ -307,6 +314,18 @@ class Report(NamedTuple):
     converged: Tensor  # (B, Hq, Sq) bool
 
 
+class Moments(NamedTuple):
+    """What one new query of each head needs to know of a cache, or of a share of one, in the accumulator's dtype; zeros
+    where it sees no key."""
+
+    m: Tensor  # (B, Hq)                   the largest logit; -inf where it sees no key
+    omega: Tensor  # (B, Hq)               sum_j exp(s q.k_j - m)
+    mean: Tensor  # (B, Hq, D + Dv)        k_mean - q, then v_mean
+    second: (
+        Tensor  # (B, Hq, D + Dv, D)   sum_j p_j (. - its mean) (k_j - k_mean)^T of keys, C, then of values, Cov(v, k)
+    )
+
+
 class Forward(NamedTuple):
     """The outputs of a forward pass."""
 
@@ -319,8 +338,8 @@ class Gradients(NamedTuple):
     """The outputs of a backward pass."""
 
     q: Tensor  # as q
-    k: Tensor  # as k
-    v: Tensor  # as v
+    k: Tensor  # as k; in the accumulator's dtype where the problem says ``unrounded``
+    v: Tensor  # the same
     ridge_lambda: Tensor  # (B, Hq, Sq), accumulator dtype
 
 
@@ -359,19 +378,20 @@ def fill_keyless(report: Report) -> None:
     report.converged.fill_(True)
 
 
-def empty_gradients(inputs: Inputs) -> Gradients:
+def empty_gradients(inputs: Inputs, unrounded: bool) -> Gradients:
     """Uninitialised outputs of a backward pass."""
+    dtype = accumulator(inputs.k.dtype) if unrounded else inputs.k.dtype
     return Gradients(
         q=torch.empty_like(inputs.q),
-        k=torch.empty_like(inputs.k),
-        v=torch.empty_like(inputs.v),
+        k=torch.empty_like(inputs.k, dtype=dtype),
+        v=torch.empty_like(inputs.v, dtype=dtype),
         ridge_lambda=inputs.ridge_lambda.new_empty(inputs.ridge_lambda.shape),  # dense where the ridge is expanded
     )
 
 
-def zero_gradients(inputs: Inputs) -> Gradients:
+def zero_gradients(inputs: Inputs, unrounded: bool) -> Gradients:
     """Gradients where no query sees a key."""
-    return Gradients(*(t.zero_() for t in empty_gradients(inputs)))
+    return Gradients(*(t.zero_() for t in empty_gradients(inputs, unrounded)))
 
 
 def empty_output(q: Tensor, v: Tensor) -> Tensor:

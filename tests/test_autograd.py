@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import flashlla
-from flashlla import lla_attention
+from flashlla import lla_attention, lla_attention_varlen
+from flashlla.autograd import AdjointArguments, backward, forward
 from flashlla.backends.base import Backend
-from tests.support.helpers import every_backend, normal, qkv, skip_if_refused
+from flashlla.calls import prepared
+from flashlla.problem import Gradients
+from tests.support.helpers import cu, every_backend, normal, qkv, skip_if_refused
 
 pytestmark = pytest.mark.quick
 
@@ -58,6 +61,26 @@ def test_only_what_is_wanted(backend: Backend) -> None:
         alone = gradients({i})
         assert [g is not None for g in alone] == [j == i for j in range(4)]
         torch.testing.assert_close(alone[i], together[i])
+
+
+@every_backend
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_keys_before_they_are_rounded(backend: Backend, packed: bool) -> None:
+    """For who adds them to others; rounded, they are those that autograd gives."""
+    q, k, v = qkv(1, 2, 20, 16, dtype=torch.float16, seed=1)
+    options = {"op": lla_attention_varlen, "cu_seqlens": cu(0, 7, 7, 18)} if packed else {}
+    arguments = prepared(options.pop("op", None), "test", q, k, v, **options).arguments
+    arguments = arguments._replace(settings=arguments.settings._replace(backend=backend.name))
+    with torch.no_grad():
+        found = forward(arguments)
+        adjoint = AdjointArguments(
+            qkv(1, 2, 20, 16, dtype=torch.float16)[0], arguments.inputs, found.residuals, arguments.settings
+        )
+        rounded, unrounded = backward(adjoint), backward(adjoint._replace(unrounded=True))
+    for name, dtype in zip(Gradients._fields, (torch.float16, torch.float32, torch.float32, torch.float32)):
+        assert getattr(unrounded, name).dtype == dtype
+        assert getattr(unrounded, name).stride() == getattr(rounded, name).stride()
+        assert torch.equal(getattr(unrounded, name).to(getattr(rounded, name).dtype), getattr(rounded, name)), name
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

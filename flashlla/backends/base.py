@@ -10,8 +10,19 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from flashlla.backends.moments import moments
 from flashlla.nonfinite import isolate
-from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals, accumulator, keyless_forward
+from flashlla.problem import (
+    Forward,
+    Gradients,
+    Inputs,
+    Moments,
+    Problem,
+    Report,
+    Residuals,
+    accumulator,
+    keyless_forward,
+)
 from flashlla.solvers.base import warn_unconverged
 
 
@@ -74,9 +85,11 @@ class Backend(ABC):
         found = self.backward(problem, inputs, residuals, grad_o)
         check = _Check(f"backend {self.name!r}: what backward returns", inputs.q.device)
         check.record("", found, Gradients)
-        for name in Gradients._fields:
-            like = getattr(inputs, name)
-            check.tensor(f".{name}", getattr(found, name), like.shape, like.dtype)
+        of_keys = problem.key_gradients
+        check.tensor(".q", found.q, inputs.q.shape, problem.dtype)
+        check.tensor(".k", found.k, inputs.k.shape, of_keys)
+        check.tensor(".v", found.v, inputs.v.shape, of_keys)
+        check.tensor(".ridge_lambda", found.ridge_lambda, inputs.ridge_lambda.shape, inputs.ridge_lambda.dtype)
         return found
 
     def decode_checked(self, problem: Problem, inputs: Inputs, out: Tensor, report: Report | None) -> None:
@@ -101,6 +114,13 @@ class Backend(ABC):
             for told, found in zip(report, outputs.report, strict=True):
                 told.copy_(found)
         return out.copy_(outputs.o)
+
+    def moments(self, problem: Problem, inputs: Inputs) -> Moments:
+        """The moments of a decoding call with one new query a sequence, for who merges those of several caches.
+
+        Here in PyTorch, on a cache gathered from its pages.
+        """
+        return moments(*plain_cache(problem, inputs))
 
 
 class _Check(NamedTuple):

@@ -105,4 +105,4 @@ class Chunked(Framed):
             add_product(dk_j, pa.mT, y, alpha=-1)
             add_product(dv_j, pa.mT, do)  # (3.5)
         warn_unconverged(problem.solver, torch.cat(early), dridge.numel(), " in the backward pass")
-        return dense.as_gradients(inputs, dq, dk, dv, dridge)
+        return dense.as_gradients(problem, inputs, dq, dk, dv, dridge)

@@ -167,10 +167,13 @@ def as_forward(inputs: Inputs, o: Tensor, residuals: Residuals, report: Report) 
     )
 
 
-def as_gradients(inputs: Inputs, dq: Tensor, dk: Tensor, dv: Tensor, dridge: Tensor) -> Gradients:
-    """The same for the gradients: those of q, k and v in the dtype and layout of these."""
-    like = lambda t, gradient: torch.empty_like(t).copy_(gradient.reshape(t.shape))
+def as_gradients(problem: Problem, inputs: Inputs, dq: Tensor, dk: Tensor, dv: Tensor, dridge: Tensor) -> Gradients:
+    """The same for the gradients: those of q, k and v in the layout of these."""
+    like = lambda t, gradient, dtype: torch.empty_like(t, dtype=dtype).copy_(gradient.reshape(t.shape))
     ridge = inputs.ridge_lambda
     return Gradients(
-        like(inputs.q, dq), like(inputs.k, dk), like(inputs.v, dv), dridge.reshape(ridge.shape).to(ridge.dtype)
+        q=like(inputs.q, dq, problem.dtype),
+        k=like(inputs.k, dk, problem.key_gradients),
+        v=like(inputs.v, dv, problem.key_gradients),
+        ridge_lambda=dridge.reshape(ridge.shape).to(ridge.dtype),
     )

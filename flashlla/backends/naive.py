@@ -53,7 +53,7 @@ class Naive(Framed):
         dq = problem.scale * dense.about_mean(dl, k, k_mean) + y  # (3.3)
         dk = problem.scale * (dl.mT @ q) - (p * e).mT @ z - (p * (1 - a)).mT @ y  # (3.4)
         dv = (p * (1 - a)).mT @ do  # (3.5)
-        return dense.as_gradients(inputs, dq, dk, dv, dridge)
+        return dense.as_gradients(problem, inputs, dq, dk, dv, dridge)
 
 
 def whole(problem: Problem, inputs: Inputs) -> tuple[dense.Operands, dense.Statistics]:

@@ -46,7 +46,7 @@ def backward(
     grad_o: Tensor,
 ) -> Gradients:
     """The same for gradients."""
-    found = zero_gradients(inputs)
+    found = zero_gradients(inputs, problem.unrounded)
     for sequence in _sequences(problem, inputs):
         queries, keys = sequence.queries, sequence.keys
         own = Residuals(*(t[:, :, queries] for t in residuals))

@@ -155,13 +155,16 @@ class Call:
         """A contiguous output, to be filled by the programs of tokens; ``fill``: what is where none comes."""
         return self.plan.output(contiguous(shape, dtype), fill if self.problem.mask.packed else None)
 
-    def output_like(self, x: Buffer, width: int | None = None) -> tuple[Buffer, Buffer]:
-        """An output laid out as ``x`` is, of ``width`` columns, and what a kernel writes instead: the same, where its
-        rows are such as kernels take."""
-        layout = x.layout._replace(aligned=True)
+    def output_like(
+        self, x: Buffer, width: int | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Buffer, Buffer]:  # fmt: skip
+        """An output laid out as ``x`` is, of ``width`` columns and ``dtype``, and what a kernel writes instead: the
+        same, where its rows are such as kernels take."""
+        dtype = dtype or x.dtype
+        layout = x.layout._replace(dtype=dtype, aligned=True)
         if (width or x.shape[-1]) != x.shape[-1] or not _dense(x):
             like = empty_output(_meta(x), _meta(x)[..., :1].expand(*x.shape[:-1], width or x.shape[-1]))
-            layout = Layout(like.shape, like.stride(), like.dtype, aligned=True)
+            layout = Layout(like.shape, like.stride(), dtype, aligned=True)
         # No program comes to tokens of no sequence, nor to keys before the first.
         whole = not self.problem.mask.packed and self.inputs.seqstarts_k is None
         out = self.plan.output(layout, None if whole else 0)
@@ -436,7 +439,8 @@ def _plan_backward(
     adjoint = Adjoint(b_size=rhs_size, probe=probe, tops=tops, z_y=z_y, y=y)
     solve(call, ridge, lse2, k_mean, rhs, y_neg, preconditioner, adjoint=adjoint)
     plan.drop(call.until_solved)
-    outputs = [call.output_like(x) for x in (call.inputs.q, call.inputs.k, call.inputs.v)]
+    of_keys = (call.output_like(x, dtype=problem.key_gradients) for x in (call.inputs.k, call.inputs.v))
+    outputs = [call.output_like(call.inputs.q), *of_keys]
     dq, dk, dv = (rowed for _, rowed in outputs)
     d_ridge = call.output(*call.inputs.q.shape[:3])
     # What queries hand on to keys: whole tiles of queries, a sequence's apart from the next one's.

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import compile, cpu, decode, gpu, host, keys, model, run, sanitize
+from benchmarks import compile, cpu, decode, distributed, gpu, host, keys, model, run, sanitize
 from benchmarks.needs import Missing
 
 COMMANDS = {
@@ -17,6 +17,7 @@ COMMANDS = {
     "model": model,
     "gpu": gpu,
     "decode": decode,
+    "distributed": distributed,
     "host": host,
     "cpu": cpu,
     "keys": keys,

@@ -3,8 +3,10 @@
 The public names are those listed here; README.md shows them at work.
 """
 
+from typing import Any
+
 from flashlla import flops, nn, ops
-from flashlla.api import LLAInfo, lla_attention, lla_attention_varlen, lla_decode
+from flashlla.api import LLAInfo, lla_attention, lla_attention_varlen, lla_decode, take_dtensors
 from flashlla.backends.base import Backend
 from flashlla.calls import LLAFunction, explain
 from flashlla.convergence import ConvergenceCounter
@@ -50,3 +52,10 @@ __all__ = [
 ]
 
 flops.register()
+
+
+@take_dtensors
+def _on_dtensors(*tensors: Any, **options: Any) -> Any:
+    from flashlla.distributed import dtensor  # not before there are any: it takes torch a while to import
+
+    return dtensor.attention(*tensors, **options)

@@ -12,6 +12,7 @@ from torch import Tensor
 from flashlla import dispatch
 from flashlla.autograd import decode, decode_info, decode_out, forward, which
 from flashlla.hints import refuse_unknown
+from flashlla.options import AttentionOptions
 from flashlla.problem import Report
 from flashlla.solvers import Solver
 from flashlla.validation import Call, check_out, prepare, prepare_decode, prepare_varlen
@@ -19,7 +20,7 @@ from flashlla.validation import Call, check_out, prepare, prepare_decode, prepar
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from flashlla.options import AttentionOptions, DecodeOptions, VarlenOptions
+    from flashlla.options import DecodeOptions, VarlenOptions
 
 
 class LLAInfo(NamedTuple):
@@ -163,10 +164,7 @@ def lla_attention(
     """
     if others:
         refuse_unknown("lla_attention", others, lambda: named_arguments(lla_attention))
-    call = prepare(
-        q,
-        k,
-        v,
+    options = AttentionOptions(
         ridge_lambda=ridge_lambda,
         qk_scale=qk_scale,
         delta_eps=delta_eps,
@@ -183,14 +181,26 @@ def lla_attention(
         seqstarts_k=seqstarts_k,
         layout=layout,
     )
-    return _attend(call, return_info)
+    if _on_dtensors is not None and any(type(t).__name__ == "DTensor" for t in (q, k, v)):
+        return _on_dtensors(q, k, v, return_info=return_info, **options)  # type: ignore[no-any-return]
+    return _attend(prepare(q, k, v, **options), return_info)
+
+
+_on_dtensors: Callable[..., Any] | None = None
+
+
+def take_dtensors(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls of :func:`lla_attention` with DTensors go to ``attention``, which knows process groups."""
+    global _on_dtensors
+    _on_dtensors = attention
+    return attention
 
 
 def _attend(call: Call, return_info: bool) -> Tensor | tuple[Tensor, LLAInfo]:
     _check_return_info(return_info)
     found = forward(call.arguments)
     o = call.restore(found.o)
-    return (o, _info(call, found.report)) if return_info else o
+    return (o, info_of(call, found.report)) if return_info else o
 
 
 def _check_return_info(return_info: bool) -> None:
@@ -198,7 +208,7 @@ def _check_return_info(return_info: bool) -> None:
         raise TypeError(f"return_info: got {type(return_info).__name__}, wanted True or False; try bool(return_info)")
 
 
-def _info(call: Call, report: Report) -> LLAInfo:
+def info_of(call: Call, report: Report) -> LLAInfo:
     """Of the call that has just run."""
     shown = lambda t: call.restore(t.detach())
     return LLAInfo(
@@ -462,7 +472,7 @@ def lla_decode(
         if out is not None:
             raise ValueError("out: got it together with return_info=True, wanted one of the two; try out.copy_(o)")
         found = decode_info(call.arguments)
-        return call.restore(found.o), _info(call, found.report)
+        return call.restore(found.o), info_of(call, found.report)
     if out is None:
         return call.restore(decode(call.arguments))
     decode_out(call.arguments, check_out(out, call))

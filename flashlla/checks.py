@@ -161,8 +161,8 @@ def check_tensors(
             raise TypeError(f"{name}: got {type(t).__name__}, wanted a torch.Tensor; try torch.as_tensor({name})")
         if type(t).__name__ == "DTensor":  # not imported: most have no use for it
             raise TypeError(
-                f"{name}: got a DTensor, wanted each rank's own tensor. Where q, k and v are sharded on batch or heads "
-                f"try {name}.to_local(), or torch.distributed.tensor.experimental.local_map"
+                f"{name}: got a DTensor, wanted each rank's own tensor: lla_attention alone takes DTensors. Where they "
+                f"are sharded on batch or heads try {name}.to_local(); along the sequence flashlla.distributed"
             )
         if t.is_nested:
             jagged = "" if t.layout == torch.jagged else " and layout=torch.jagged where it is made"

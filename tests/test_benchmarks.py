@@ -477,6 +477,27 @@ def test_without_a_gpu_it_says_so(
     assert said.err.count("\n") == 1
 
 
+def test_several_gpus_want_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["distributed", "--device", "cpu"]) == 2
+    assert "try `torchrun --nproc-per-node 2 -m benchmarks distributed`" in capsys.readouterr().err
+
+
+def test_a_group_of_one_is_as_exact_as_the_call_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    small = ["--lengths", "64", "--heads", "2", "--dim", "8", "--cached", "96", "--device", "cpu"]
+    kept = tmp_path / "kept.json"
+    assert main(["distributed", *small, "--only", "accuracy", "speed", "decode", "--json", str(kept)]) == 0
+    figures = json.loads(kept.read_text())
+    assert [line["what"] for line in figures["accuracy"]] == ["all_gather", "all_to_all", "window", "packed"]
+    for line in figures["accuracy"]:
+        for what in ("o", "dq", "dk", "dv", "dridge"):
+            assert line[what]["across"] < 1.5 * line[what]["alone"] < 1e-4
+    assert figures["speed"][0]["step_efficiency"] > 0
+    assert figures["decode"][0]["apart"] < 1e-5
+
+
 @pytest.mark.usefixtures("instant")
 def test_files_are_written_only_where_asked_for_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import flashlla
-from flashlla import dispatch, solvers
+from flashlla import dispatch, distributed, solvers
 from flashlla.integrations import fla, transformers
 from tests.support.helpers import interpreted
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PUBLIC = (flashlla, flashlla.nn, fla, transformers, flashlla.ops.naive, solvers)
+PUBLIC = (flashlla, flashlla.nn, distributed, fla, transformers, flashlla.ops.naive, solvers)
 FIGURES = {"softmax attention": "0.549", "ridge regression": "0.206", "Local Linear Attention": "0.168"}
 
 
@@ -40,6 +41,8 @@ def users_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         warnings.simplefilter("error", flashlla.ConvergenceWarning)
         warnings.simplefilter("error", flashlla.FallbackWarning)
         yield
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
     torch.set_num_threads(threads)
 
 

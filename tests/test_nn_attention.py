@@ -473,8 +473,8 @@ MISMADE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "solver": ({"solver": "qr"}, ValueError, "solver: got 'qr'"),
     "context_parallel": (
         {"context_parallel": "ring"},
-        NotImplementedError,
-        "context_parallel: got 'ring', wanted None",
+        TypeError,
+        "context_parallel: got str, wanted a ProcessGroup",
     ),
 }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from flashlla.api import lla_attention, lla_attention_varlen, lla_decode
+from flashlla.nn.across import Across
 from flashlla.nn.cache import Keys, LLACache
 from flashlla.nn.checks import check_numbers, check_whole
 from flashlla.nn.padding import Padding, Past, read_mask
@@ -17,6 +18,9 @@ from flashlla.nn.ridge import Ridge
 from flashlla.nn.rotary import Rotation
 from flashlla.nn.solving import solving
 from flashlla.solvers import Solver
+
+if TYPE_CHECKING:
+    from flashlla.distributed.groups import Group
 
 _TOLERANCE = 1e-2  # the layer's default
 # What models elsewhere hand to every layer: values that ask for nothing but what the layer does; None: all of them.
@@ -85,13 +89,14 @@ class LocalLinearAttention(nn.Module):
         solver: as for :func:`flashlla.lla_attention`. Default None: the backend's best. One with a tolerance of its own
             trains with that; ``tolerance`` then stays at its default.
         backend: as for :func:`flashlla.lla_attention`.
-        context_parallel: nothing but None is taken so far.
+        context_parallel: a ProcessGroup, or a DeviceMesh of one dimension, over which sequences lie: hidden states are
+            this rank's tokens, as :func:`flashlla.distributed.shard_sequence` gives them, ``cu_seqlens`` those of the
+            whole row. Without masks and caches. Default None: sequences are whole.
         layer_idx: the number of this layer in the model, for caches. Default None: used without a cache.
         device, dtype: of the parameters; a learned ridge is in float32 at least. Default None: torch's.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
-        NotImplementedError: ``context_parallel`` is not None.
 
     Source: Zuo et al., "Local Linear Attention", ICLR 2026; normalised queries and keys, Henry et al., 2020; rotary
     positions, Su et al., 2021.
@@ -125,17 +130,13 @@ class LocalLinearAttention(nn.Module):
         tolerance: float = 1e-2,
         solver: str | Solver | None = None,
         backend: str | None = None,
-        context_parallel: None = None,
+        context_parallel: Group | None = None,
         layer_idx: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if context_parallel is not None:
-            raise NotImplementedError(
-                f"context_parallel: got {context_parallel!r}, wanted None: a sequence on several devices is not "
-                f"implemented; try packing or a shorter sequence"
-            )
+        self._across = None if context_parallel is None else Across(context_parallel)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_whole(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
         if num_heads % num_kv_heads:
@@ -215,6 +216,8 @@ class LocalLinearAttention(nn.Module):
         _refuse(others)
         _check_hidden_states(hidden_states, self.hidden_size)
         batch, new, _ = hidden_states.shape
+        if self._across is not None:
+            self._across.refuse(attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache)
         packing = None if cu_seqlens is None else _Packing(cu_seqlens, max_seqlen)
         if packing is not None:
             _check_packing(packing.cu_seqlens, batch, attention_mask=attention_mask, past_key_values=past_key_values)
@@ -235,7 +238,10 @@ class LocalLinearAttention(nn.Module):
             # NaN there would reach the weights' gradients, and so would NaN that comes back to it.
             hidden_states = hidden_states.masked_fill(~padding.tokens.unsqueeze(-1), 0)
         if position_ids is None:
-            position_ids = _positions(new, past, padding, packing, hidden_states.device)
+            slots = torch.arange(new, dtype=torch.int32, device=hidden_states.device)
+            if self._across is not None:
+                slots = self._across.positions(new, hidden_states.device)
+            position_ids = _positions(slots, past, padding, packing)
         else:
             _check_position_ids(position_ids, batch, new)
         q, k, v = self._project(hidden_states, position_ids)
@@ -259,9 +265,8 @@ class LocalLinearAttention(nn.Module):
 
     def _project(self, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, (B, S, H, D), k and v, (B, S, Hkv, D)."""
-        q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        of_heads = lambda t: t.unflatten(-1, (-1, self.head_dim))  # where heads lie on several devices, this one's
+        q, k, v = (of_heads(project(hidden_states)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = _normalised(self.q_norm, q), _normalised(self.k_norm, k)
         if self.rope_theta is not None:
             turn = Rotation.at(positions, self.head_dim, self.rope_theta, v.dtype)
@@ -284,7 +289,7 @@ class LocalLinearAttention(nn.Module):
 
     def _attend(self, q: Tensor, keys: Keys, ridge: float | Tensor, settings: dict[str, Any]) -> Tensor:
         """Aligned at the last key; q and what is returned: (B, S, H, D)."""
-        o: Tensor = lla_attention(
+        o: Tensor = (lla_attention if self._across is None else self._across.attention)(
             q,
             keys.k,
             keys.v,
@@ -298,7 +303,7 @@ class LocalLinearAttention(nn.Module):
         return o
 
     def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, ridge: float | Tensor, packing: _Packing) -> Tensor:
-        o: Tensor = lla_attention_varlen(
+        o: Tensor = (lla_attention_varlen if self._across is None else self._across.varlen)(
             *(t.transpose(1, 2) for t in (q, k, v)),  # (1, H, T, D)
             cu_seqlens=packing.cu_seqlens,
             max_seqlen=packing.max_seqlen,
@@ -357,9 +362,8 @@ def _normalised(norm: nn.Module, t: Tensor) -> Tensor:
     return norm(t.to(norm.weight.dtype)) if isinstance(norm, nn.RMSNorm) else t
 
 
-def _positions(new: int, past: Past, padding: Padding | None, packing: _Packing | None, device: torch.device) -> Tensor:
-    """Of the new tokens, (S,) or (B, S)."""
-    slots = torch.arange(new, dtype=torch.int32, device=device)
+def _positions(slots: Tensor, past: Past, padding: Padding | None, packing: _Packing | None) -> Tensor:
+    """Of the new tokens, which lie at ``slots``, (S,), of what is new: (S,) or (B, S)."""
     if packing is not None:
         edges = packing.cu_seqlens.to(torch.int32)
         return slots - edges[(torch.searchsorted(edges, slots, right=True) - 1).clamp(min=0)]

@@ -1,0 +1,189 @@
+"""One call whose sequence lies on several ranks: each solves for its own queries, exactly, and keys travel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from flashlla.autograd import AdjointArguments, backward, forward, ran
+from flashlla.distributed.collectives import Pending, ahead
+from flashlla.distributed.groups import Ranks
+from flashlla.distributed.keys import Bringing, Part, bringing, parts_of
+from flashlla.distributed.sharding import Shards
+from flashlla.problem import Arguments, Inputs, Report, Residuals, empty_output, empty_report
+
+# Bytes of keys and values that are gathered at once, unless the caller says how many heads.
+GATHERED = 256 * 2**20
+
+
+class Differentiable(NamedTuple):
+    """What of a call has a gradient: this rank's share of it."""
+
+    q: Tensor  # (B, Hq, s, D)
+    k: Tensor  # (B, Hkv, s, D)
+    v: Tensor  # (B, Hkv, s, Dv)
+    ridge_lambda: Tensor  # (B, Hq, s)
+
+
+class Heads(NamedTuple):
+    """Key heads whose keys are gathered at once, and the query heads that share them."""
+
+    keys: slice
+    queries: slice
+
+
+class Lengths(NamedTuple):
+    """Where sequences begin and end, by places in the whole; as in :class:`flashlla.problem.Inputs`."""
+
+    seqlens_k: Tensor | None
+    seqstarts_k: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+class Shared:
+    """A call of which this rank has a share: that of q, k, v and ridge_lambda, and of nothing else."""
+
+    def __init__(self, arguments: Arguments, ranks: Ranks, shards: Shards, heads_at_once: int | None) -> None:
+        inputs, settings = arguments
+        self.lengths = Lengths(inputs.seqlens_k, inputs.seqstarts_k, inputs.cu_seqlens_q)
+        self.settings, self.shards = settings, shards
+        self.parts = parts_of(ranks.rank, shards, settings.causal, settings.window)
+        self.keys: Bringing = bringing(ranks, shards, self.parts, settings.window)
+        kv_heads, group = inputs.k.shape[1], inputs.q.shape[1] // max(1, inputs.k.shape[1])
+        if heads_at_once is None:
+            a_head = inputs.k.shape[0] * shards.total * (inputs.k.shape[-1] + inputs.v.shape[-1])
+            heads_at_once = max(1, GATHERED // max(1, a_head * inputs.k.element_size()))
+        self.heads = [
+            Heads(slice(first, last), slice(first * group, last * group))
+            for first in range(0, kv_heads, heads_at_once)
+            for last in [min(first + heads_at_once, kv_heads)]
+        ]
+
+    def bring(self, own: Differentiable, heads: Heads) -> Pending[list[Tensor]]:
+        """Keys and values of ``heads``, for each part."""
+        both = torch.cat([own.k[:, heads.keys], own.v[:, heads.keys]], -1)
+        return self.keys.bring(both.permute(2, 0, 1, 3))
+
+    def calls(self, own: Differentiable) -> Iterator[tuple[Heads, list[tuple[Part, Arguments]]]]:
+        """For some heads at a time the call of each part, once its keys are there."""
+        for heads, arrived in ahead(self.heads, lambda heads: self.bring(own, heads)):
+            yield heads, [(part, self.call(own, heads, part, keys)) for part, keys in zip(self.parts, arrived)]
+
+    def rows(self, part: Part) -> slice:
+        """Its queries among this rank's."""
+        begin = self.shards.chunk * self.parts.index(part)
+        return slice(begin, begin + self.shards.chunk)
+
+    def call(self, own: Differentiable, heads: Heads, part: Part, both: Tensor) -> Arguments:
+        """What one process would call for ``part`` alone, with its keys and values ``both``, (n, B, h, D + Dv)."""
+        seqlens_k, seqstarts_k, cu_seqlens = self.lengths
+        rows, first, last = self.rows(part), part.keys.start, part.keys.stop
+        k, v = both.permute(1, 2, 0, 3).split([own.k.shape[-1], own.v.shape[-1]], -1)
+        within = lambda ends, begin, stop: None if ends is None else ends.clamp(begin, stop) - begin
+        inputs = Inputs(
+            q=own.q[:, heads.queries, rows],
+            k=k,
+            v=v,
+            ridge_lambda=own.ridge_lambda[:, heads.queries, rows],
+            seqlens_k=within(seqlens_k, first, last),
+            seqstarts_k=within(seqstarts_k, first, last),
+            # A document that goes on behind its part ends there, and queries are aligned at its end.
+            cu_seqlens_q=within(cu_seqlens, part.queries.start, part.queries.stop),
+            cu_seqlens_k=within(cu_seqlens, first, last),
+        )
+        return Arguments(inputs, self.settings)
+
+    def attend(self, own: Differentiable) -> tuple[Tensor, Report]:
+        """o (B, Hq, s, Dv) and how each query was solved."""
+        o, *report = _Attend.apply(self, *own)
+        return o, Report(*report)
+
+
+class _Attend(torch.autograd.Function):
+    """The derivative is written here, not left to autograd: parts' gradients of keys are added up before they are
+    rounded, and gathered keys are not kept but gathered again."""
+
+    @staticmethod
+    def forward(ctx: Any, shared: Shared, *row: Tensor) -> Any:
+        own = Differentiable(*row)
+        o, report = empty_output(own.q, own.v), empty_report(own.q)
+        residuals: list[Tensor] = []
+        settings = shared.settings
+        for heads, calls in shared.calls(own):
+            for part, arguments in calls:
+                found, place = forward(arguments), (slice(None), heads.queries, shared.rows(part))
+                settings = ran(arguments).settings
+                for whole, rows in zip((o, *report), (found.o, *found.report)):
+                    whole[place] = rows
+                residuals += found.residuals
+        ctx.shared, ctx.settings = shared, settings
+        ctx.save_for_backward(*row, *residuals)
+        ctx.mark_non_differentiable(*report)
+        return (o, *report)
+
+    @staticmethod
+    def backward(ctx: Any, grad_o: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # once: who checkpoints counts
+        own = Differentiable(*saved[: len(Differentiable._fields)])
+        with torch.no_grad():
+            gradients = _Attend.adjoint(ctx, own, saved[len(own) :], grad_o)
+        return None, *(_Final.apply(grad_o, *own, *gradients) if torch.is_grad_enabled() else gradients)
+
+    @staticmethod
+    def adjoint(ctx: Any, own: Differentiable, saved: Sequence[Tensor], grad_o: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of ``own``."""
+        shared, residuals = ctx.shared, iter(saved)
+        width = own.k.shape[-1]
+        columns_of = slice(0, width), slice(width, width + own.v.shape[-1])
+        dq, dridge = torch.empty_like(own.q), own.ridge_lambda.new_empty(own.ridge_lambda.shape)
+        dk, dv = torch.empty_like(own.k), torch.empty_like(own.v)
+        of_keys = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        leaving: list[tuple[Heads, Pending[Tensor]]] = []
+
+        def arrive() -> None:
+            heads, sums = leaving.pop()
+            both = sums.wait().permute(1, 2, 0, 3).split([own.k.shape[-1], own.v.shape[-1]], -1)
+            for whole, gradient in zip((dk, dv), both):
+                whole[:, heads.keys] = gradient
+
+        for heads, calls in shared.calls(own):
+            sums = []
+            if of_keys:
+                many = own.k[:, heads.keys].shape[1]
+                sums = shared.keys.sums(own.ridge_lambda, own.k.shape[0], many, columns_of[1].stop)
+            for i, (part, arguments) in enumerate(calls):
+                place = slice(None), heads.queries, shared.rows(part)
+                left = Residuals(*(next(residuals) for _ in Residuals._fields))
+                found = backward(
+                    AdjointArguments(grad_o[place], arguments.inputs, left, ctx.settings, unrounded=of_keys)
+                )
+                dq[place], dridge[place] = found.q, found.ridge_lambda
+                if of_keys:
+                    for columns, gradient in zip(columns_of, (found.k, found.v)):
+                        shared.keys.add(sums, i, columns, gradient.permute(2, 0, 1, 3))
+            if leaving:
+                arrive()
+            if of_keys:
+                leaving.append((heads, shared.keys.give_back(sums)))
+        if leaving:
+            arrive()
+        return dq, dk if of_keys else None, dv if of_keys else None, dridge
+
+
+class _Final(torch.autograd.Function):
+    """Gradients, which have no derivative, and depend on what they were made of."""
+
+    @staticmethod
+    def forward(ctx: Any, *made_of_and_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = made_of_and_gradients[-len(Differentiable._fields) :]
+        return tuple(t if t is None else t.view_as(t) for t in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            "flashlla: lla_attention_cp has a first derivative only; this asked for the derivative of its gradient. "
+            "Try finite differences of the gradient, or detach it."
+        )

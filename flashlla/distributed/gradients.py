@@ -1,0 +1,58 @@
+"""Gradients of what every rank has whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashlla.distributed.groups import ranks_of
+
+if TYPE_CHECKING:
+    from flashlla.distributed.groups import Group
+
+
+def sum_gradients(parameters: Tensor | Iterable[Tensor], *, group: Group) -> None:
+    """Add up over ``group`` the gradients of tensors that every rank has whole, as a learned ridge: in place.
+
+    A rank's gradient is that of the sum of all ranks' losses by way of its own tokens; the sum over ranks is the whole.
+    To be called once between the backward pass and the optimiser's step, on all ranks, with the same tensors in the
+    same order; for all parameters of a model whose sequences lie on several ranks, or for those that nothing else sums.
+
+    DistributedDataParallel and FSDP take the mean over their group. If that is the group of the sequence, too, leave
+    this function out, and take for each rank's loss the sum over its own tokens, divided by all tokens and multiplied
+    by the number of ranks: the mean of the gradients is then that of the mean over all tokens.
+
+    Args:
+        parameters: a tensor or several, such as ``layer.ridge.parameters()``. One that wants a gradient and has none is
+            given one of zeros: other ranks may have one.
+        group: a ProcessGroup, or a DeviceMesh of one dimension.
+
+    Raises:
+        TypeError, ValueError: ``group`` does not fit.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from flashlla.distributed import lla_attention_cp, sum_gradients
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> ridge = torch.ones(4, 1, requires_grad=True)  # one a head, the same on every rank
+        >>> q, k, v = torch.randn(3, 2, 4, 100, 32).unbind(0)
+        >>> lla_attention_cp(q, k, v, group=dist.group.WORLD, ridge_lambda=ridge).sum().backward()
+        >>> sum_gradients(ridge, group=dist.group.WORLD)
+        >>> dist.destroy_process_group()
+    """
+    ranks = ranks_of(group)
+    wanting = [t for t in ([parameters] if isinstance(parameters, Tensor) else parameters) if t.requires_grad]
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for t in wanting:
+        if t.grad is None:
+            t.grad = torch.zeros_like(t)
+        alike.setdefault((t.grad.dtype, t.grad.device), []).append(t.grad)
+    for gradients in alike.values():
+        summed = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(summed, group=ranks.group)
+        for gradient, total in zip(gradients, summed.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(total.view(gradient.shape))

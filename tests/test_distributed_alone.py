@@ -1,0 +1,89 @@
+"""Sequences and caches on a group of one process: the calls themselves, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from flashlla import lla_attention, lla_decode
+from flashlla.distributed import lla_attention_cp, lla_decode_cp
+from flashlla.distributed.sharding import Shards
+from flashlla.nn import LocalLinearAttention
+from tests.support.helpers import normal, qkv
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+
+LENGTH = 48
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("order", ["head_tail", "contiguous"])
+def test_shards_make_up_the_sequence(order: Any, size: int) -> None:
+    shards = Shards(LENGTH // size, size, order)
+    places = [place for rank in range(size) for chunk in shards.chunks(rank) for place in chunk]
+    assert sorted(places) == list(range(LENGTH))
+    by_rank = torch.tensor(places)
+    assert torch.equal(shards.in_sequence(by_rank), torch.arange(LENGTH))
+    assert torch.equal(shards.by_rank(torch.arange(LENGTH)), by_rank)
+    if order == "head_tail":  # causal queries see as many keys on each rank
+        assert len({sum(place + 1 for chunk in shards.chunks(rank) for place in chunk) for rank in range(size)}) == 1
+
+
+def test_without_process_groups() -> None:
+    q = normal(1, 2, 4, 4)
+    with pytest.raises(TypeError, match=r"group: got NoneType, wanted a ProcessGroup .*init_process_group"):
+        lla_attention_cp(q, q, q, group=None)
+
+
+@pytest.fixture
+def alone() -> Iterator[Any]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.quick
+def test_one_rank_is_the_call_itself(alone: dist.ProcessGroup) -> None:
+    q, k, v = qkv(2, 8, LENGTH, 6, dtype=torch.float64)
+    torch.testing.assert_close(lla_attention_cp(q, k, v, group=alone), lla_attention(q, k, v))
+    lengths = torch.tensor([LENGTH, 3])
+    torch.testing.assert_close(
+        lla_decode_cp(q[:, :, :2], k, v, lengths, group=alone), lla_decode(q[:, :, :2], k, v, lengths)
+    )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"order": "zigzag"}, "order: got 'zigzag', wanted 'head_tail' or 'contiguous'"),
+        ({"method": "ring"}, "method: got 'ring', wanted one of 'all_gather', 'all_to_all'"),
+        ({"key_heads_at_once": 0}, "key_heads_at_once: got 0, wanted at least 1"),
+    ],
+)
+def test_what_is_not_known_is_refused(keywords: dict[str, Any], words: str, alone: dist.ProcessGroup) -> None:
+    tensors = qkv(1, 2, LENGTH, 4)
+    with pytest.raises(ValueError, match=words):
+        lla_attention_cp(*tensors, group=alone, **keywords)
+    with pytest.raises(ValueError, match="k: got 4 tokens, wanted 48, those of q"):
+        lla_attention_cp(tensors[0], tensors[1][:, :, :4], tensors[2][:, :, :4], group=alone)
+    with pytest.raises(TypeError, match="scale"):
+        lla_attention_cp(*tensors, group=alone, scale=1.0)
+
+
+def test_a_compiled_model_may_call_it(alone: dist.ProcessGroup) -> None:
+    q = normal(1, 2, 8, 4)
+    compiled = torch.compile(lambda q: lla_attention_cp(q * 2, q, q, group=alone) + 1, backend="eager")
+    torch.testing.assert_close(compiled(q), lla_attention(q * 2, q, q) + 1)
+
+
+def test_a_layer_is_copied_with_its_group(alone: dist.ProcessGroup) -> None:
+    layer = LocalLinearAttention(16, 2, context_parallel=alone)
+    x = torch.randn(1, 8, 16)
+    assert torch.equal(copy.deepcopy(layer)(x)[0], layer(x)[0])

@@ -363,7 +363,8 @@ def decoding(shares: tuple[tuple[int, ...], ...], new: int, window: int | None, 
     k, v = normal(2, 2, room, 6, seed=1) + away, normal(2, 2, room, 5, seed=2)
     ridge = normal(2, 4, new, seed=3).exp()
     o = lla_decode(q, k, v, counts.sum(1).int(), ridge_lambda=ridge, window=window)
-    own_k, own_v = (torch.full((2, 2, room + rank, t.shape[-1]), float("nan"), dtype=t.dtype) for t in (k, v))
+    own_room = int(counts[:, rank].max()) + rank  # a window may be longer
+    own_k, own_v = (torch.full((2, 2, own_room, t.shape[-1]), float("nan"), dtype=t.dtype) for t in (k, v))
     for b in range(2):
         first, n = int(counts[b, :rank].sum()), int(counts[b, rank])
         own_k[b, :, :n], own_v[b, :, :n] = k[b, :, first : first + n], v[b, :, first : first + n]
@@ -375,7 +376,7 @@ def decoding(shares: tuple[tuple[int, ...], ...], new: int, window: int | None, 
     close(turned.transpose(1, 2), o, tolerance)
 
 
-for (_name, _shares), _new, _window in itertools.product(SHARES.items(), (1, 3, 20), (None, 5)):
+for (_name, _shares), _new, _window in itertools.product(SHARES.items(), (1, 3, 20), (None, 5, 25)):
     check(_shares, _new, _window, name=f"decoding_{_name}-{_new}-{_window}")(decoding)
 check(SHARES["empty"], 3, None, 100.0, name="decoding_far_from_the_origin")(decoding)
 

@@ -97,7 +97,7 @@ def _decode(arguments: Arguments, group: Group) -> Tensor:
     check_values(problem, inputs)
     agree(ranks, inputs.q.device, _asked(arguments))
     o = empty_output(inputs.q, inputs.v)
-    starts, stops = _spans(problem, inputs, ranks)
+    starts, stops = _spans(problem, inputs, arguments.settings.window, ranks)
     for first in range(0, problem.q_len, FEW_NEW):
         new = range(first, min(first + FEW_NEW, problem.q_len))
         found = [_moments(arguments, n, starts[:, n], stops[:, n]) for n in new]
@@ -107,10 +107,10 @@ def _decode(arguments: Arguments, group: Group) -> Tensor:
     return o
 
 
-def _spans(problem: Problem, inputs: Inputs, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def _spans(problem: Problem, inputs: Inputs, window: int | None, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """The keys of this rank's share that each new token sees: from the first to before the second, (B, N) int32."""
     assert inputs.seqlens_k is not None
-    n_new, window = problem.q_len, problem.mask.window
+    n_new = problem.q_len
     own = inputs.seqlens_k.clamp(0, problem.k_len)[:, None]  # (B, 1)
     starts = torch.zeros_like(own) if inputs.seqstarts_k is None else inputs.seqstarts_k[:, None]
     if n_new == 1 and window is None:  # all of it, whatever others have

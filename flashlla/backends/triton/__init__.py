@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashlla.backends.base import Backend
 from flashlla.backends.triton import configs
-from flashlla.problem import Forward, Gradients, Inputs, Problem, Report, Residuals
+from flashlla.problem import Forward, Gradients, Inputs, Moments, Problem, Report, Residuals
 from flashlla.solvers import CG, spelling
 
 # More keys than this, and the default solver has it: fewer are over before it pays.
@@ -119,6 +119,11 @@ class Triton(Backend):
         from flashlla.backends.triton.decode import decode
 
         return decode(problem, inputs, out, report)
+
+    def moments(self, problem: Problem, inputs: Inputs) -> Moments:
+        from flashlla.backends.triton.moments import moments
+
+        return moments(problem, inputs)
 
 
 class TritonPCG(Triton):

@@ -18,7 +18,7 @@ from flashlla.backends.triton.decode_kernels import (
     decode_moments_kernel,
     decode_solve_kernel,
 )
-from flashlla.backends.triton.plan import Buffer, Layout, Plan, layouts, planned
+from flashlla.backends.triton.plan import Buffer, Layout, Plan, contiguous, layouts, planned
 from flashlla.backends.triton.records import BlockTable, Caches, Columns, Moments, Shape, Strided
 from flashlla.backends.triton.runtime import cdiv
 from flashlla.problem import Inputs, Problem, Report
@@ -35,6 +35,15 @@ class Given(NamedTuple):
     inputs: Inputs
     out: Tensor
     report: Report
+
+
+class Sums(NamedTuple):
+    """The tensors of `records.Moments`."""
+
+    moments: Tensor  # (systems, pieces, BLOCK_D + BLOCK_V, BLOCK_D)
+    sums: Tensor  # (systems, pieces, BLOCK_D + BLOCK_V)
+    scalars: Tensor  # (systems, pieces, slices, SCALARS)
+    offset: Tensor  # (systems, pieces, BLOCK_D)
 
 
 _GIVEN: Any = Row(Given)
@@ -55,15 +64,22 @@ def decode(
     """
     full = products.allowed(problem.device) == "ieee"
     given = _GIVEN.flat(Given(inputs, out, report or _NO_REPORT))
-    _plan(problem, config, full, layouts(given)).run(given)
+    _plan(problem, config, full, True, layouts(given)).run(given)
     return out
+
+
+def sums(problem: Problem, inputs: Inputs) -> Sums:
+    """What `decode_moments_kernel` makes of the same call. A piece that there is not has an omega of 0."""
+    full = products.allowed(problem.device) == "ieee"
+    given = _GIVEN.flat(Given(inputs, inputs.q, _NO_REPORT))  # nothing is written to q
+    return Sums(*_plan(problem, None, full, False, layouts(given)).run(given))
 
 
 @planned
 def _plan(
-    problem: Problem, config: DecodeConfig | None, full: bool, given_layouts: tuple[Layout | None, ...]
+    problem: Problem, config: DecodeConfig | None, full: bool, solved: bool, given_layouts: tuple[Layout | None, ...]
 ) -> Plan:  # fmt: skip
-    """``full``: torch lets no device round products of float32."""
+    """``full``: torch lets no device round products of float32. ``solved``: write the output; else return the sums."""
     plan, device = Plan(problem.device, given_layouts), problem.device
     memory, given = plan.memory(), _GIVEN.record(plan.given)
     inputs, out = given.inputs, given.out
@@ -97,10 +113,14 @@ def _plan(
         tiles = min(cdiv(problem.k_len, config.tile), cdiv(window, config.tile) + 1)
         slots = configs.processors(device) * config.programs_a_processor()
         pieces = configs.decode_pieces(pairs * members * slices, tiles, slots)
-    at_once = max(1, min(pairs, configs.DECODE_SCRATCH // (members * pieces * (d + v_block) * d * 4)))
+    at_once = pairs
+    if solved:
+        at_once = max(1, min(pairs, configs.DECODE_SCRATCH // (members * pieces * (d + v_block) * d * 4)))
     systems = at_once * members
 
     make = lambda *sizes: plan.scratch(memory, (systems, *sizes), torch.float32)
+    if not solved:
+        make = lambda *sizes: plan.output(contiguous((systems, *sizes), torch.float32), 0)
     rows = d + v_block
     found = parts = Moments(
         moments=make(pieces, rows, d), sums=make(pieces, rows),
@@ -130,6 +150,8 @@ def _plan(
             FAR=FAR if half or not full else FAR_FULL, BLOCK_T=config.tile, SLICE_D=slice_d, SLICE_V=slice_v,
             ROWS=config.thread_rows(d, half), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
+        if not solved:
+            return plan.finished(parts)
         if merging:
             plan.launch(
                 decode_merge_kernel, "decode", (programs * rows // configs.MERGE_ROWS,),

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import compile, cpu, decode, distributed, gpu, host, keys, model, run, sanitize
+from benchmarks import compile, cpu, decode, distributed, first, gpu, host, keys, model, run, sanitize
 from benchmarks.needs import Missing
 
 COMMANDS = {
@@ -20,6 +20,7 @@ COMMANDS = {
     "distributed": distributed,
     "host": host,
     "cpu": cpu,
+    "first": first,
     "keys": keys,
     "compile": compile,
     "sanitize": sanitize,

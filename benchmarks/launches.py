@@ -22,21 +22,26 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def recorded(carried_out: bool = True) -> Iterator[list[Launch]]:
-    """Fills the list with every launch made meanwhile; unless ``carried_out``, none reaches the device."""
-    from flashlla.backends.triton import plan, runtime
+    """Fills the list with every launch made meanwhile; unless ``carried_out``, none is compiled or reaches a device."""
+    from flashlla.backends.triton import plan
 
     found: list[Launch] = []
-    launch = runtime.launch
+    run = plan.Launch.run
 
-    def note(
-        kernel: Any, name: str, grid: tuple[int, ...], device: torch.device, *arguments: Any, **settings: Any
-    ) -> None:
-        compiled = launch(kernel, name, grid, device, *arguments, **settings) if carried_out else None
-        found.append(Launch(kernel, name, grid, device, arguments, settings, compiled))
+    def note(launch: plan.Launch, call: plan.Running) -> None:
+        if carried_out:
+            run(launch, call)
+        tensors = plan.of_tensors(launch.arguments, call.memories)
+        found.append(
+            Launch(launch.kernel, launch.name, launch.grid, launch.device, tensors, launch.settings, launch.compiled)
+        )
 
-    plan.forget()  # those in use launch without it
-    with mock.patch.object(runtime, "launch", note), mock.patch.object(runtime, "compiled", {}):
+    plan.forget()  # those of tensors without memory shall be nobody else's
+    with mock.patch.object(plan.Launch, "run", note), contextlib.ExitStack() as stack:
+        if not carried_out:
+            stack.enter_context(mock.patch.object(plan.Launch, "compile"))
         yield found
+    plan.forget()
 
 
 def repeat(made: Launch) -> None:

@@ -126,7 +126,29 @@ def model() -> str:
     return table(["attention", "tolerance", "mode", "ms a step", "beside softmax", "added a layer, ms"], rows())
 
 
-TABLES: dict[str, Callable[[], str]] = {"speed": speed, "cost": cost, "windows": windows, "model": model}
+def first() -> str:
+    """Seconds of the first forward and backward pass in a process."""
+
+    def rows() -> Iterator[list[str]]:
+        found: dict[str, dict[str, Line]] = {}
+        for line in record("first_h100")["first"]:
+            batch, heads, length, dim = line["shape"]
+            found.setdefault(f"{batch * heads}, {length}, {dim}", {})[line["what"]] = line
+        for size, by in found.items():
+            kernels = str(len(by["empty cache"]["compiled"]))
+            seconds = (f"{by[what]['first_s']:.1f}" for what in ("one by one", "empty cache", "full cache"))
+            yield [size, kernels, *seconds]
+
+    return table(["batch x heads, S, D", "kernels", "one by one", "side by side", "from disk"], rows())
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "speed": speed,
+    "cost": cost,
+    "windows": windows,
+    "model": model,
+    "first": first,
+}
 
 
 def recorded() -> list[str]:

@@ -21,6 +21,7 @@ from flashlla.dispatch import (
 from flashlla.notices import ConvergenceWarning, FallbackWarning
 from flashlla.solvers import CG, PCG, Direct, Preconditioner, Solution, Solver, register_solver
 from flashlla.version import __version__
+from flashlla.warming import warmup
 
 __all__ = [
     "CG",
@@ -49,6 +50,7 @@ __all__ = [
     "register_solver",
     "set_backend",
     "verify",
+    "warmup",
 ]
 
 flops.register()

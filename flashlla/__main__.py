@@ -1,4 +1,4 @@
-"""``python -m flashlla info`` and ``python -m flashlla verify``."""
+"""``python -m flashlla info``, ``python -m flashlla verify`` and ``python -m flashlla warmup``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import torch
 
 import flashlla
-from flashlla import dispatch
+from flashlla import dispatch, warming
 from flashlla.problem import SUPPORTED_DTYPES
 
 _DTYPES = {str(d).removeprefix("torch."): d for d in SUPPORTED_DTYPES}
@@ -78,6 +78,24 @@ def verify(options: argparse.Namespace) -> int:
     return 1
 
 
+def warmup(options: argparse.Namespace) -> int:
+    """Fill Triton's cache, for each head dim and dtype; without a GPU there is nothing to fill it with."""
+    for head_dim in options.head_dim:
+        for dtype in options.dtype:
+            made = flashlla.warmup(
+                head_dim,
+                _DTYPES[dtype],
+                what=options.what,
+                shapes=options.shapes or warming.SHAPES,
+                kv_heads=options.kv_heads,
+                causal=not options.full,
+                window=options.window,
+            )
+            if made.reason is not None:
+                return 0
+    return 0
+
+
 def _check_device(name: str) -> None:
     """Refuse what holds no numbers here; torch says so by one kind of error or another."""
     try:
@@ -85,6 +103,14 @@ def _check_device(name: str) -> None:
     except (AssertionError, RuntimeError) as error:
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"--device: got {name!r}, which torch cannot use here ({said}); try --device cpu") from error
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    try:
+        batch, heads, tokens = map(int, text.split("x"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted batch x heads x tokens, as 4x8x1024") from error
+    return batch, heads, tokens
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,9 +134,18 @@ def main(arguments: list[str] | None = None) -> int:
     tolerance = f"largest relative output error that passes {shown}"
     check.add_argument("--tolerance", type=float, default=1e-2, help=tolerance)
     check.add_argument("--per-row", action="store_true", help="print every checked query")
+    warm = commands.add_parser("warmup", help="compile the fused kernels of calls to come; Triton keeps them on disk")
+    warm.add_argument("--head-dim", type=int, nargs="+", default=[64], help="default: 64")
+    warm.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["bfloat16"], help="default: bfloat16")
+    warm.add_argument("--what", nargs="+", choices=warming.WHAT, default=warming.WHAT, help="default: all of them")
+    usual = " ".join("x".join(map(str, shape)) for shape in warming.SHAPES)
+    warm.add_argument("--shapes", nargs="+", type=_shape, metavar="BxHxS", help=f"of calls (default: {usual})")
+    warm.add_argument("--kv-heads", type=int, help="heads of keys (default: as many as of queries)")
+    warm.add_argument("--window", type=int, help="keys that a query sees (default: all)")
+    warm.add_argument("--full", action="store_true", help="not causal")
     options = parser.parse_args(arguments)
     try:
-        return info() if options.command == "info" else verify(options)
+        return {"info": lambda _: info(), "verify": verify, "warmup": warmup}[options.command](options)
     except (ValueError, TypeError, RuntimeError) as error:
         parser.error(str(error))
 

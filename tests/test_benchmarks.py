@@ -464,7 +464,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize(
     "command",
-    [["gpu"], ["decode"], ["sanitize"], ["run", "--device", "cuda"], ["model", "--device", "cuda"]],
+    [["gpu"], ["decode"], ["first"], ["sanitize"], ["run", "--device", "cuda"], ["model", "--device", "cuda"]],
 )
 def test_without_a_gpu_it_says_so(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -39,12 +39,12 @@ def test_tiles_of_dk_lie_inside_those_of_dq(head_dim: int, operand: torch.dtype,
 @interpreted
 def test_few_programs_have_a_config_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """With two heads of 64 keys and room for two programs a processor; and the gradients are right with either."""
-    from flashlla.backends.triton import configs, plan, runtime
+    from flashlla.backends.triton import configs, plan
 
     tiles = []
-    run = runtime.launch
-    spy = lambda kernel, name, *a, **s: (tiles.append((name, s.get("BLOCK_N"))), run(kernel, name, *a, **s))[1]
-    monkeypatch.setattr(runtime, "launch", spy)
+    run = plan.Launch.run
+    spy = lambda launch, call: (tiles.append((launch.name, launch.settings.get("BLOCK_N"))), run(launch, call))[1]
+    monkeypatch.setattr(plan.Launch, "run", spy)
     tensors = make((1, 2, 64, 64), torch.float16)
     for processors, keys in ((1, 32), (0, 64)):
         tiles.clear()

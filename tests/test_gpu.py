@@ -400,3 +400,25 @@ def test_autotune_is_opt_in(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = set(runtime.tuned)
     step(held_by_all((1, 2, 300, 32)), ridges(1.0, 300), backend="triton")
     assert set(runtime.tuned) == keys  # no key holds the length
+
+
+def test_a_first_call_may_be_captured() -> None:
+    """Its kernels are compiled and loaded by other threads meanwhile."""
+    q, k, v, _ = held_by_all((2, 3, 150, 24))  # of a width that no other test has
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = lla_attention(q, k, v, ridge_lambda=1.0, backend="triton")
+    graph.replay()
+    assert torch.equal(o, lla_attention(q, k, v, ridge_lambda=1.0, backend="triton"))
+
+
+def test_what_is_warmed_up_is_not_compiled_again() -> None:
+    from flashlla.backends.triton import runtime
+
+    assert flashlla.warmup(48, shapes=[(1, 4, 200)], verbose=False).kernels > 0
+    ready = len(runtime.compiled)
+    tensors = held_by_all((3, 4, 300, 48))
+    q, k, v = (t.requires_grad_() for t in tensors[:3])
+    for ridge in (1.0, torch.ones(4, 1, device="cuda")):
+        torch.autograd.grad(lla_attention(q, k, v, ridge_lambda=ridge, backend="triton"), (q, k, v), tensors[3])
+    assert len(runtime.compiled) == ready

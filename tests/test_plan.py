@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashlla import PCG, lla_attention_varlen, lla_decode
+from flashlla import PCG, lla_attention, lla_attention_varlen, lla_decode
 from tests.support.interpreter import hasten
 from tests.support.kernels import interpreted, make, step
 from tests.support.replay import LAUNCHES, compiles
@@ -20,44 +20,54 @@ hasten()
 
 
 class _Kernel:
-    """Stands for one of Triton's: launches, and what it has compiled, are told apart by name."""
+    """Stands for one of Triton's: what it compiles, and what it launches."""
 
     arg_names = ("x", "n", "scale", "BLOCK")
     __name__ = "kernel"
 
     def __init__(self) -> None:
-        self.launches: list[tuple[str, tuple[object, ...]]] = []
+        self.compiled: list[tuple[object, ...]] = []
+        self.launches: list[tuple[object, ...]] = []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
-        def launch(*arguments: object, **settings: object) -> object:
-            self.launches.append(("compile", arguments))
-            return {(*grid, 1, 1)[:3]: lambda *all_: self.launches.append(("again", all_))}
+    def run(self, *arguments: object, grid: object, warmup: bool, **settings: object) -> object:
+        assert warmup
+        self.compiled.append(arguments)
+        return _Binary(self)
 
-        return launch
+
+class _Binary(dict[Any, Any]):
+    """By every grid, what launches."""
+
+    def __init__(self, kernel: _Kernel) -> None:
+        self.run = self.kernel = kernel
+
+    def __getitem__(self, grid: object) -> Callable[..., object]:
+        return lambda *arguments: self.kernel.launches.append(arguments)
 
 
 @pytest.mark.quick
-def test_a_kernel_is_launched_at_once_only_where_triton_would_compile_nothing_else() -> None:
+def test_a_kernel_is_compiled_only_where_triton_would_compile_another() -> None:
     from flashlla.backends.triton.plan import Plan, layouts
 
     kernel, x = _Kernel(), torch.zeros(40)
 
-    def how(x: Tensor | None = x, n: int = 7, scale: float = 0.5, block: int = 64, warps: int = 4) -> str:
+    def compiles(x: Tensor | None = x, n: int = 7, scale: float = 0.5, block: int = 64, warps: int = 4) -> bool:
+        before = len(kernel.compiled)
         plan = Plan(torch.device("cpu"), layouts([x]))
         plan.launch(kernel, "solve", (3,), plan.given[0], n, scale, BLOCK=block, num_warps=warps)
         plan.finished(()).run([x])
-        return kernel.launches[-1][0]
+        assert kernel.launches[-1] == (None if x is None else x.data_ptr(), n, scale, block)
+        return len(kernel.compiled) > before
 
-    assert how() == "compile"
-    assert how() == "again"
-    assert kernel.launches[-1][1] == (x.data_ptr(), 7, 0.5, 64)
-    assert how(x=torch.ones(9), n=99, scale=2.0) == "again"
+    assert compiles()
+    assert not compiles()
+    assert not compiles(x=torch.ones(9), n=99, scale=2.0)
     others: list[dict[str, Any]] = [
         {"x": x[1:]}, {"x": x.half()}, {"x": None}, {"n": 1}, {"n": 16}, {"n": 2**31 + 1}, {"block": 32}, {"warps": 8},
     ]  # fmt: skip
     for other in others:
-        assert how(**other) == "compile"
-        assert how(**other) == "again"
+        assert compiles(**other)
+        assert not compiles(**other)
 
 
 @pytest.mark.quick
@@ -84,7 +94,7 @@ def test_what_a_plan_fills_in() -> None:
         (found,) = plan.run(given)
         assert torch.equal(found, torch.full((3, 4), 8.0))
         assert found.stride() == (1, 3)
-    (_, (seen, none, constants, _)), (_, (late, again, at_b, _)) = kernel.launches
+    (seen, none, constants, _), (late, again, at_b, _) = kernel.launches
     assert seen == again == (given[0].data_ptr(), 1, 1.0, (at_b, 16))
     assert [type(member) for member in seen] == [int, int, float, tuple]
     assert (none, constants) == (None, (1, (2.0, 3)))
@@ -146,7 +156,34 @@ def test_a_call_by_addresses_is_the_call_by_tensors(
         got = CALLS[name](seed)
         assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got, want, strict=True))
     assert LAUNCHES["by address"] > 0
-    assert LAUNCHES["by tensors"] == 0
+    assert LAUNCHES["compiled"] == 0
+
+
+@interpreted
+@pytest.mark.parametrize("name", [name for name in CALLS if "decode" not in name])
+@pytest.mark.filterwarnings("ignore::flashlla.ConvergenceWarning")  # of kernels that do nothing
+def test_backwards_kernels_are_compiled_with_forwards(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from flashlla.backends.triton import configs, launch, runtime
+
+    monkeypatch.setattr(configs, "SEGMENT", 64)
+    compiles(monkeypatch, computes=False)
+    backward, seen = launch.backward, []
+    monkeypatch.setattr(launch, "backward", lambda *call: (seen.append(len(runtime.compiled)), backward(*call))[1])
+    CALLS[name](1)
+    assert seen == [len(runtime.compiled)]
+    assert launch._plan_backward.cache_info().currsize == 1
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::flashlla.ConvergenceWarning")
+def test_without_gradients_backwards_kernels_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashlla.backends.triton import launch
+
+    compiles(monkeypatch, computes=False)
+    q, k, v, _ = make((1, 2, 40, 16), HALF)
+    lla_attention(q, k, v, backend="triton")
+    assert launch._plan_backward.cache_info().currsize == 0
+    assert LAUNCHES["compiled"] == LAUNCHES["by address"]
 
 
 @interpreted

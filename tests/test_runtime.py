@@ -1,8 +1,11 @@
-"""What every launch of a kernel shares: a kernel is named where it fails."""
+"""What every launch of a kernel shares: kernels compile side by side, and one is named where it fails."""
 
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import threading
+from typing import Any
 
 import pytest
 import torch
@@ -15,19 +18,110 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.quick
 
 
+class _Compiles:
+    """Stands for a kernel: it compiles by ``how``, to what does nothing."""
+
+    arg_names = ("n",)
+    __name__ = "kernel"
+
+    def __init__(self, how: Any = lambda: None) -> None:
+        self.how = how
+
+    def run(self, *_: Any, grid: Any, warmup: bool, **settings: Any) -> Any:
+        assert warmup
+        self.how()
+        return self
+
+    def __getitem__(self, _: Any) -> Any:
+        return lambda *_: None
+
+
+def _plan(*kernels: _Compiles) -> Any:
+    from flashlla.backends.triton.plan import Plan
+
+    plan = Plan(torch.device("cpu"), [])
+    for kernel in kernels:
+        plan.launch(kernel, "solve", (1,), 1, 2.0)
+    return plan.finished(())
+
+
+def test_kernels_of_a_plan_compile_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashlla.backends.triton import runtime
+
+    monkeypatch.setattr(runtime, "_threads", functools.partial(_pool, 3))
+    together = threading.Barrier(3, timeout=20)  # which lets three pass at once, and no two
+    threads = set[str]()
+    kernels = [_Compiles(lambda: (threads.add(threading.current_thread().name), together.wait())) for _ in range(3)]
+    _plan(*kernels).run([])
+    assert len(threads) == 3
+    assert threading.current_thread().name not in threads
+
+
+@functools.cache
+def _pool(size: int) -> Any:
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(size)
+
+
+def test_a_kernel_that_two_calls_want_compiles_once() -> None:
+    times, begun, go = [], threading.Event(), threading.Event()
+    kernel = _Compiles(lambda: (times.append(1), begun.set(), go.wait(20)))
+    calls = [threading.Thread(target=_plan(kernel).run, args=([],)) for _ in range(2)]
+    for call in calls:
+        call.start()
+        assert begun.wait(20)
+    go.set()
+    for call in calls:
+        call.join(20)
+    assert len(times) == 1
+
+
+def test_what_fails_to_compile_is_tried_again_by_the_next_call() -> None:
+    failures = [ValueError("out of something"), MemoryError("and of memory")]
+
+    def compile() -> None:
+        if failures:
+            raise failures.pop(0)
+
+    plan = _plan(_Compiles(), _Compiles(compile))
+    for cause in (ValueError, MemoryError):
+        with pytest.raises(RuntimeError, match="could not compile or launch kernel") as caught:
+            plan.run([])
+        assert type(caught.value.__cause__) is cause
+    plan.run([])
+
+
+def test_a_forked_process_compiles_by_itself() -> None:
+    """It has none of its parent's threads, one of which is still at work."""
+    go = threading.Event()
+    stuck = _Compiles(lambda: go.wait(30))
+    _plan(stuck).compile()
+    _plan(_Compiles()).run([])
+    child = multiprocessing.get_context("fork").Process(target=_compile_both, args=(stuck,))
+    child.start()
+    child.join(20)
+    code = child.exitcode
+    child.kill()
+    go.set()
+    assert code == 0
+
+
+def _compile_both(stuck: _Compiles) -> None:
+    stuck.how = lambda: None
+    _plan(stuck, _Compiles()).run([])
+
+
 @interpreted
 @pytest.mark.parametrize("name", ["solve_kernel", "gram_sums_kernel", "decode_solve_kernel"])
 def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     from flashlla.backends.triton import decode, gram, launch
 
-    def fail(*_: object, **__: object) -> None:
-        raise ValueError("out of something")
-
     class Broken:
         __name__ = name
 
-        def __getitem__(self, _: object) -> object:
-            return fail
+        def run(self, *_: object, **__: object) -> None:
+            raise ValueError("out of something")
 
     module, call = {
         "solve_kernel": (launch, lla_attention),

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 LAUNCHES = Counter[str]()
 
@@ -31,9 +30,9 @@ class Binary:
 
 
 def _tensors(like: Any, given: Any) -> Any:
-    """``given`` with tensors for addresses, where ``like`` has them."""
-    if isinstance(like, Tensor):
-        memory = (ctypes.c_char * like.element_size()).from_address(given)
+    """``given`` with tensors for addresses, where ``like`` has buffers."""
+    if hasattr(like, "data_ptr"):
+        memory = (ctypes.c_char * like.dtype.itemsize).from_address(given)
         return torch.frombuffer(memory, dtype=like.dtype)
     if isinstance(like, tuple):
         assert len(like) == len(given)
@@ -43,22 +42,17 @@ def _tensors(like: Any, given: Any) -> Any:
 
 
 def compiles(monkeypatch: pytest.MonkeyPatch, computes: bool = True) -> None:
-    """Let launches of the interpreter's kernels be compiled to such; unless ``computes``, to what does nothing."""
+    """Let the interpreter's kernels be compiled to such; unless ``computes``, to what does nothing."""
     from flashlla.backends.triton import plan, runtime
 
-    interpret = runtime.launch
-
-    def launch(
-        kernel: Any, name: str, grid: tuple[int, ...], device: torch.device, *arguments: Any, **settings: Any
-    ) -> runtime.Compiled:
-        LAUNCHES["by tensors"] += 1
-        if computes:
-            assert interpret(kernel, name, grid, device, *arguments, **settings) is None
+    def compile(kernel: Any, device: torch.device, arguments: Any, settings: dict[str, Any]) -> runtime.Compiled:
+        LAUNCHES["compiled"] += 1
+        binary = Binary(kernel, arguments, settings, computes)
         parameters = tuple(settings[parameter] for parameter in kernel.arg_names[len(arguments) :])
-        return runtime.Compiled(Binary(kernel, arguments, settings, computes), parameters, kernel)
+        return runtime.Compiled(binary, binary.run, parameters, kernel)
 
     LAUNCHES.clear()
     plan.forget()
-    monkeypatch.setattr(runtime, "launch", launch)
+    monkeypatch.setattr(runtime, "_compile", compile)
     monkeypatch.setattr(runtime, "compiled", {})
     monkeypatch.setattr(runtime, "stream", lambda device: 0)

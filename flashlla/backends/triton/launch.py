@@ -134,9 +134,9 @@ class Call:
         return self.scratch(*shape, dtype=dtype, memory=memory or self.of_tokens)
 
     def strided(self, t: Buffer) -> Strided:
-        """``t`` (B, H, S, ...) as kernels take it."""
-        stride_b, stride_h, stride_s = t.stride()[:3]
-        return Strided(t, 0 if self.problem.mask.packed else stride_b, stride_h, stride_s)
+        """``t`` (B, H, S, ...) as kernels take it. Where there is one, its stride is 0, whatever it was: no kernel is
+        compiled for that, and to packed sequences, which kernels take for the batch, B is 1."""
+        return Strided(t, *(0 if n == 1 else stride for n, stride in zip(t.shape[:3], t.stride())))
 
     def contiguous(self, t: Buffer) -> Buffer:
         """``t``, copied where it is not."""
@@ -310,7 +310,14 @@ def tolerances(problem: Problem, adjoint: bool) -> tuple[Tolerances, int]:
 
 def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
     """The passes of operator section 4: statistics, solve, output."""
-    plan = _plan_forward(problem, preconditioner, Around.now(problem.device), layouts(inputs))
+    around, given = Around.now(problem.device), layouts(inputs)
+    plan = _plan_forward(problem, preconditioner, around, given)
+    if not plan.compiles:
+        plan.compile()
+        if any(t is not None and t.requires_grad for t in inputs):
+            # Its kernels compile while forward's do: what comes back has, as a rule, the layout of what went out.
+            made: Forward = _FORWARD.record([output.layout for output in plan.outputs])
+            _plan_backward(problem, preconditioner, around, (*given, *made.residuals, made.o)).compile()  # type: ignore[arg-type]
     return _FORWARD.record(plan.run(_INPUTS.flat(inputs)))
 
 

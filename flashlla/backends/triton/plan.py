@@ -12,6 +12,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -84,6 +85,10 @@ class Buffer:
     def stride(self) -> tuple[int, ...]:
         return self.layout.strides
 
+    def data_ptr(self) -> int:
+        """An address of no memory: all that Triton compiles for is whether it is aligned."""
+        return 0 if self.layout.aligned else 1
+
     def tensor(self, memories: Sequence[Tensor | None]) -> Tensor:
         memory = memories[self.memory]
         assert memory is not None
@@ -97,13 +102,13 @@ def of_buffers(kind: type[Any], *members: Any, **fields: Any) -> Any:
     return kind(*members, **fields)
 
 
-def _tensors(x: Any, memories: Sequence[Tensor | None]) -> Any:
+def of_tensors(x: Any, memories: Sequence[Tensor | None]) -> Any:
     """``x`` with tensors for Buffers."""
     if isinstance(x, Buffer):
         return x.tensor(memories)
     if not _has_buffers(x):
         return x
-    members = [_tensors(member, memories) for member in x]
+    members = [of_tensors(member, memories) for member in x]
     return type(x)(*members) if hasattr(x, "_fields") else tuple(members)
 
 
@@ -150,19 +155,25 @@ class Launch:
     seat: int  # of the arguments in `Running.values`
     compiled: Compiled | None = None
 
+    @functools.cached_property
+    def key(self) -> tuple[Any, ...]:
+        """Of what it compiles to."""
+        return id(self.kernel), self.device, tuple(self.settings.items()), kinds(self.arguments)
+
+    def compile(self) -> Future[Compiled | None]:
+        """Begin to, on another thread, unless that was done before."""
+        return runtime.compiling(self.key, self.kernel, self.device, self.arguments, self.settings)
+
     def run(self, call: Running) -> None:
-        if self.compiled is None:
-            key = id(self.kernel), self.device, tuple(self.settings.items()), kinds(self.arguments)
-            self.compiled = runtime.compiled.get(key)
-            if self.compiled is None:
-                tensors = _tensors(self.arguments, call.memories)
-                found = runtime.launch(self.kernel, self.name, self.grid, self.device, *tensors, **self.settings)
-                if found is not None:
-                    runtime.compiled[key] = found
-                return
         try:
-            self.compiled.launch(self.grid, call.stream, call.values[self.seat])
+            if self.compiled is None:
+                self.compiled = self.compile().result()
+            if self.compiled is not None:
+                self.compiled.launch(self.grid, call.stream, call.values[self.seat])
+            else:
+                self.kernel[self.grid](*of_tensors(self.arguments, call.memories), **self.settings)
         except Exception as error:
+            runtime.compiled.pop(self.key, None)  # the next call tries again
             raise runtime.failed(self.kernel, self.name, self.device, self.arguments, self.settings) from error
 
 
@@ -185,6 +196,11 @@ class Tuned:
     key: tuple[Any, ...]
     launches: dict[configs.Config, Launch]
 
+    def compile(self) -> None:
+        found = runtime.tuned.get(self.key)
+        for launch in self.launches.values() if found is None else [self.launches[found]]:
+            launch.compile()
+
     def run(self, call: Running) -> None:
         if self.key not in runtime.tuned:
             runtime.tuned[self.key] = runtime.fastest(list(self.launches), lambda c: self.launches[c].run(call))
@@ -198,8 +214,11 @@ class Compute:
     function: Callable[..., Any]
     buffers: tuple[Buffer | None, ...]
 
+    def compile(self) -> None:
+        """Nothing: torch has it."""
+
     def run(self, call: Running) -> None:
-        self.function(*_tensors(self.buffers, call.memories))
+        self.function(*of_tensors(self.buffers, call.memories))
 
 
 @dataclass(eq=False)
@@ -222,7 +241,8 @@ class Plan:
         self.given = [None if layout is None else Buffer(layout, i) for i, layout in enumerate(given)]
         self.stages = [Stage()]
         self.values: list[Any] = []  # `Running.values` with no address in it
-        self.outputs: list[int] = []
+        self.outputs: list[Buffer] = []
+        self.compiles = False  # whether `compile` was called
         self._allocated = len(given)
         self._seats: dict[int, int] = {}  # by id, since 1 is True
 
@@ -288,11 +308,20 @@ class Plan:
 
     def finished(self, outputs: Sequence[Buffer]) -> Plan:
         """This plan, once all of it is written down: `run` returns ``outputs``."""
-        self.outputs = [buffer.memory for buffer in outputs]
+        self.outputs = list(outputs)
         return self
+
+    def compile(self) -> None:
+        """Begin to compile, side by side, what its calls launch; each launch waits for its own kernel."""
+        self.compiles = True
+        for stage in self.stages:
+            for step in stage.steps:
+                step.compile()
 
     def run(self, given: Sequence[Tensor | None]) -> list[Tensor]:
         """The outputs. Nothing here waits for the device."""
+        if not self.compiles:
+            self.compile()
         with runtime.on(self.device):
             memories: list[Any] = list(given)
             values = list(self.values)
@@ -310,4 +339,4 @@ class Plan:
                     step.run(call)
                 for allocation in stage.dropped:
                     memories[allocation.index] = None
-            return [memories[i] for i in self.outputs]
+            return [memories[output.memory] for output in self.outputs]

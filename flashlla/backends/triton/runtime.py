@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
+import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,14 +20,16 @@ COMPILER = {"enable_fp_fusion": True}
 _HERE: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 # By what a config is looked up by: what FLASHLLA_AUTOTUNE=1 has found.
 tuned: dict[tuple[Any, ...], configs.Config] = {}
-# By kernel, device, settings and kinds of arguments (`plan.kinds`): what Triton compiled.
-compiled: dict[tuple[Any, ...], Compiled] = {}
+# By kernel, device, settings and kinds of arguments (`plan.kinds`): what Triton has compiled, or is compiling; None of
+# its interpreter, which compiles nothing.
+compiled: dict[tuple[Any, ...], Future[Compiled | None]] = {}
 
 
 class Compiled(NamedTuple):
     """What Triton made of ``kernel``, which must live as long as its id is in a key: its own hash takes a lock."""
 
     binary: Any
+    run: Callable[..., Any]
     parameters: tuple[Any, ...]  # those of the kernel that are settings, as they follow its arguments
     kernel: Kernel
 
@@ -34,7 +39,7 @@ class Compiled(NamedTuple):
         if stream is None:
             binary[grid](*arguments, *self.parameters)
         else:
-            binary.run(
+            self.run(
                 *grid, stream, binary.function, binary.packed_metadata, None, None, None, *arguments, *self.parameters
             )
 
@@ -46,6 +51,8 @@ class Kernel(Protocol):
     arg_names: Any
 
     def __getitem__(self, grid: tuple[int, ...], /) -> Callable[..., Any]: ...
+
+    def run(self, *arguments: Any, grid: tuple[int, ...], warmup: bool, **settings: Any) -> Any: ...
 
 
 def cdiv(a: int, b: int) -> int:
@@ -69,18 +76,70 @@ def stream(device: torch.device) -> int | None:
     return found
 
 
-def launch(
-    kernel: Kernel, name: str, grid: tuple[int, ...], device: torch.device, *arguments: Any, **settings: Any
-) -> Compiled | None:  # fmt: skip
-    """Launch ``kernel`` of pass ``name`` on tensors; what Triton has compiled, but for its interpreter."""
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Triton's compiler lets go of Python's lock for all but its front end, and the assembler is a process of its own:
+    threads compile side by side. docs/performance.md has the measurement."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ThreadPoolExecutor(processors or 1, thread_name_prefix="flashlla-compile")
+
+
+@functools.cache
+def _set_up(device_type: str) -> None:
+    """What Triton makes at its first kernel, and each thread would make anew: its driver, and the hash of itself, of
+    hundreds of megabytes."""
+    if device_type == "cuda":
+        triton.runtime.driver.active.get_current_target()
+        getattr(triton.runtime.cache, "triton_key", lambda: None)()
+
+
+def _forget_threads() -> None:
+    """A forked process has none of its parent's, and nobody finishes what they have begun."""
+    _threads.cache_clear()
+    for key in [key for key, found in compiled.items() if not found.done()]:
+        del compiled[key]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
+def compiling(
+    key: tuple[Any, ...], kernel: Kernel, device: torch.device, arguments: tuple[Any, ...], settings: dict[str, Any]
+) -> Future[Compiled | None]:  # fmt: skip
+    """What `compiled` has for ``key``; begun now, on a thread, where it has nothing. Of tensors, dtypes and alignment
+    are looked at, and no more."""
+    if (found := compiled.get(key)) is not None:
+        return found
+    mine: Future[Compiled | None] = Future()
+    found = compiled.setdefault(key, mine)
+    if found is mine:
+        _set_up(device.type)
+        try:
+            _threads().submit(_fill, mine, kernel, device, arguments, settings)
+        except RuntimeError:  # Python is on its way out, and starts no more threads
+            _fill(mine, kernel, device, arguments, settings)
+    return found
+
+
+def _fill(future: Future[Compiled | None], *what: Any) -> None:
     try:
-        with on(device):
-            binary = kernel[grid](*arguments, **settings, **COMPILER)
-    except Exception as error:
-        raise failed(kernel, name, device, arguments, settings) from error
+        future.set_result(_compile(*what))
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _compile(
+    kernel: Kernel, device: torch.device, arguments: tuple[Any, ...], settings: dict[str, Any]
+) -> Compiled | None:  # fmt: skip
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread
+    binary = kernel.run(*arguments, grid=(1,), warmup=True, **settings, **COMPILER)
     if binary is None:
         return None
-    return Compiled(binary, tuple(settings[parameter] for parameter in kernel.arg_names[len(arguments) :]), kernel)
+    # To ask for ``run`` loads it to the device, with a launcher that Triton may have to compile, too.
+    parameters = tuple(settings[parameter] for parameter in kernel.arg_names[len(arguments) :])
+    return Compiled(binary, binary.run, parameters, kernel)
 
 
 def failed(
@@ -98,6 +157,7 @@ def failed(
 
 def fastest(configs_: list[configs.Config], launch_with: Callable[[configs.Config], None]) -> configs.Config:
     """The config that runs fastest; one that does not compile is none of them."""
+    concurrent.futures.wait(list(compiled.values()))  # the host shall do nothing else meanwhile
     times: dict[configs.Config, float] = {}
     for c in configs_:
         with contextlib.suppress(RuntimeError):

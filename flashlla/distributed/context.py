@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -13,7 +14,7 @@ from flashlla.distributed.collectives import Pending, ahead
 from flashlla.distributed.groups import Ranks
 from flashlla.distributed.keys import Bringing, Part, bringing, parts_of
 from flashlla.distributed.sharding import Shards
-from flashlla.problem import Arguments, Inputs, Report, Residuals, empty_output, empty_report
+from flashlla.problem import Arguments, Inputs, Report, Residuals, Settings, empty_output, empty_report
 
 # Bytes of keys and values that are gathered at once, unless the caller says how many heads.
 GATHERED = 256 * 2**20
@@ -101,6 +102,41 @@ class Shared:
         o, *report = _Attend.apply(self, *own)
         return o, Report(*report)
 
+    def adjoint(
+        self, own: Differentiable, residuals: Iterator[Tensor], grad_o: Tensor, settings: Settings, of_keys: bool
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of ``own``, of whose keys where they are wanted, from what the forward passes left."""
+        width = own.k.shape[-1]
+        columns_of = slice(0, width), slice(width, width + own.v.shape[-1])
+        dq, dridge = torch.empty_like(own.q), own.ridge_lambda.new_empty(own.ridge_lambda.shape)
+        dk, dv = torch.empty_like(own.k), torch.empty_like(own.v)
+        leaving: list[tuple[Heads, Pending[Tensor]]] = []  # at most one, while the next heads are computed
+
+        def arrive() -> None:
+            for heads, coming in leaving:
+                both = coming.wait().permute(1, 2, 0, 3)
+                dk[:, heads.keys], dv[:, heads.keys] = (both[..., columns] for columns in columns_of)
+            leaving.clear()
+
+        for heads, calls in self.calls(own):
+            sums: list[Tensor] = []
+            if of_keys:
+                many = own.k[:, heads.keys].shape[1]
+                sums = self.keys.sums(own.ridge_lambda, own.k.shape[0], many, columns_of[1].stop)
+            for i, (part, (inputs, _)) in enumerate(calls):
+                place = slice(None), heads.queries, self.rows(part)
+                left = Residuals(*itertools.islice(residuals, len(Residuals._fields)))
+                found = backward(AdjointArguments(grad_o[place], inputs, left, settings, unrounded=of_keys))
+                dq[place], dridge[place] = found.q, found.ridge_lambda
+                if of_keys:
+                    for columns, gradient in zip(columns_of, (found.k, found.v)):
+                        self.keys.add(sums, i, columns, gradient.permute(2, 0, 1, 3))
+            arrive()
+            if of_keys:
+                leaving.append((heads, self.keys.give_back(sums)))
+        arrive()
+        return dq, dk if of_keys else None, dv if of_keys else None, dridge
+
 
 class _Attend(torch.autograd.Function):
     """The derivative is written here, not left to autograd: parts' gradients of keys are added up before they are
@@ -128,49 +164,10 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad_o: Tensor, *_: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: who checkpoints counts
         own = Differentiable(*saved[: len(Differentiable._fields)])
-        with torch.no_grad():
-            gradients = _Attend.adjoint(ctx, own, saved[len(own) :], grad_o)
-        return None, *(_Final.apply(grad_o, *own, *gradients) if torch.is_grad_enabled() else gradients)
-
-    @staticmethod
-    def adjoint(ctx: Any, own: Differentiable, saved: Sequence[Tensor], grad_o: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of ``own``."""
-        shared, residuals = ctx.shared, iter(saved)
-        width = own.k.shape[-1]
-        columns_of = slice(0, width), slice(width, width + own.v.shape[-1])
-        dq, dridge = torch.empty_like(own.q), own.ridge_lambda.new_empty(own.ridge_lambda.shape)
-        dk, dv = torch.empty_like(own.k), torch.empty_like(own.v)
         of_keys = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        leaving: list[tuple[Heads, Pending[Tensor]]] = []
-
-        def arrive() -> None:
-            heads, sums = leaving.pop()
-            both = sums.wait().permute(1, 2, 0, 3).split([own.k.shape[-1], own.v.shape[-1]], -1)
-            for whole, gradient in zip((dk, dv), both):
-                whole[:, heads.keys] = gradient
-
-        for heads, calls in shared.calls(own):
-            sums = []
-            if of_keys:
-                many = own.k[:, heads.keys].shape[1]
-                sums = shared.keys.sums(own.ridge_lambda, own.k.shape[0], many, columns_of[1].stop)
-            for i, (part, arguments) in enumerate(calls):
-                place = slice(None), heads.queries, shared.rows(part)
-                left = Residuals(*(next(residuals) for _ in Residuals._fields))
-                found = backward(
-                    AdjointArguments(grad_o[place], arguments.inputs, left, ctx.settings, unrounded=of_keys)
-                )
-                dq[place], dridge[place] = found.q, found.ridge_lambda
-                if of_keys:
-                    for columns, gradient in zip(columns_of, (found.k, found.v)):
-                        shared.keys.add(sums, i, columns, gradient.permute(2, 0, 1, 3))
-            if leaving:
-                arrive()
-            if of_keys:
-                leaving.append((heads, shared.keys.give_back(sums)))
-        if leaving:
-            arrive()
-        return dq, dk if of_keys else None, dv if of_keys else None, dridge
+        with torch.no_grad():
+            gradients = ctx.shared.adjoint(own, iter(saved[len(own) :]), grad_o, ctx.settings, of_keys)
+        return None, *(_Final.apply(grad_o, *own, *gradients) if torch.is_grad_enabled() else gradients)
 
 
 class _Final(torch.autograd.Function):

@@ -12,7 +12,6 @@ from torch import Tensor
 from flashlla import dispatch
 from flashlla.autograd import decode, decode_info, decode_out, forward, which
 from flashlla.hints import refuse_unknown
-from flashlla.options import AttentionOptions
 from flashlla.problem import Report
 from flashlla.solvers import Solver
 from flashlla.validation import Call, check_out, prepare, prepare_decode, prepare_varlen
@@ -20,7 +19,7 @@ from flashlla.validation import Call, check_out, prepare, prepare_decode, prepar
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from flashlla.options import DecodeOptions, VarlenOptions
+    from flashlla.options import AttentionOptions, DecodeOptions, VarlenOptions
 
 
 class LLAInfo(NamedTuple):
@@ -164,24 +163,24 @@ def lla_attention(
     """
     if others:
         refuse_unknown("lla_attention", others, lambda: named_arguments(lla_attention))
-    options = AttentionOptions(
-        ridge_lambda=ridge_lambda,
-        qk_scale=qk_scale,
-        delta_eps=delta_eps,
-        cg_atol=cg_atol,
-        cg_rtol=cg_rtol,
-        cg_max_iters=cg_max_iters,
-        cg_use_preconditioner=cg_use_preconditioner,
-        tolerance=tolerance,
-        solver=solver,
-        backend=backend,
-        causal=causal,
-        window=window,
-        seqlens_k=seqlens_k,
-        seqstarts_k=seqstarts_k,
-        layout=layout,
-    )
-    if _on_dtensors is not None and any(type(t).__name__ == "DTensor" for t in (q, k, v)):
+    options: AttentionOptions = {
+        "ridge_lambda": ridge_lambda,
+        "qk_scale": qk_scale,
+        "delta_eps": delta_eps,
+        "cg_atol": cg_atol,
+        "cg_rtol": cg_rtol,
+        "cg_max_iters": cg_max_iters,
+        "cg_use_preconditioner": cg_use_preconditioner,
+        "tolerance": tolerance,
+        "solver": solver,
+        "backend": backend,
+        "causal": causal,
+        "window": window,
+        "seqlens_k": seqlens_k,
+        "seqstarts_k": seqstarts_k,
+        "layout": layout,
+    }
+    if _on_dtensors is not None and "DTensor" in (type(q).__name__, type(k).__name__, type(v).__name__):
         return _on_dtensors(q, k, v, return_info=return_info, **options)  # type: ignore[no-any-return]
     return _attend(prepare(q, k, v, **options), return_info)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 Check = Callable[[], None]
-PATIENCE = 240  # seconds that all checks may take
+PATIENCE = 480  # seconds that all checks may take
 # Seconds that a rank waits for the others in one collective: long where machines are busy.
 TIMEOUT = 60
 

@@ -24,6 +24,10 @@ FEW = 2
 # Queries that share a preconditioner of gram, and keys a chunk of its sums: a multiple of every tile. Causal queries of
 # the first have none; a matrix more costs time and memory, and with 256 it saved 2 % of the iterations.
 SEGMENT = 512
+# Where queries see no more keys the plain solves of 16-bit inputs have no first guess, which costs the statistics a
+# third product and memory its traffic: forward takes 4 to 8 % less (docs/performance.md). With 4096 keys and a large
+# ridge it saves most of an iteration.
+FEW_KEYS = 1024
 # Columns of a panel of Cholesky's factor: the fewest that a matrix product takes, and twice as many are the lanes of a
 # warp, which eliminates in [square | 1].
 PANEL = 16

@@ -44,9 +44,10 @@ from flashlla.backends.triton.primitives import (
 def statistics_body(
     state, rows, keys, j, k_len, seen, SHAPE: tl.constexpr, N: tl.constexpr, CUT: tl.constexpr
 ):  # fmt: skip
-    """One tile of the running maximum m, and of the sums of w, w k, c and c k, c = w u.(k - origin)."""
+    """One tile of the running maximum m, and of the sums of w, w k and, for a first GUESS, c and c k, c = w u.(k -
+    origin)."""
     m, total, acc, c_total, c_acc = state
-    q, factor, short, u_origin, FLIP = rows
+    q, factor, short, u_origin, FLIP, GUESS = rows
     k_base, k_stride = keys
     k = load_tile(k_base, k_stride, j, k_len, SHAPE.HEAD_DIM, N, q.shape[1], CUT)  # (N, D)
     product = dot(q, tl.trans(k), zeros(q, tl.trans(k)), SHAPE.TF32)  # (M, N)
@@ -59,15 +60,15 @@ def statistics_body(
         m_next = tl.maximum(m, (tl.min(product, 1) if FLIP else tl.max(product, 1)) * factor)
         base = m_next
     w = tl.exp2(s - (base - WEIGHT_BITS)[:, None])  # (M, N)
-    c = w * (product * short[:, None] - u_origin[:, None])
     fade = tl.exp2(m - base)
+    if GUESS:
+        c = rounded(w * (product * short[:, None] - u_origin[:, None]), k, SHAPE.TF32)
+        c_total = c_total * fade + tl.sum(c.to(tl.float32), 1)
+        c_acc = dot(c, k, c_acc * fade[:, None], SHAPE.TF32)  # (M, D)
     # Totals of the rounded numbers: they make k_mean a mean of keys, and C u a covariance, wherever the origin is.
     w = rounded(w, k, SHAPE.TF32)
     total = total * fade + tl.sum(w.to(tl.float32), 1)
     acc = dot(w, k, acc * fade[:, None], SHAPE.TF32)  # (M, D)
-    c = rounded(c, k, SHAPE.TF32)
-    c_total = c_total * fade + tl.sum(c.to(tl.float32), 1)
-    c_acc = dot(c, k, c_acc * fade[:, None], SHAPE.TF32)  # (M, D)
     return m_next, total, acc, c_total, c_acc
 
 
@@ -100,7 +101,7 @@ def statistics_kernel(
     FLIP: tl.constexpr, SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """lse, omega and k_mean of section 2; lse2, which is lse in base 2, not rounded in between; and C u in units of the
-    keys, u the query, shortened, for the first guess (4.3).
+    keys, u the query, shortened, for the first guess (4.3), if any is made.
 
     FLIP: the scale is negative, and the smallest product has the largest logit.
     """
@@ -113,15 +114,17 @@ def statistics_kernel(
     k_base = keys_of(k_in, at)
     q = load_queries(q_in, at, SHAPE.HEAD_DIM, BLOCK_M, D)  # (M, D)
     factor = scale * LOG2E * q_unit * k_unit
-    wide = q.to(tl.float32)
+    GUESS: tl.constexpr = image_out is not None
     short = shortening(q)  # (M,)
-    # Keys far from the origin are near each other, but for some: u.k is measured from that of the query's own key.
-    own_keys = gather_tile(k_base, k_in.stride_s, own_key(i, at, BLOCK_M), at.k_stop, SHAPE.HEAD_DIM, D)
-    u_origin = tl.sum(wide * own_keys.to(tl.float32), 1) * short  # (M,)
+    u_origin = short
+    if GUESS:
+        # Keys far from the origin are near each other, but for some: u.k is measured from that of the query's own key.
+        own_keys = gather_tile(k_base, k_in.stride_s, own_key(i, at, BLOCK_M), at.k_stop, SHAPE.HEAD_DIM, D)
+        u_origin = tl.sum(q.to(tl.float32) * own_keys.to(tl.float32), 1) * short  # (M,)
     nothing, nowhere = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, D], tl.float32)
     m, total, acc, c_total, c_acc = sweep_keys(
         statistics_body, (nothing - float("inf"), nothing, nowhere, nothing, nowhere),
-        (q, factor, short, u_origin, FLIP), (k_base, k_in.stride_s), at, window, SHAPE, BLOCK_M, BLOCK_N,
+        (q, factor, short, u_origin, FLIP, GUESS), (k_base, k_in.stride_s), at, window, SHAPE, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     some = sees_some(i + tl.arange(0, BLOCK_M), at, window, SHAPE.CAUSAL)  # (M,) what sees nothing need not be finite
     found = flaws_seen(flaws, at, seqlens, window, n_heads, group, k_len, SHAPE, BLOCK_M, BLOCK_N)
@@ -133,8 +136,9 @@ def statistics_kernel(
     whole = tl.where(some, total, 1.0)  # the sums of a query that sees nothing are 0
     k_mean = tl.div_rn(acc, whole[:, None] + tl.zeros_like(acc))  # `/` may be off by 2 units in the last place
     store_vectors(k_mean_out, at, k_mean * k_unit, SHAPE.HEAD_DIM)
-    image = (c_acc - k_mean * c_total[:, None]) / whole[:, None]
-    store_vectors(image_out, at, image, SHAPE.HEAD_DIM)
+    if GUESS:
+        image = (c_acc - k_mean * c_total[:, None]) / whole[:, None]
+        store_vectors(image_out, at, image, SHAPE.HEAD_DIM)
 
 
 @triton.jit

@@ -102,6 +102,7 @@ class Call:
         self.lengths = (
             self.n_heads, problem.q_heads, problem.group, problem.q_len, problem.k_len, *self.max_seqlens,
         )  # fmt: skip
+        self.keys_seen = min(self.max_seqlens[1], mask.window or self.max_seqlens[1])  # by a query, at most
         # What tells a kernel which keys its queries see, as its parameters follow.
         self.sight = self.seqlens, mask.window, *self.lengths
         # float32 has digits to lose: keys are taken relative to their sequence's first (docs/math.md, section 6).
@@ -329,7 +330,9 @@ def _plan_forward(
     call = Call(problem, around, plan, _INPUTS.record(plan.given))
     q = call.inputs.q
     of_rows = q.shape[:3]
-    lse2, image = call.rows(), call.vectors(memory=call.until_solved)
+    lse2, image = call.rows(), None
+    if preconditioner != "none" or call.origin is not None or call.keys_seen > configs.FEW_KEYS:
+        image = call.vectors(memory=call.until_solved)
     residuals = of_buffers(
         Residuals, lse=call.output(*of_rows), guard=call.output(*of_rows),
         probe=call.output(*q.shape), k_mean=call.output(*q.shape),
@@ -363,13 +366,14 @@ def _plan_forward(
 
 
 def solve(
-    call: Call, ridge: Buffer, lse2: Buffer, k_mean: Buffer, b: Buffer, x: Buffer, preconditioner: str, *,
+    call: Call, ridge: Buffer, lse2: Buffer, k_mean: Buffer, b: Buffer | None, x: Buffer, preconditioner: str, *,
     ended: Ended | None = None, adjoint: Adjoint | None = None,
 ) -> None:  # fmt: skip
     """Launch the one solve kernel: for the probe, filling ``ended``, or for the ``adjoint`` probe."""
     of_ridge, segments = call.strided(ridge), cdiv(call.problem.q_len, configs.SEGMENT)
     made = None
     if preconditioner == "gram":
+        assert b is not None
         made = gram(call, of_ridge, k_mean, b, None if adjoint is None else adjoint.probe, segments)
     for which in ("none", "gram") if preconditioner == "gram" else (preconditioner,):
         call.launch_tiles(

@@ -158,9 +158,9 @@ def solve_kernel(
     ADJOINT: tl.constexpr, PRECONDITIONER: tl.constexpr, SEGMENT: tl.constexpr,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Forward: the probe z of (2.1), right-hand side k_mean - q; b_ptr has C u of statistics_kernel, and ended_out says
-    how it went. ADJOINT: -y of (3.1), in the units of the keys and lifted, and z.y of (3.6); b_ptr has the right-hand
-    side t in rows of unit length, and ``adjoint`` what else it takes and gives.
+    """Forward: the probe z of (2.1), right-hand side k_mean - q; b_ptr has C u of statistics_kernel, None without a
+    first guess, and ended_out says how it went. ADJOINT: -y of (3.1), in the units of the keys and lifted, and z.y of
+    (3.6); b_ptr has the right-hand side t in rows of unit length, and ``adjoint`` what else it takes and gives.
 
     PRECONDITIONER is "none", "jacobi", or "gram": what gram.py makes for each segment of queries; if there is any
     (made_in), "none" is for all others. A row leaves off when |r|^2 <= max(atol, |b|^2) rtol, of the adjoint when the
@@ -208,7 +208,7 @@ def solve_kernel(
     # For the last step: lowest and highest curvature so far; how long it is, 1 / the latest curvature (0: none yet).
     lowest, highest = tl.full([BLOCK_M], float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     last_size = tl.zeros([BLOCK_M], tl.float32)
-    if ADJOINT:
+    if ADJOINT or b_ptr is None:
         solution = tl.zeros([BLOCK_M, D], tl.float32)
     else:
         solution, r, along_u = first_guess(q, r, ridge, b_ptr, at, SHAPE, BLOCK_M)

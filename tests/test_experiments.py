@@ -119,6 +119,7 @@ def test_language_model(tmp_path: Path) -> None:
 
 RECORDS = {
     "language_model": language_model.table,
+    "language_model_small": language_model.table,
     "tolerance": tolerance.table,
     "test_time_regression": test_time_regression.table,
     "in_context_regression": table_of,

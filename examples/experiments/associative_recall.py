@@ -30,7 +30,7 @@ from examples.experiments.runs import Run, Runs, chosen, draw_curves, parser_of,
 MIXERS = ("softmax", "LLA", "delta rule")
 VOCABULARY, POWER = 8192, 0.01
 POINT, NOISE = 16, 0.1  # the noise of a query: norm, beside the key's 1
-RATES = {"words": (3e-3, 1e-2), "numbers": (1e-3, 3e-3, 1e-2)}
+RATES = {"words": (3e-3, 1e-2), "numbers": (3e-3, 1e-2, 3e-2)}
 
 
 @dataclass(frozen=True)

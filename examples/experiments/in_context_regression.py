@@ -25,7 +25,7 @@ from examples.experiments.runs import Run, Runs, chosen, draw_curves, parser_of,
 FUNCTIONS = ("linear", "network")
 POINT, HIDDEN, NOISE = 8, 32, 0.1
 WIDTH, HEADS, LAYERS = 32, 2, 2
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 
 
 def draw(function: str, sequences: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

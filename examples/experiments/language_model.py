@@ -35,7 +35,7 @@ from examples.experiments.runs import RESULTS, Run, Runs, progress, spread
 from examples.experiments.training import Arm, Setting, train
 
 FULL = Size(layers=6, width=512, heads=8, length=1024, batch=32)
-QUICK = Size(layers=2, width=128, heads=2, length=128, batch=8)
+SMALL = Size(layers=2, width=128, heads=2, length=128, batch=8)
 BOTH = [Arm(kind, qk_norm) for qk_norm in (True, False) for kind in ("lla", "softmax")]
 STUDIES = {
     "main": BOTH,
@@ -54,9 +54,10 @@ SEARCHES = ("main", "muon")  # in these, learning rates are searched first, by s
 def main(arguments: list[str] | None = None) -> dict[str, Run]:
     options = parse(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.quick:
+    small = options.quick or options.small
+    if small:
         torch.set_num_threads(1)  # on small tensors threads wait for one another
-    size = QUICK if options.quick else FULL
+    size = SMALL if small else FULL
     setting = Setting(size, device, options.compile and device == "cuda", options.checkpoints)
     runs = Runs(options.results, device)
     begin, speed = time.monotonic(), dict[str, float]()  # seconds a step, all told
@@ -90,11 +91,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small model, for a CPU")
+    parser.add_argument("--small", action="store_true", help="a small model, for a CPU")
+    parser.add_argument("--quick", action="store_true", help="the same, trained for under a minute")
     parser.add_argument("--study", nargs="+", choices=STUDIES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--within", type=float, default=float("inf"), help="seconds after which no run begins")
-    parser.add_argument("--results", type=Path, help="default: results/language_model.json beside this file")
+    parser.add_argument("--results", type=Path, help="default: results/language_model[_small].json beside this file")
     parser.add_argument("--plot", type=Path, help="draw loss against steps and against time, as PNG")
     parser.add_argument("--keys", type=Path, metavar="DIR", help="keep keys of LLA's runs here")
     parser.add_argument("--checkpoints", type=Path, metavar="DIR")
@@ -119,7 +121,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     an_arm.add_argument("--as-lla", action="store_true", help="as long as LLA's runs of this arm took")
     options = parser.parse_args(arguments)
     if options.results is None:
-        options.results = RESULTS / f"language_model{'_quick' * options.quick}.json"
+        size = "_quick" if options.quick else "_small" if options.small else ""
+        options.results = RESULTS / f"language_model{size}.json"
     return options
 
 

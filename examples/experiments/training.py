@@ -18,7 +18,7 @@ from examples.experiments.corpus import Corpus, Windows, evenly
 from examples.experiments.gpt import GPT, Attention, Size, loss_of
 from examples.experiments.runs import Run, progress
 from flashlla import ConvergenceCounter
-from flashlla.nn import param_groups
+from flashlla.nn import LocalLinearAttention, param_groups
 
 WARM, TIMED = 5, 10  # steps by which a step's time is measured before a run
 POINTS = 8  # of the loss curve
@@ -131,6 +131,12 @@ def train(arm: Arm, seed: int, corpus: Corpus, setting: Setting) -> tuple[Run, G
     size, device = setting.size, setting.device
     measured = measure(arm, seed, corpus, setting)
     steps = arm.steps if arm.seconds is None else max(1, round(1e3 * arm.seconds / measured))
+    checkpoint, saved = None, None
+    if setting.checkpoints is not None:
+        checkpoint = setting.checkpoints / f"{arm.name()} seed={seed}.pt".replace(" ", "_")
+        if checkpoint.exists():
+            saved = torch.load(checkpoint, map_location="cpu")
+            steps = saved["steps"]  # as they were measured then
     batches = Windows(corpus.train, size.length, size.batch, steps, seed)
     on_the_way = evenly(corpus.reported, size.length, size.batch, CURVE_BATCHES)
     validated = {math.ceil(steps * (i + 1) / POINTS) for i in range(POINTS)}
@@ -141,14 +147,9 @@ def train(arm: Arm, seed: int, corpus: Corpus, setting: Setting) -> tuple[Run, G
     times: list[float] = []  # milliseconds of each step
     curve: list[tuple[int, float, float]] = []  # steps, seconds of training, loss
     unconverged = [0, 0]  # queries, and of how many
-    checkpoint = None
-    if setting.checkpoints is not None and steps >= setting.long:
-        checkpoint = setting.checkpoints / f"{arm.name()} seed={seed}.pt".replace(" ", "_")
-        if checkpoint.exists():
-            saved = torch.load(checkpoint, map_location="cpu")
-            assert saved["steps"] == steps, f"{checkpoint} is of {saved['steps']} steps, this run of {steps}"
-            learner.load(saved)
-            losses, times, curve, unconverged = (saved[name] for name in ("losses", "times", "curve", "unconverged"))
+    if saved is not None:
+        learner.load(saved)
+        losses, times, curve, unconverged = (saved[name] for name in ("losses", "times", "curve", "unconverged"))
 
     new: list[Tensor] = []
     batch = batches[min(len(losses), steps - 1)]
@@ -167,7 +168,7 @@ def train(arm: Arm, seed: int, corpus: Corpus, setting: Setting) -> tuple[Run, G
                     break
                 curve.append((step + 1, sum(times) / 1e3, learner.validate(on_the_way)))
                 counter.read()  # those of validation
-                if checkpoint is not None:
+                if checkpoint is not None and steps >= setting.long:
                     told = {"losses": losses, "times": times, "curve": curve, "unconverged": unconverged}
                     _save(checkpoint, {**learner.state(), **told, "steps": steps})
     last = {
@@ -191,7 +192,7 @@ def train(arm: Arm, seed: int, corpus: Corpus, setting: Setting) -> tuple[Run, G
             "curve": [[step, round(seconds, 2), round(loss, 5)] for step, seconds, loss in curve],
             "loss": [round(statistics.mean(losses[i : i + span]), 4) for i in range(0, len(losses), span)],
             "unconverged": unconverged,
-            "ridges": [_rounded(layer.ridge) for layer in learner.model.lla_layers],
+            "ridges": [_ridges(layer) for layer in learner.model.lla_layers],
             "corpus": corpus.facts["sha256"][:16],
         },
         learner.model,
@@ -251,6 +252,8 @@ def _save(path: Path, state: dict[str, Any]) -> None:
     os.replace(unfinished, path)
 
 
-def _rounded(ridge: Any) -> list[float]:
-    raw = ridge.raw
-    return [round(ridge.kind, 3)] if raw is None else [round(r, 3) for r in ridge._above_minimum(raw).tolist()]
+@torch.no_grad()
+def _ridges(layer: LocalLinearAttention) -> list[float]:
+    """Of each head; where each token has its own, those of a token of zeros."""
+    ridge = layer.ridge(torch.zeros(1, 1, layer.hidden_size, device=layer.q_proj.weight.device))
+    return [round(r, 3) for r in torch.as_tensor(ridge).flatten().tolist()]

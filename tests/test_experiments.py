@@ -83,7 +83,7 @@ def test_in_context_regression(tmp_path: Path) -> None:
 def test_associative_recall(tmp_path: Path) -> None:
     runs = associative_recall.main(["--quick", *kept_in(tmp_path)])
     wrong = {(run["task"], run["mixer"]): run["reported"][0] for run in runs.values()}
-    assert wrong["numbers", "LLA"] < 0.8 * wrong["numbers", "softmax"] < 0.2
+    assert wrong["numbers", "LLA"] < min(0.1, wrong["numbers", "softmax"])  # at first: 1
     assert max(wrong["words", "LLA"], wrong["words", "softmax"]) < 0.8  # of 8 values: chance is 0.875
 
 

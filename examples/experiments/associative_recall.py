@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     tasks = [task for task in tasks if task.length <= options.most and task.width in options.widths]
     if options.quick:
         tasks, options.mixers = [Task("numbers", 16, 32, 32), Task("words", 4, 16, 32, vocabulary=16)], MIXERS[:2]
-        options.seeds, options.steps, options.tokens = [0], 150, 2048
+        options.seeds, options.steps, options.tokens = [0], 120, 2048
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs = Runs(options.results, device)
     for task, mixer in within(options.within, product(tasks, options.mixers)):

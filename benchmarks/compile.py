@@ -88,7 +88,9 @@ def decodings(head_dim: int, dtype: torch.dtype, plain: bool) -> None:
     full = products.allowed(q.device) == "ieee"
     large = configs.large(configs.capability(q.device))
     usual = configs.decode_config(width, width, dtype != torch.float32, full, large)
-    plain_call = Problem(2, 6, 2, 1, 4096, head_dim, head_dim, dtype, q.device, 0.3, 1e-12, CG(), mask=DECODING)
+    plain_call = Problem(
+        2, 6, 2, 1, 4096, head_dim, head_dim, dtype, q.device, 0.3, 1e-12, CG(), solver_demanded=False, mask=DECODING
+    )  # fmt: skip
     for page in (0,) if plain else (0, 16, 256):
         cache = meta(*((32, 2, page) if page else (2, 2, 4096)), head_dim, dtype=dtype)
         table = meta(2, 4096 // page) if page else None

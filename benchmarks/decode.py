@@ -67,7 +67,7 @@ class Case:
 
         problem = Problem(
             self.batch, HEADS, HEADS, 1, self.length, self.dim, self.dim, self.q.dtype, self.q.device, self.dim**-0.5,
-            1e-12, CG(), mask=Mask(padded=True, at_lengths=True),
+            1e-12, CG(), solver_demanded=False, mask=Mask(padded=True, at_lengths=True),
         )  # fmt: skip
         return decode(problem, Inputs(self.q, *cache, self.ridge, self.lengths), self.out, config=config)
 

@@ -409,12 +409,12 @@ def lla_decode(
         block_table: (B, pages a sequence) int32 on the device of q: the page that holds each sequence's keys 0 to
             page size - 1, the page of the next, and so on; checked as ``seqlens_k`` is, and unchecked taken as the
             nearest page there is. Fill places not in use with 0. Default None: no pages.
-        solver: as for :func:`lla_attention`. Default None: exact, by Cholesky; of more than 16 new tokens, as where a
-            prompt is read, the Triton backends gather the pages and solve by conjugate gradients, as closely as the
-            dtype can tell.
+        solver: as for :func:`lla_attention`. Default None: exact, by Cholesky; or as closely as the dtype can tell, by
+            conjugate gradients, where the Triton backends have 16-bit inputs (Cholesky takes what converges slowly),
+            or more than 16 new tokens, as where a prompt is read, for which they gather the pages.
         backend: as for :func:`lla_attention`.
-        return_info: also return an :class:`LLAInfo`, of shape (B, Hq, N). Up to 16 new tokens the fused kernels solve
-            directly; they tell a bound on the residual (docs/math.md, (4.8)). Default False.
+        return_info: also return an :class:`LLAInfo`, of shape (B, Hq, N). Up to 16 new tokens the fused kernels tell
+            a bound on the residual (docs/math.md, (4.8)), and no iterations of what Cholesky solved. Default False.
         out: written and returned, any strides; shape, dtype and device of the result, and no memory of the other
             arguments; not together with ``return_info``. Default None: a new tensor.
         layout: "bhsd", or "bshd" for tensors (B, N, H, D), (B, L, H, D) and (pages, page size, H, D); nothing is

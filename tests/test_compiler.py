@@ -33,9 +33,9 @@ def test_every_kernel_compiles_for_three_architectures(tmp_path: Path) -> None:
     # Cards without Hopper's shared memory take the tiles of architecture 80, and have as little as 99 KiB.
     assert max(x["shared"] for x in lines if x["architecture"] == 80) <= 99 * 1024
     kernels = {(x["kernel"], x["architecture"], x["dim"]) for x in lines}
-    from flashlla.backends.triton import backward, decode_kernels, forward, gram, prepare, solve
+    from flashlla.backends.triton import backward, decode_kernels, decode_solve, forward, gram, prepare, solve
 
-    modules = (backward, decode_kernels, forward, gram, prepare, solve)
+    modules = (backward, decode_kernels, decode_solve, forward, gram, prepare, solve)
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {k for k, _, _ in kernels} == written
     assert {(a, d) for _, a, d in kernels} == {(a, d) for a in (80, 90, 100) for d in (64, 128)}

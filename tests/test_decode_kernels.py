@@ -23,7 +23,7 @@ from flashlla import lla_decode  # noqa: E402
 from flashlla.backends.naive import Naive  # noqa: E402
 from flashlla.backends.triton import configs, plan  # noqa: E402 (after hasten)
 from flashlla.backends.triton.decode import decode  # noqa: E402
-from flashlla.problem import Inputs, Mask, Problem, empty_output  # noqa: E402
+from flashlla.problem import Inputs, Mask, Problem, Report, empty_output  # noqa: E402
 from flashlla.solvers import Direct  # noqa: E402
 from tests.support.helpers import problem_of  # noqa: E402
 from tests.support.units import matmul_precision  # noqa: E402
@@ -52,6 +52,7 @@ class Call:
     window: int | None = None
     delta_eps: float = 1e-12
     scale: float | None = None
+    demanded: bool = False  # a direct solve
 
     @property
     def factor(self) -> float:
@@ -59,7 +60,7 @@ class Call:
 
     def run(
         self, pieces: int | None = None, page: int = 0, out: Tensor | None = None, spoil: float = float("nan"),
-        tile: int | None = None,
+        tile: int | None = None, slices: int | None = None, report: Report | None = None,
     ) -> Tensor:  # fmt: skip
         """What the kernels make of it, with ``spoil`` wherever no query looks."""
         (batch, _, new, _), capacity = self.q.shape, self.k.shape[2]
@@ -81,23 +82,25 @@ class Call:
         d, v_dim = configs.padded(self.q.shape[-1]), configs.padded(self.v.shape[-1])
         full = torch.get_float32_matmul_precision() == "highest"
         tuned = configs.decode_config(d, v_dim, self.q.dtype != torch.float32, full)._replace(pieces=pieces)
-        tuned = tuned._replace(tile=tile or tuned.tile)
-        assert self.decoded(k, v, table, out, tuned) is out
+        tuned = tuned._replace(tile=tile or tuned.tile, slices=slices)
+        assert self.decoded(k, v, table, out, tuned, report) is out
         return out
 
     def decoded(
-        self, k: Tensor, v: Tensor, table: Tensor | None, out: Tensor, config: configs.DecodeConfig | None = None
-    ) -> Tensor:
+        self, k: Tensor, v: Tensor, table: Tensor | None, out: Tensor, config: configs.DecodeConfig | None = None,
+        report: Report | None = None,
+    ) -> Tensor:  # fmt: skip
         """What the kernels make of caches ``k`` and ``v``."""
         k_len = k.shape[2] * (1 if table is None else table.shape[1])
         problem = Problem(
             *self.q.shape[:2], k.shape[1], self.q.shape[2], k_len, self.q.shape[3], v.shape[3], self.q.dtype,
-            self.q.device, self.factor, self.delta_eps, Direct(),
+            self.q.device, self.factor, self.delta_eps, Direct(), solver_demanded=self.demanded,
             mask=Mask(window=self.window, padded=True, at_lengths=True),
             page_size=None if table is None else k.shape[2],
         )  # fmt: skip
         ridge = self.ridge.expand(self.q.shape[:3])
-        return decode(problem, Inputs(self.q, k, v, ridge, self.lengths, block_table=table), out, config=config)
+        inputs = Inputs(self.q, k, v, ridge, self.lengths, block_table=table)
+        return decode(problem, inputs, out, report, config)
 
     def exact(self) -> Tensor:
         """The naive backend in float64, lengths out of range taken as the nearest that there are."""
@@ -231,6 +234,20 @@ def test_one_key_with_nearly_all_the_weight(sharpness: float, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logit", [4.0, 9.0, 40.0, 700.0])
+def test_a_weight_that_comes_late(logit: float, dtype: torch.dtype) -> None:
+    """Of a key in the third tile, above all before it: by less than sums fade for, by more, by more than they hold; the
+    last leaves nothing of the others."""
+    call = make(1, 2, 1, 1, 150, 32, 32, dtype)
+    call.k[:, :, 40] = call.q[:, :, 0] * (logit / call.factor / call.q[:, :, 0].float().square().sum(-1, True)).to(
+        dtype
+    )
+    for slices in (None, 2):
+        got = call.run(1, tile=16, slices=slices)
+        assert error(got, call.exact()) <= LIMITS[dtype] * (10 if dtype == torch.float32 else 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("which", ["first", "last"])
 def test_one_key_far_from_all_others(which: str, dtype: torch.dtype) -> None:
     """Also the last, from which the others are measured."""
@@ -321,6 +338,36 @@ def test_the_guard() -> None:
     assert error(call.run(2), want) > 0.1
 
 
+@pytest.mark.parametrize("slices", [1, 2, 4])
+def test_pieces_and_slices(slices: int) -> None:
+    call = make(2, 1, 2, 1, 300, 64, 40, torch.bfloat16, lengths=[300, 90])
+    want = call.exact()
+    for pieces in (1, 3):
+        assert error(call.run(pieces, slices=slices), want) <= LIMITS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_what_does_not_converge_is_factored(pieces: int) -> None:
+    """Iterations take the well-conditioned system, a factor the other; who demands a direct solve gets a factor of
+    both, and the same numbers."""
+    call = make(1, 2, 1, 1, 150, 64, 32, torch.float16)
+    basis, _ = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    spread = (torch.logspace(0, -2, 64)[:, None] * basis).to(DEVICE)  # along no axis, so that Jacobi does not help
+    call.k[:, 1] = (call.k[:, 1].float() @ spread).to(torch.float16)
+    call.ridge = torch.tensor([1.0, 1e-5], device=DEVICE).view(1, 2, 1)
+    dtypes = torch.float32, torch.int32, torch.float32, torch.bool
+    report = Report(*(torch.empty(1, 2, 1, dtype=dtype, device=DEVICE) for dtype in dtypes))
+    got, want = call.run(pieces, report=report), call.exact()
+    assert report.iterations.flatten().tolist()[1] == 0
+    assert 0 < report.iterations.flatten().tolist()[0] <= configs.decode_iterations(64, True)
+    assert report.residual[0, 0, 0] <= 2e-4
+    direct = dataclasses.replace(call, demanded=True).run(pieces)
+    for head in range(2):
+        assert error(got[:, head], want[:, head]) <= LIMITS[torch.float16] * (1 if head == 0 else 20)
+    assert torch.equal(direct[:, 1], got[:, 1])
+    assert error(got[:, 0], direct[:, 0].double()) <= LIMITS[torch.float16]
+
+
 def test_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scratch memory for one pair of sequence and head at a time."""
     call = make(2, 2, 2, 1, 40, 8, 8, torch.float16, lengths=[40, 22])
@@ -336,11 +383,16 @@ def test_tf32() -> None:
         assert error(call.run(2), call.exact()) <= LIMITS[torch.float16]
 
 
-def test_pieces_fill_the_device_and_no_more() -> None:
-    assert configs.decode_pieces(8, 64, 132) == 16
-    assert configs.decode_pieces(8, 1, 132) == 1
-    assert configs.decode_pieces(256, 64, 132) == 1
-    assert configs.decode_pieces(8192, 256, 132) == 1
+def test_pieces_and_slices_fill_the_device_and_no_more() -> None:
+    slicings = configs.decode_slicings(128, 128, True, True)
+    assert slicings == [1, 2]
+    assert configs.decode_slicings(128, 128, False, True) == [1]
+    parts = lambda systems, tiles: configs.decode_parts(systems, tiles, 132, slicings)
+    assert parts(8, 64) == (16, 1)
+    assert parts(8, 8) == (8, 2)
+    assert parts(8, 1) == (1, 1)
+    assert parts(256, 64) == (1, 1)
+    assert parts(8192, 256) == (1, 1)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")

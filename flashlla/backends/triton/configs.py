@@ -8,6 +8,7 @@ contain the length, and configs for few programs are not tuned.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,11 @@ FEW_KEYS = 1024
 # Columns of a panel of Cholesky's factor: the fewest that a matrix product takes, and twice as many are the lanes of a
 # warp, which eliminates in [square | 1].
 PANEL = 16
+
+
+def cast_chunks(tokens: int) -> int:
+    """The same for sequences of so many ``tokens``, the mean of packed ones: none has much less than a tile."""
+    return min(CAST_CHUNKS, 1 << (2 * tokens // CAST_ROWS).bit_length())
 
 
 class Config(NamedTuple):
@@ -192,7 +198,8 @@ def gram_sums_tiles(d: int) -> dict[str, int]:
 
 
 class DecodeConfig(NamedTuple):
-    """Keys a tile, warps a program, tiles in flight; ``pieces`` of the cache, None: as many as fill the device.
+    """Keys a tile, warps a program, tiles in flight; ``pieces`` of the cache and ``slices``, programs that share the
+    rows of a system's moments: None: as many as are fastest.
 
     ``solve_warps``: one for each scheduler of a processor; 2 and 8 were measured slower (docs/performance.md).
     """
@@ -201,6 +208,7 @@ class DecodeConfig(NamedTuple):
     warps: int
     stages: int
     pieces: int | None = None
+    slices: int | None = None
     solve_warps: int = 4
 
     def thread_rows(self, width: int, half: bool) -> int:
@@ -219,25 +227,43 @@ class DecodeConfig(NamedTuple):
 DECODE_MOMENTS = 32768
 # Bytes of scratch memory that one round of launches may take: what is beyond goes in rounds.
 DECODE_SCRATCH = 256 * 2**20
-# Pieces of a cache: the merge holds the means of all in registers.
+# Pieces of a cache: who adds them up holds the means of all in registers.
 DECODE_PIECES = 32
-# Rows of the moments that a program of the merge adds up: few, as it runs where few systems share the device.
-MERGE_ROWS, MERGE_WARPS, MERGE_STAGES = 16, 4, 4
+# Rows of all pieces' moments that one program adds up: registers hold them all.
+MERGE_ROWS = 128
+# The residual that decoding iterates to where inputs have 16 bits, and the widest keys whose C registers hold.
+DECODE_TOLERANCE, DECODE_WIDEST = 1e-4, 128
 # Of the decode solve, which loads ahead by hand (cholesky.py); no other number was measured.
 SOLVE_STAGES = 2
 
 
-def decode_rows(d: int, v: int, count: int) -> tuple[int, int]:
-    """Rows of the keys' and of the values' moments that each of ``count`` programs has."""
-    return max(16, d // count), max(16, v // count)
+def merge_rows(pieces: int) -> int:
+    """Rows of the moments that one program adds up of ``pieces``, a power of two; a slice has as many or more."""
+    return min(16, MERGE_ROWS // pieces)
+
+
+def decode_iterations(d: int, half: bool) -> int:
+    """Conjugate gradients that decoding tries before it factors a matrix: about as many take as long as that."""
+    return d // 2 if half and d <= DECODE_WIDEST else 0
+
+
+def decode_rows(d: int, v: int, count: int) -> int:
+    """Rows of the keys' moments, and as many of the values', that each of ``count`` programs has."""
+    return max(16, max(d, v) // count)
 
 
 def decode_slices(d: int, v: int, large: bool) -> int:
     """Programs that share the rows of one system's moments; d and v are powers of two, ``large`` as of `large`."""
     count = 1
-    while sum(decode_rows(d, v, count)) * d > (DECODE_MOMENTS if large else DECODE_MOMENTS // 2):
+    while 2 * decode_rows(d, v, count) * d > (DECODE_MOMENTS if large else DECODE_MOMENTS // 2):
         count *= 2
     return count
+
+
+def decode_slicings(d: int, v: int, half: bool, large: bool) -> list[int]:
+    """Numbers of slices to choose from: more than it takes, where both shares of one fill the 64 rows of a product."""
+    least = decode_slices(d, v, large)
+    return [least, 2 * least] if half and decode_rows(d, v, 2 * least) >= 32 else [least]
 
 
 def decode_config(d: int, v: int, half: bool, full: bool, large: bool = True) -> DecodeConfig:
@@ -246,15 +272,27 @@ def decode_config(d: int, v: int, half: bool, full: bool, large: bool = True) ->
     Of 16-bit inputs three stages and 64 keys were measured best (docs/performance.md). The rest was not measured: half
     the keys where rows are wider than 128, and for float32 small tiles, as in _SINGLE.
     """
-    wide = sum(decode_rows(d, v, decode_slices(d, v, large))) * d >= DECODE_MOMENTS // 2
+    wide = 2 * decode_rows(d, v, decode_slices(d, v, large)) * d >= DECODE_MOMENTS // 2
     if half:
         return DecodeConfig(64 if max(d, v) <= 128 else 32, 8 if wide else 4, 3)
     return DecodeConfig(16 if wide or full else 32, 8 if wide else 4, 1 if full else 2)
 
 
-def decode_pieces(programs: int, tiles: int, slots: int) -> int:
-    """Into how many pieces to cut caches of ``tiles`` tiles, with ``programs`` a piece, on a device that runs ``slots``
-    programs at a time: waves times (tiles a piece and what a program costs beside them), and the merge."""
-    most = max(1, min(DECODE_PIECES, tiles // 2))
-    cost = lambda n: -(-programs * n // slots) * (-(-tiles // n) + (4 if n == 1 else 6)) + 0.01 * n
-    return min(range(1, most + 1), key=cost)
+def decode_parts(systems: int, tiles: int, slots: int, slices: Sequence[int]) -> tuple[int, int]:
+    """Into how many pieces to cut caches of ``tiles`` tiles, and rows into how many of ``slices``, with so many
+    ``systems`` on a device that runs ``slots`` programs at a time.
+
+    By what was measured of D = 128 (docs/performance.md), in tiles: a program takes 2.7 beside its own, another 2.1 to
+    store its rows if it has all of them; with fewer of them than registers hold, 1.8 a tile; to add up takes 3, and
+    0.05 a piece.
+    """
+
+    def cost(parts: tuple[int, int]) -> float:
+        pieces, count = parts
+        waves = -(-systems * pieces * count // slots)
+        adding = 3 + 0.05 * pieces if pieces * count > 1 else 0.0
+        tile = 1.0 if count == min(slices) else 1.8
+        return waves * (-(-tiles // pieces) * tile + 2.7 + 2.1 * min(slices) / count) + adding
+
+    most = max(1, min(DECODE_PIECES, tiles))
+    return min(((pieces, count) for pieces in range(1, most + 1) for count in slices), key=cost)

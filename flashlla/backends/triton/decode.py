@@ -1,4 +1,4 @@
-"""Decoding: from layouts to the launches of decode_kernels.py."""
+"""Decoding: from layouts to the launches of decode_kernels.py and decode_solve.py."""
 
 from __future__ import annotations
 
@@ -12,12 +12,8 @@ from torch import Tensor
 from flashlla import products
 from flashlla.backends.triton import configs
 from flashlla.backends.triton.configs import DecodeConfig
-from flashlla.backends.triton.decode_kernels import (
-    SCALARS,
-    decode_merge_kernel,
-    decode_moments_kernel,
-    decode_solve_kernel,
-)
+from flashlla.backends.triton.decode_kernels import SCALARS, decode_moments_kernel
+from flashlla.backends.triton.decode_solve import decode_solve_kernel
 from flashlla.backends.triton.plan import Buffer, Layout, Plan, contiguous, layouts, planned
 from flashlla.backends.triton.records import BlockTable, Caches, Columns, Moments, Shape, Strided
 from flashlla.backends.triton.runtime import cdiv
@@ -38,7 +34,7 @@ class Given(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """The tensors of `records.Moments`."""
+    """The first tensors of `records.Moments`."""
 
     moments: Tensor  # (systems, pieces, BLOCK_D + BLOCK_V, BLOCK_D)
     sums: Tensor  # (systems, pieces, BLOCK_D + BLOCK_V)
@@ -99,8 +95,6 @@ def _plan(
     half = problem.dtype != torch.float32
     large = configs.large(configs.capability(device))
     config = config or configs.decode_config(d, v_block, half, full, large)
-    slices = configs.decode_slices(d, v_block, large)
-    slice_d, slice_v = configs.decode_rows(d, v_block, slices)
     shape = Shape(
         HEAD_DIM=problem.head_dim, V_DIM=problem.v_dim, BLOCK_D=d, BLOCK_V=v_block, CAUSAL=True,
         TF32=not (half or full),
@@ -108,11 +102,12 @@ def _plan(
 
     window = min(problem.mask.window or problem.k_len, problem.k_len)
     pairs, members = problem.batch * problem.kv_heads, problem.group * problem.q_len
-    pieces = config.pieces
-    if pieces is None:
-        tiles = min(cdiv(problem.k_len, config.tile), cdiv(window, config.tile) + 1)
-        slots = configs.processors(device) * config.programs_a_processor()
-        pieces = configs.decode_pieces(pairs * members * slices, tiles, slots)
+    tiles = min(cdiv(problem.k_len, config.tile), cdiv(window, config.tile) + 1)
+    slots = configs.processors(device) * config.programs_a_processor()
+    slicings = configs.decode_slicings(d, v_block, half, large) if config.slices is None else [config.slices]
+    pieces, slices = configs.decode_parts(pairs * members, tiles, slots, slicings)
+    pieces = config.pieces or pieces
+    rows_of_slice = configs.decode_rows(d, v_block, slices)
     at_once = pairs
     if solved:
         at_once = max(1, min(pairs, configs.DECODE_SCRATCH // (members * pieces * (d + v_block) * d * 4)))
@@ -125,11 +120,16 @@ def _plan(
     found = parts = Moments(
         moments=make(pieces, rows, d), sums=make(pieces, rows),
         scalars=make(pieces, slices, SCALARS.value), offset=make(pieces, d),
+        arrivals=plan.scratch(memory, (systems,), torch.int32),
     )  # fmt: skip
-    merging = pieces > 1 or slices > 1
+    merging = solved and (pieces > 1 or slices > 1)
+    powers = triton.next_power_of_2(pieces)
+    block = configs.merge_rows(powers)
     if merging:
         found = parts._replace(moments=make(rows, d), sums=make(rows), scalars=make(SCALARS.value))
     half_solved = make(d)
+    # A solver that is asked for is the factor alone.
+    iterations = configs.decode_iterations(d, half) if not problem.solver_demanded else 0
     solve_rows = triton.next_power_of_2(rows)
     solve_warps = configs.factor_warps(config.solve_warps, solve_rows)
 
@@ -147,23 +147,16 @@ def _plan(
             Columns(q, *q.stride()), Strided(k, *k.stride()[:3]), Strided(v, *v.stride()[:3]), caches, table, ridge,
             parts, *sight, pieces, k.shape[0], problem.scale,
             SHAPE=shape, PAGE=problem.page_size or 0, SLICES=slices, OPERAND=tl.float16 if half else tl.float32,
-            FAR=FAR if half or not full else FAR_FULL, BLOCK_T=config.tile, SLICE_D=slice_d, SLICE_V=slice_v,
+            FAR=FAR if half or not full else FAR_FULL, BLOCK_T=config.tile, SLICE=rows_of_slice,
             ROWS=config.thread_rows(d, half), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if not solved:
-            return plan.finished(parts)
-        if merging:
-            plan.launch(
-                decode_merge_kernel, "decode", (programs * rows // configs.MERGE_ROWS,),
-                parts, caches, found, *sight, pieces,
-                SHAPE=shape, SLICES=slices, SLICE_V=slice_v, PIECES=triton.next_power_of_2(pieces),
-                BLOCK_T=config.tile, BLOCK_M=configs.MERGE_ROWS, STAGES=configs.MERGE_STAGES,
-                num_warps=configs.MERGE_WARPS,
-            )  # fmt: skip
+            return plan.finished(parts[: len(Sums._fields)])
         plan.launch(
-            decode_solve_kernel, "decode", (programs,),
-            found, caches, ridge, half_solved, o_out, report, *sight, problem.delta_eps,
-            SHAPE=shape, MERGED=merging, BLOCK_R=solve_rows, WARPS=solve_warps, num_warps=solve_warps,
-            num_stages=configs.SOLVE_STAGES,
+            decode_solve_kernel, "decode", (programs * (rows // block if merging else 1),),
+            parts, found, caches, ridge, half_solved, o_out, report, *sight, pieces, problem.delta_eps,
+            SHAPE=shape, MERGED=merging, SLICES=slices, SLICE=rows_of_slice, PIECES=powers, BLOCK_T=config.tile,
+            BLOCK_M=block, TOLERANCE=configs.DECODE_TOLERANCE, ITERATIONS=iterations, BLOCK_R=solve_rows,
+            WARPS=solve_warps, num_warps=solve_warps, num_stages=configs.SOLVE_STAGES,
         )  # fmt: skip
     return plan.finished(())

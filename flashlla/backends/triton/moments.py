@@ -21,12 +21,12 @@ def moments(problem: Problem, inputs: Inputs) -> Moments:
         inputs = inputs._replace(seqlens_k=torch.where(stop > start, stop, 0))
     found = sums(problem, inputs)
     d, v, block_d, block_v = problem.head_dim, problem.v_dim, padded(problem.head_dim), padded(problem.v_dim)
-    _, slice_v = decode_rows(block_d, block_v, found.scalars.shape[2])
+    rows = decode_rows(block_d, block_v, found.scalars.shape[2])
     of_rows = lambda t: (
         t if (d, v) == (block_d, block_v) else torch.cat([t[:, :, :d], t[:, :, block_d : block_d + v]], 2)
     )
     m, omega, k_unit, _ = found.scalars[:, :, 0].unbind(-1)  # (systems, pieces): every slice has the same
-    v_unit = found.scalars[..., 3].repeat_interleave(slice_v, -1)[..., :v]  # each slice has a unit of its values
+    v_unit = found.scalars[..., 3].repeat_interleave(rows, -1)[..., :v]  # each slice has a unit of its values
     units = torch.cat([k_unit.unsqueeze(-1).expand(*k_unit.shape, d), v_unit], -1)  # (systems, pieces, D + Dv)
     there = omega > 0
     share = torch.where(there, 1 / omega, 0).unsqueeze(-1)

@@ -139,3 +139,4 @@ class Moments(NamedTuple):
     sums: Buffer
     scalars: Buffer
     offset: Buffer
+    arrivals: Buffer  # (systems,)   programs of a system that have added up their rows of all pieces

@@ -76,6 +76,7 @@ def calls(head_dim: int, dtype: torch.dtype, architecture: int) -> Iterator[tupl
     yield dataclasses.replace(plain, mask=DECODING), Inputs(q, q, q, rows, seqlens_k=meta(2)), "none"
     packs = Inputs(q[:1], shared[:1], shared[:1], rows[:1], cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
     yield packed, packs, "none"
+    yield dataclasses.replace(packed, max_seqlen_q=64, max_seqlen_k=64), packs, "none"
 
 
 def decodings(head_dim: int, dtype: torch.dtype, plain: bool) -> None:
@@ -135,6 +136,7 @@ def variant(launch: Launch) -> str:
     found = []
     if (seqlens := given.get("seqlens")) is not None:  # to decode lengths always are there, and the window is a number
         found += [] if seqlens.cu_q is None else ["packed"]
+        found += [] if seqlens.slots is None else ["slots"]
         found += [] if seqlens.k is None else ["seqlens_k"]
         found += [] if seqlens.k_start is None else ["seqstarts_k"]
         found += [] if seqlens.own_end is None else ["prompt"]

@@ -53,4 +53,6 @@ def test_every_mask_compiles(tmp_path: Path) -> None:
         "seqlens_k prompt",
         "packed",
         "packed group",
+        "packed slots",
+        "packed slots group",
     }

@@ -188,13 +188,14 @@ def test_no_tokens_at_all(backend: Backend, edges: tuple[int, ...]) -> None:
     assert q.grad.shape == q.shape
 
 
+@pytest.mark.parametrize("longest", [5, 500])
 @pytest.mark.parametrize("edges", [(0, 40, 20, 25), (3, 50), (-5, 4, 100), (9, 0)])
 @every_backend
-def test_numbers_that_only_the_device_sees(backend: Backend, edges: tuple[int, ...]) -> None:
+def test_numbers_that_only_the_device_sees(backend: Backend, edges: tuple[int, ...], longest: int) -> None:
     """Unchecked, whatever they are, nothing outside the tensors is touched, and sequences are cut to max_seqlen."""
     given = {name: t.requires_grad_() for name, t in leaves().items()}
     q, k, v, ridge = given.values()
-    keywords = {"ridge_lambda": ridge, "max_seqlen": 5}
+    keywords = {"ridge_lambda": ridge, "max_seqlen": longest}
     skip_if_refused(backend, q, k, v, op=lla_attention_varlen, cu_seqlens=cu(0, 5), **keywords)
     asked, inputs = problem_of(q, k, v, lla_attention_varlen, cu_seqlens=cu(*(0,) * len(edges)), **keywords)
     inputs = inputs._replace(cu_seqlens_q=cu(*edges), cu_seqlens_k=cu(*edges))
@@ -203,10 +204,10 @@ def test_numbers_that_only_the_device_sees(backend: Backend, edges: tuple[int, .
         gradients = backend.backward(asked, inputs, residuals, torch.ones_like(o))
     assert all(t.isfinite().all() for t in (o, *gradients))
     assert report.converged.all()
-    first, last = problem.sequence_bounds(cu(*edges), TOTAL, 5)
+    first, last = problem.sequence_bounds(cu(*edges), TOTAL, longest)
     inside = torch.zeros(TOTAL, dtype=torch.bool)
     for i, j in zip(first.tolist(), last.tolist()):
-        assert 0 <= i <= j <= min(TOTAL, i + 5)
+        assert 0 <= i <= j <= min(TOTAL, i + longest)
         inside[i:j] = True
     assert not o[:, :, ~inside].any()
     assert o[:, :, inside].any(-1).all()

@@ -98,6 +98,7 @@ class Call:
         self.seqlens = Seqlens(
             cu_q=inputs.cu_seqlens_q, cu_k=inputs.cu_seqlens_k, k=inputs.seqlens_k, k_start=inputs.seqstarts_k,
             own_end=inputs.seqlens_k if mask.at_lengths else None,
+            slots=inputs.cu_seqlens_q if self.unequal() else None,
         )  # fmt: skip
         self.lengths = (
             self.n_heads, problem.q_heads, problem.group, problem.q_len, problem.k_len, *self.max_seqlens,
@@ -182,7 +183,8 @@ class Call:
     def cast(self, q: Buffer, k: Buffer, v: Buffer) -> tuple[Operands, Buffer, Flaws]:
         """q, k and v contiguous and finite, in the operands' dtype and in units of a head; these units; and which heads
         and which rows of q, k and v were not finite."""
-        chunks = configs.CAST_CHUNKS if self.device.type == "cuda" else 1
+        tokens = max(self.problem.q_len, self.problem.k_len) // max(1, self.problem.sequences)  # of a sequence
+        chunks = configs.cast_chunks(tokens) if self.device.type == "cuda" else 1
         longest, slots = max(self.max_seqlens), self.n_heads + 2 * self.n_kv_heads
         chunk = cdiv(cdiv(longest, chunks), configs.CAST_ROWS) * configs.CAST_ROWS
         largest, flawed = self.scratch(slots, chunks), self.scratch(slots, chunks)
@@ -197,8 +199,9 @@ class Call:
             prepare.largest_kernel, "cast", (self.n_heads * chunks, 3), *given, self.k_most, largest, flawed,
             self.seqlens, *self.lengths, chunk, **tiles,
         )  # fmt: skip
+        tiles_of = max(self.tiles(over_keys, configs.CAST_ROWS) for over_keys in (False, True))
         self.plan.launch(
-            prepare.cast_kernel, "cast", (self.n_heads * cdiv(longest, configs.CAST_ROWS), 3), *given, self.k_most,
+            prepare.cast_kernel, "cast", (tiles_of * self.problem.q_heads, 3), *given, self.k_most,
             self.origin, largest, flawed, outs, units, found, self.seqlens, *self.lengths, **tiles,
         )  # fmt: skip
         return outs, units, found
@@ -210,24 +213,43 @@ class Call:
         do = Scaled(ptr=self.vectors(self.operand_dtype, grad_o.shape[-1]), unit=self.rows())
         z = Scaled(ptr=self.vectors(self.operand_dtype), unit=self.rows())
         self.plan.launch(
-            prepare.cast_rows_kernel, "cast", (self.n_heads * cdiv(self.max_seqlens[0], configs.CAST_ROWS),),
-            self.strided(grad_o), guard, probe, do, z, self.seqlens.cu_q, *self.lengths,
+            prepare.cast_rows_kernel, "cast", (self.tiles(False, configs.CAST_ROWS) * self.problem.q_heads,),
+            self.strided(grad_o), guard, probe, do, z, self.seqlens.cu_q, self.seqlens.slots, *self.lengths,
             SHAPE=self.shape, BLOCK_M=configs.CAST_ROWS,
         )  # fmt: skip
         return do, z
+
+    def tiles(self, over_keys: bool, block: int) -> int:
+        """Tiles of ``block`` rows, of queries or keys, that one head has in all sequences; see `primitives.place`."""
+        problem = self.problem
+        if self.seqlens.slots is not None:
+            return self.slots(over_keys, block)
+        return (problem.sequences or problem.batch) * cdiv(self.max_seqlens[over_keys], block)
+
+    def slots(self, over_keys: bool, block: int) -> int:
+        """As many tiles as packed sequences of these lengths can have; see `primitives.packed_tile`."""
+        problem = self.problem
+        return (problem.k_len if over_keys else problem.q_len) // block + problem.sequences
+
+    def unequal(self) -> bool:
+        """Whether packed sequences are of such unequal lengths that half the programs or more would have nothing to do
+        if all had as many as the longest: to find its sequence takes a program as long as it takes to find none."""
+        sequences, block = self.problem.sequences, configs.CAST_ROWS
+        longest = (sequences * cdiv(length, block) for length in self.max_seqlens)
+        return sequences > 1 and all(2 * self.slots(bool(i), block) <= n for i, n in enumerate(longest))
 
     def launch_tiles(
         self, kernel: Kernel, name: str, *arguments: Any, over_keys: bool = False, tune: bool = True, **settings: Any
     ) -> None:
         """Launch ``kernel`` of pass ``name``, one program a tile of queries (``over_keys``: of keys) and head, with the
         table's config; where programs are few, that for few; ``tune``: with the one that FLASHLLA_AUTOTUNE=1 finds."""
-        heads = self.n_kv_heads if over_keys else self.n_heads
+        heads = self.problem.kv_heads if over_keys else self.problem.q_heads
         widest = max(self.problem.head_dim, self.problem.v_dim)
         key = name, widest, self.operand_dtype, configs.capability(self.device)
         usual, few = configs.config(*key), configs.config(*key, few=True)
 
         def programs(c: configs.Config) -> int:
-            return heads * cdiv(self.max_seqlens[over_keys], c.n if over_keys else c.m)
+            return heads * self.tiles(over_keys, c.n if over_keys else c.m)
 
         chosen = [usual]
         if few is not usual and programs(usual) <= configs.FEW * configs.processors(self.device):

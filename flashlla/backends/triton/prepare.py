@@ -18,6 +18,7 @@ from flashlla.backends.triton.primitives import (
     load_tile,
     load_vectors,
     outside,
+    packed_tile,
     place,
     power_of_two,
     room,
@@ -68,6 +69,26 @@ def rows_of_operand(
     return base, length, row
 
 
+@triton.jit
+def tile_of_operand(
+    seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK: tl.constexpr,
+    OVER_KEYS: tl.constexpr,
+):  # fmt: skip
+    """This program's head of q, or (OVER_KEYS) of k or v, counted through all sequences; whether there is one; and the
+    first row of its tile."""
+    program = tl.program_id(0)
+    own_heads = heads // group if OVER_KEYS else heads  # of a sequence
+    cu, total = (seqlens.cu_k, k_len) if OVER_KEYS else (seqlens.cu_q, q_len)
+    if seqlens.slots is None:
+        tiles = tl.cdiv(tl.maximum(max_seqlen_q, max_seqlen_k), BLOCK)
+        head, tile = program // tiles, program % tiles
+        return head, head < n_heads // heads * own_heads, tile * BLOCK
+    else:
+        sequence, tile = packed_tile(cu, program // heads, n_heads // heads, total, BLOCK)
+        own = program % heads
+        return sequence * own_heads + own, (own < own_heads) & (tile >= 0), tile * BLOCK
+
+
 @triton.jit(do_not_specialize=[*NUMBERS, "chunk"])
 def largest_kernel(
     q_in, k_in, v_in, k_most, largest, flawed,
@@ -111,13 +132,13 @@ def cast_kernel(
     What was not finite goes to ``flaws``, rows of heads that have such numbers alone. Rows that no sequence has are not
     written.
     """
-    tiles = tl.cdiv(tl.maximum(max_seqlen_q, max_seqlen_k), BLOCK_M)
-    program, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
     n_kv_heads = n_heads // group
     tensors, row_flaws = (q_in, k_in, v_in), (flaws.q, flaws.k, flaws.v)
     for which in tl.static_range(3):
-        here = (tl.program_id(1) == which) & ((which == 0) | (program < n_kv_heads))
-        if here:
+        program, there, i = tile_of_operand(
+            seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, which > 0
+        )
+        if (tl.program_id(1) == which) & there:
             WIDTH: tl.constexpr = SHAPE.V_DIM if which == 2 else SHAPE.HEAD_DIM
             COLUMNS: tl.constexpr = SHAPE.BLOCK_V if which == 2 else SHAPE.BLOCK_D
             slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_kv_heads) + program
@@ -144,12 +165,13 @@ def cast_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def cast_rows_kernel(
-    grad_o, guard, probe, do_out, z_out, cu_seqlens_q, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
+    grad_o, guard, probe, do_out, z_out, cu_seqlens_q, slots,
+    n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Row by row do = guard grad_o / its unit, so that no row of do is longer than 1 and none but zeros is short; and
     probe = z times its unit, z of unit length. Of a row that is not finite the unit is NaN."""
-    seqlens = Seqlens(cu_seqlens_q, cu_seqlens_q, None, None, None)
+    seqlens = Seqlens(cu_seqlens_q, cu_seqlens_q, None, None, None, slots)
     at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, False, False)
     if outside(at, at.q_len, cu_seqlens_q):
         return

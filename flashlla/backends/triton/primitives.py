@@ -31,6 +31,8 @@ TOP: tl.constexpr = tl.constexpr(32768.0)
 # elsewhere.
 LIFTED: tl.constexpr = tl.constexpr(0.015625)  # 2**-6  # 2**-10
 ROWS_PAD: tl.constexpr = tl.constexpr(configs.ROWS_PAD)
+# Sequences among which a program looks for its own at a time.
+LANES: tl.constexpr = tl.constexpr(128)
 
 
 # Arguments that no kernel is compiled anew for, each by itself: Triton's do_not_specialize does not reach into tuples.
@@ -78,24 +80,46 @@ def key_at(pointer, sequence, k_len):
 
 
 @triton.jit
+def packed_tile(cu_seqlens, slot, sequences, total, BLOCK: tl.constexpr):
+    """The sequence that has the ``slot``-th tile of BLOCK rows of a packed row, and which of its tiles that is.
+
+    Sequence i has the slots from cu_seqlens[i] // BLOCK + i on: enough for all its rows, and one more at most, which
+    lies outside it. So ``total`` // BLOCK + ``sequences`` are enough, whatever the lengths.
+    """
+    first, stop = sequences * 0, sequences
+    while stop - first > 1:  # of so many the sequence is one: each round leaves a LANES-th
+        step = tl.cdiv(stop - first, LANES)
+        i = first + tl.arange(0, LANES) * step
+        begins = clamp(tl.load(cu_seqlens + i, mask=i < stop, other=0), 0, total) // BLOCK + i
+        reached = tl.sum(((i < stop) & (begins <= slot)).to(tl.int32), 0)
+        first += tl.maximum(reached - 1, 0) * step
+        stop = tl.minimum(first + step, stop)
+    return first, slot - clamp(tl.load(cu_seqlens + first), 0, total) // BLOCK - first
+
+
+@triton.jit
 def place(
     seqlens, n_heads, heads, group, q_total, k_total, max_seqlen_q, max_seqlen_k,
     BLOCK: tl.constexpr, CAUSAL: tl.constexpr, OVER_KEYS: tl.constexpr,
 ):  # fmt: skip
     """The tile of this program, of BLOCK queries or (OVER_KEYS) keys. Neighbours share a tile's place: the longest
-    sweeps start first. With sequences of several lengths some tiles lie outside theirs: see `outside`."""
+    sweeps start first, where sequences have slots the longest of each. With sequences of several lengths some tiles lie
+    outside theirs: see `outside`."""
     program = tl.program_id(0)
-    if OVER_KEYS:
-        n_kv_heads = n_heads // group
-        tile, k_head = program // n_kv_heads, program % n_kv_heads
-        sequence, kv_head = k_head // (heads // group), k_head % (heads // group)
-        head = kv_head * group
-        q_head = k_head * group
+    cu, total = (seqlens.cu_k, k_total) if OVER_KEYS else (seqlens.cu_q, q_total)
+    own_heads = heads // group if OVER_KEYS else heads  # of a sequence
+    if seqlens.slots is None:
+        all_heads = n_heads // group if OVER_KEYS else n_heads
+        tile, counted = program // all_heads, program % all_heads
+        sequence, own = counted // own_heads, counted % own_heads
     else:
-        tile, q_head = program // n_heads, program % n_heads
-        sequence, head = q_head // heads, q_head % heads
-        kv_head = head // group
-        k_head = q_head // group
+        sequence, tile = packed_tile(cu, program // own_heads, n_heads // heads, total, BLOCK)
+        own = program % own_heads
+        counted = sequence * own_heads + own
+    if OVER_KEYS:
+        head, q_head, kv_head, k_head = own * group, counted * group, own, counted
+    else:
+        head, q_head, kv_head, k_head = own, counted, own // group, counted // group
     q_first, q_len = sequence_extent(seqlens.cu_q, sequence, q_total, max_seqlen_q)
     k_first, k_len = sequence_extent(seqlens.cu_k, sequence, k_total, max_seqlen_k)
     diagonal = (k_len if seqlens.own_end is None else key_at(seqlens.own_end, sequence, k_len)) - q_len

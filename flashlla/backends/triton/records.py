@@ -38,6 +38,7 @@ class Seqlens(NamedTuple):
     k: Buffer | None = None  # (B,)   one past the last key
     k_start: Buffer | None = None  # (B,)   the first key
     own_end: Buffer | None = None  # (B,)   one past the last query's own key; None: one past the tensor's last key
+    slots: Buffer | None = None  # cu_q, where tiles are those of `primitives.packed_tile`; None: the longest's, of all
 
 
 class Shape(NamedTuple):

@@ -53,8 +53,9 @@ class Systems:
     def diagonal(self) -> Tensor:
         """The diagonals of the A_i: (..., M, D)."""
         # Shifting all keys shifts no covariance; about the first key, the squares do not swamp their difference.
-        shifted = self.k - self.k[..., :1, :]  # (..., N, D)
-        mean = self.k_mean - self.k[..., :1, :]  # (..., M, D)
+        first = self.k[..., :1, :].sum(-2, keepdim=True)  # (..., 1, D), 0 where there are no keys
+        shifted = self.k - first  # (..., N, D)
+        mean = self.k_mean - first  # (..., M, D)
         spread = product(self.p, shifted.square()) - mean.square()
         return spread.clamp_(min=0) + self.ridge.unsqueeze(-1)
 

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 import flashlla
-from flashlla import lla_attention, lla_decode
+from flashlla import lla_decode
 from flashlla.autograd import DECODE, DECODE_INFO, DECODE_OUT, OutArguments
 from flashlla.backends.base import Backend
-from flashlla.backends.naive import Naive
 from flashlla.backends.triton import Triton
 from flashlla.calls import prepared
 from flashlla.problem import FEW_NEW, empty_output
-from tests.support.budget import Excess, allowance, spreads
-from tests.support.decoding import CASES, NAN, Decoding, paged
+from tests.support.budget import Excess, allowance
+from tests.support.decoding import CASES, NAN, Decoding, arguments, expected, paged, spread
 from tests.support.helpers import (
     BACKENDS,
     DEVICES,
@@ -27,75 +26,17 @@ from tests.support.helpers import (
     called,
     every_backend,
     interpreted,
-    normal,
     problem_of,
     refusal,
     skip_if_refused,
     table,
     turn,
 )
-from tests.support.rounding import Rounding, disturbed
-
-
-def expected(case: Decoding, dtype: torch.dtype) -> Tensor:
-    """(B, Hq, N, Dv) in float64: the last rows of a full forward pass of each sequence, from inputs of ``dtype``."""
-    q, k, v, keywords = case.make(dtype)
-    found = []
-    for b, (start, length) in enumerate(case.spans):
-        ridge = keywords["ridge_lambda"]
-        if isinstance(ridge, Tensor):
-            ridge = ridge.double().expand(len(case.lengths), case.heads, case.new)[b : b + 1]
-        keys, values = (t[b : b + 1, :, start:length].double() for t in (k, v))
-        # Earlier queries before the new ones: their rows are computed and left.
-        before = max(0, length - start - case.new)
-        queries = torch.cat([normal(1, case.heads, before, case.dim, seed=9), q[b : b + 1].double()], 2)
-        if isinstance(ridge, Tensor):
-            ridge = torch.cat([torch.ones(1, case.heads, before, dtype=torch.float64), ridge], 2)
-        o = lla_attention(
-            queries,
-            keys,
-            values,
-            ridge_lambda=ridge,
-            qk_scale=case.scale,
-            window=case.window,
-            solver="direct",
-            backend="naive",
-        )
-        found.append(o[:, :, before:])
-    return torch.cat(found)
-
-
-def arguments(case: Decoding, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], dict[str, Any]]:
-    """q, k_cache and v_cache as they are passed, and the keywords."""
-    q, k, v, keywords = case.make(dtype)
-    if case.page is not None:
-        k, v, keywords["block_table"] = paged(k, v, case.page)
-    if case.layout == "bshd":
-        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-    keywords = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in keywords.items()}
-    return [t.to(device) for t in (q, k, v)], {**keywords, **case.options()}
 
 
 def call(case: Decoding, backend: Backend, dtype: torch.dtype, device: str = "cpu", **more: Any) -> Tensor:
     tensors, keywords = arguments(case, dtype, device)
     return lla_decode(*tensors, **keywords, **more, backend=backend.name)
-
-
-@functools.cache
-def spread(case: Decoding) -> dict[str, Tensor]:
-    """What the error budget knows of the output's rows: tests/support/budget.py."""
-    q, k, v, keywords = case.make(torch.float64)
-    k, v = (t.nan_to_num().repeat_interleave(case.heads // case.key_heads, 1) for t in (k, v))
-    ridge = torch.as_tensor(keywords["ridge_lambda"], dtype=torch.float64).expand(q.shape[:-1])
-
-    def run(rounding: Rounding, draws: int) -> list[list[Tensor]]:
-        many = [t.repeat(1, draws, *(1,) * (t.dim() - 2)) for t in (q, k, v, ridge)]
-        options = {**keywords, "ridge_lambda": many[3], "window": case.window, "qk_scale": case.scale}
-        problem, inputs = problem_of(*many[:3], lla_decode, **options)
-        o = disturbed(lambda: Naive().forward(problem, inputs).o, rounding, many)
-        return [[one] for one in o.split(case.heads, 1)]
-
-    return {kind: of[0] for kind, of in spreads(run, [expected(case, torch.float64)]).items()}
 
 
 def takes(backend: Backend, device: str, case: Decoding, dtype: torch.dtype) -> bool:

@@ -107,10 +107,13 @@ class Solver(ABC):
         """As :meth:`solve_checked`, with ``b`` scaled to unit rows first.
 
         A right-hand side made of gradients may be of any size (a loss averaged over a million tokens makes it
-        1e-6); an absolute tolerance must not decide how exact a gradient is.
+        1e-6); neither an absolute tolerance nor the range of squares must decide how exact a gradient is.
         """
-        size = b.norm(dim=-1, keepdim=True)
-        unit = torch.where(size > 0, b / size, b)
+        top = b.abs().amax(-1, keepdim=True)
+        near_one = torch.where(top > 0, b / top, b)
+        size = near_one.norm(dim=-1, keepdim=True)
+        unit = torch.where(top > 0, near_one / size, b)
+        size = size * top
         solution = self.solve_checked(systems, unit)
         return solution._replace(x=solution.x * size)
 

@@ -105,34 +105,70 @@ def budget(case: Case, dtype: torch.dtype, iterative: bool, truncates: bool = Fa
 
 
 def budget_of(
-    case: Case, leaves: Mapping[str, Tensor], dtype: torch.dtype, iterative: bool, truncates: bool = False
+    case: Case,
+    leaves: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    iterative: bool,
+    truncates: bool = False,
+    tolerance: float = 0.0,
+    units: Mapping[str, float] | None = None,
+    draws: int = _DRAWS,
 ) -> Budget:
-    """The budget of other numbers, ``leaves``, in the shape of ``case``."""
+    """The budget of other numbers, ``leaves``, in the shape of ``case``; ``tolerance`` and ``units``, by the name of a
+    result, as in :func:`allowance`; from so many ``draws`` of each disturbance."""
     exact = reference(case, leaves)
-    return _budget(exact, spreads_of(case, leaves, exact), dtype, iterative, truncates)
+    return _budget(exact, spreads_of(case, leaves, exact, draws), dtype, iterative, truncates, tolerance, units or {})
 
 
 def _budget(
-    exact: Reference, spreads: Mapping[str, list[Tensor]], dtype: torch.dtype, iterative: bool, truncates: bool
+    exact: Reference,
+    spreads: Mapping[str, list[Tensor]],
+    dtype: torch.dtype,
+    iterative: bool,
+    truncates: bool,
+    tolerance: float = 0.0,
+    units: Mapping[str, float] | None = None,
 ) -> Budget:
+    units = units or {}
     allowed = [
-        allowance(result, {kind: of[i] for kind, of in spreads.items()}, dtype, iterative, truncates)
-        for i, result in enumerate([exact.o, *exact.gradients.values()])
+        allowance(
+            result,
+            {kind: of[i] for kind, of in spreads.items()},
+            dtype,
+            iterative,
+            truncates,
+            tolerance,
+            units.get(name, 1.0),
+        )
+        for i, (name, result) in enumerate({"o": exact.o, **exact.gradients}.items())
     ]
     return Budget(exact, allowed[0], dict(zip(exact.gradients, allowed[1:], strict=True)))
 
 
 def allowance(
-    result: Tensor, spread: Mapping[str, Tensor], dtype: torch.dtype, iterative: bool, truncates: bool = False
+    result: Tensor,
+    spread: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    iterative: bool,
+    truncates: bool = False,
+    tolerance: float = 0.0,
+    unit: float = 1.0,
 ) -> Tensor:
-    """The error allowed to each row of ``result``, exact, from its ``spread`` under each kind of disturbance."""
-    sizes = {"operand": OPERAND[dtype], "sum": _SUM[dtype], "residual": resolution(dtype) if iterative else 0.0}
+    """The error allowed to each row of ``result``, exact, from its ``spread`` under each kind of disturbance.
+
+    tolerance: the relative residual at which an iterative solver stops, where the dtype resolves smaller ones.
+    unit: the size of what cancels in a result that is exactly zero.
+    """
+    residual = max(resolution(dtype), tolerance) if iterative else 0.0
+    sizes = {"operand": OPERAND[dtype], "sum": _SUM[dtype], "residual": residual}
     error = torch.stack([(size * spread[kind]).square() for kind, size in sizes.items()]).sum(0).sqrt()
     size = row_norm(result)
     error = error + _SUM[dtype] * size.square().mean().sqrt()  # for rows whose own size vanishes
-    error = error + 4 * _SUM[dtype] ** 2  # for results that are exactly zero: a rounding of a rounding
+    error = error + 4 * _SUM[dtype] ** 2 * unit  # for results that are exactly zero: a rounding of a rounding
     result_rounding = _RESULT[dtype] * (2 if truncates and dtype == torch.bfloat16 else 1)
-    return ALLOWANCE * error + spread["oracle"] + result_rounding * size
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # numbers below are told apart no more
+    columns = result.shape[-1] if result.dim() else 1
+    return ALLOWANCE * error + spread["oracle"] + result_rounding * size + least * columns**0.5
 
 
 @functools.cache
@@ -146,20 +182,24 @@ def _spreads(case: Case) -> dict[str, list[Tensor]]:
     return spreads_of(case, case.make(torch.float64), reference_of(case, torch.float64))
 
 
-def spreads_of(case: Case, leaves: Mapping[str, Tensor], exact: Reference) -> dict[str, list[Tensor]]:
+def spreads_of(
+    case: Case, leaves: Mapping[str, Tensor], exact: Reference, draws: int = _DRAWS
+) -> dict[str, list[Tensor]]:
     """For the output and each gradient, row by row, the error that a unit of each kind of disturbance makes; and how
     far the two references are apart."""
     results = [exact.o, *exact.gradients.values()]
-    return spreads(lambda rounding, draws: evaluations(case, leaves, rounding, draws), results)
+    return spreads(lambda rounding, draws: evaluations(case, leaves, rounding, draws), results, draws)
 
 
-def spreads(run: Callable[[Rounding, int], list[list[Tensor]]], exact: list[Tensor]) -> dict[str, list[Tensor]]:
+def spreads(
+    run: Callable[[Rounding, int], list[list[Tensor]]], exact: list[Tensor], draws: int = _DRAWS
+) -> dict[str, list[Tensor]]:
     """The same of any evaluation: ``run`` gives its results some times over, disturbed each time anew."""
     (base,) = run(EXACT, 1)
     found = {}
     for kind in ("operand", "sum", "residual"):
-        draws = run(replace(EXACT, **{kind: _DISTURBANCE}), _DRAWS)
-        squares = [torch.stack([row_norm(draw[i] - base[i]).square() for draw in draws]) for i in range(len(base))]
+        drawn = run(replace(EXACT, **{kind: _DISTURBANCE}), draws)
+        squares = [torch.stack([row_norm(draw[i] - base[i]).square() for draw in drawn]) for i in range(len(base))]
         found[kind] = [_smooth(s.mean(0).sqrt()) / _DISTURBANCE for s in squares]
     found["oracle"] = apart(base, exact)
     return found

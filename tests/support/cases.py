@@ -164,6 +164,7 @@ class Case:
     """One call of the operator, but for dtype and device.
 
     ridge_lambda: the number, or the middle of the numbers (from a third of it to three times it) of a tensor.
+    sizes: what q, k, v and grad_o are multiplied by.
     small: fit for backends that run slowly, such as kernels in an interpreter.
     key_heads, keys, value_dim: of k and v, where they are not those of q.
     causal, window: as in ``lla_attention``. seqlens, seqstarts: of seqlens_k and seqstarts_k; keys beyond or before
@@ -184,6 +185,7 @@ class Case:
     ridge: str = "number"
     scale: float | None = None
     delta_eps: float = 1e-12
+    sizes: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     layout: str = "bhsd"
     expanded_grad: bool = False
     key_heads: int | None = None
@@ -257,6 +259,7 @@ class Case:
         q, k = DATA[self.data](rng, largest)
         q, k = q[:, : q_shape[1], : q_shape[2]], k[:, : k_shape[1], : k_shape[2]]
         v, grad_o = rng.standard_normal(v_shape), rng.standard_normal((*q_shape[:-1], v_shape[-1]))
+        q, k, v, grad_o = (t * size for t, size in zip((q, k, v, grad_o), self.sizes))
         for sequence, length in enumerate(self.seqlens or ()):
             k[sequence, :, length:] = v[sequence, :, length:] = np.nan
         for sequence, start in enumerate(self.seqstarts or ()):
@@ -362,6 +365,7 @@ CASES = (
     Case("all_keys_long", length=300, dim=8, causal=False),
     Case("more_keys", heads=2, length=17, keys=63, dim=8, ridge_lambda=0.1, quick=True),
     Case("fewer_keys", batch=2, length=63, keys=17, dim=8, ridge_lambda=0.1),
+    Case("one_key_beyond_a_block", heads=3, key_heads=1, length=100, keys=1, dim=2),  # whole blocks see no key
     Case("one_query", batch=2, heads=2, length=1, keys=63, dim=16),
     Case("one_key", length=17, keys=1, dim=8),
     Case("all_of_more_keys", length=17, keys=40, dim=8, causal=False),

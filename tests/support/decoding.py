@@ -1,14 +1,19 @@
-"""The table of decoding cases, and the caches that they are called with."""
+"""The table of decoding cases, the caches that they are called with, and what each should give."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.support.helpers import normal
+from flashlla import lla_attention, lla_decode
+from flashlla.backends.naive import Naive
+from tests.support.budget import spreads
+from tests.support.helpers import normal, problem_of
+from tests.support.rounding import Rounding, disturbed
 
 NAN = float("nan")
 
@@ -33,14 +38,15 @@ class Decoding:
     ridge: str = "number"
     ridge_lambda: float = 0.3
     scale: float | None = None
+    seed: int = 0
     quick: bool = False
 
     def make(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """q, k and v, (B, H, S, D), and the keywords that hold tensors."""
         batch = len(self.lengths)
-        q = normal(batch, self.heads, self.new, self.dim, seed=1, dtype=dtype)
-        k = normal(batch, self.key_heads, self.room, self.dim, seed=2, dtype=dtype)
-        v = normal(batch, self.key_heads, self.room, self.value_dim, seed=3, dtype=dtype)
+        q = normal(batch, self.heads, self.new, self.dim, seed=self.seed + 1, dtype=dtype)
+        k = normal(batch, self.key_heads, self.room, self.dim, seed=self.seed + 2, dtype=dtype)
+        v = normal(batch, self.key_heads, self.room, self.value_dim, seed=self.seed + 3, dtype=dtype)
         for sequence, (start, length) in enumerate(self.spans):
             for t in (k, v):
                 t[sequence, :, :start] = t[sequence, :, length:] = NAN
@@ -48,7 +54,7 @@ class Decoding:
         ridge: Any = self.ridge_lambda
         if self.ridge != "number":
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            ridge = ridge * 3 ** normal(*shapes[self.ridge], seed=4, dtype=wide).clamp(-1, 1)
+            ridge = ridge * 3 ** normal(*shapes[self.ridge], seed=self.seed + 4, dtype=wide).clamp(-1, 1)
         keywords = {"ridge_lambda": ridge, "seqlens_k": torch.tensor(self.lengths, dtype=torch.int32)}
         if self.starts is not None:
             keywords["seqstarts_k"] = torch.tensor(self.starts, dtype=torch.int32)
@@ -126,3 +132,59 @@ def paged(k: Tensor, v: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
         made[table.long()] = t.unflatten(2, (each, size)).transpose(1, 2)
         pages.append(made)
     return pages[0], pages[1], table
+
+
+def expected(case: Decoding, dtype: torch.dtype) -> Tensor:
+    """(B, Hq, N, Dv) in float64: the last rows of a full forward pass of each sequence, from inputs of ``dtype``."""
+    q, k, v, keywords = case.make(dtype)
+    found = []
+    for b, (start, length) in enumerate(case.spans):
+        ridge = keywords["ridge_lambda"]
+        if isinstance(ridge, Tensor):
+            ridge = ridge.double().expand(len(case.lengths), case.heads, case.new)[b : b + 1]
+        keys, values = (t[b : b + 1, :, start:length].double() for t in (k, v))
+        # Earlier queries before the new ones: their rows are computed and left.
+        before = max(0, length - start - case.new)
+        queries = torch.cat([normal(1, case.heads, before, case.dim, seed=9), q[b : b + 1].double()], 2)
+        if isinstance(ridge, Tensor):
+            ridge = torch.cat([torch.ones(1, case.heads, before, dtype=torch.float64), ridge], 2)
+        o = lla_attention(
+            queries,
+            keys,
+            values,
+            ridge_lambda=ridge,
+            qk_scale=case.scale,
+            window=case.window,
+            solver="direct",
+            backend="naive",
+        )
+        found.append(o[:, :, before:])
+    return torch.cat(found)
+
+
+def arguments(case: Decoding, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], dict[str, Any]]:
+    """q, k_cache and v_cache as they are passed, and the keywords."""
+    q, k, v, keywords = case.make(dtype)
+    if case.page is not None:
+        k, v, keywords["block_table"] = paged(k, v, case.page)
+    if case.layout == "bshd":
+        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+    keywords = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in keywords.items()}
+    return [t.to(device) for t in (q, k, v)], {**keywords, **case.options()}
+
+
+@functools.cache
+def spread(case: Decoding, draws: int = 3) -> dict[str, Tensor]:
+    """What the error budget knows of the output's rows, from so many draws: tests/support/budget.py."""
+    q, k, v, keywords = case.make(torch.float64)
+    k, v = (t.nan_to_num().repeat_interleave(case.heads // case.key_heads, 1) for t in (k, v))
+    ridge = torch.as_tensor(keywords["ridge_lambda"], dtype=torch.float64).expand(q.shape[:-1])
+
+    def run(rounding: Rounding, draws: int) -> list[list[Tensor]]:
+        many = [t.repeat(1, draws, *(1,) * (t.dim() - 2)) for t in (q, k, v, ridge)]
+        options = {**keywords, "ridge_lambda": many[3], "window": case.window, "qk_scale": case.scale}
+        problem, inputs = problem_of(*many[:3], lla_decode, **options)
+        o = disturbed(lambda: Naive().forward(problem, inputs).o, rounding, many)
+        return [[one] for one in o.split(case.heads, 1)]
+
+    return {kind: of[0] for kind, of in spreads(run, [expected(case, torch.float64)], draws).items()}

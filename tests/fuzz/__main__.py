@@ -1,0 +1,58 @@
+"""``python -m tests.fuzz --calls 1000 --seed 3``: random calls of the operators, against the oracle and what is
+promised. Whatever goes wrong is printed as Python to paste, as small as it could be made; the status is then 1."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+import torch
+
+if __name__ == "__main__" and not torch.cuda.is_available() and any("triton" in word for word in sys.argv):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+
+import flashlla
+from benchmarks import record
+from tests.fuzz.campaign import Campaign
+from tests.support import helpers  # noqa: F401  makes the interpreter fast
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--calls", type=int, default=1000, help="how many (default 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="the same gives the same calls (default 0)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first call, to go on from (default 0)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--backend", nargs="+", help="default: chunked and naive on the CPU, all on a GPU")
+    record.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    options.command = "fuzz"
+    on_cpu = ["chunked", "naive"]
+    backends = options.backend or (on_cpu if options.device == "cpu" else list(flashlla.available_backends()))
+    torch.set_num_threads(1)
+    small = options.device == "cpu" and any("triton" in name for name in backends)
+    numbers = range(options.first, options.first + options.calls)
+    kept, campaign, begun = record.Record(options, options.device), Campaign(), time.monotonic()
+    try:
+        campaign.run(options.seed, numbers, backends, options.device, small, say=True)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+    kept.figures |= {
+        "seed": options.seed,
+        "first": options.first,
+        "calls": sum(campaign.found.values()),
+        "interpreted": os.environ.get("TRITON_INTERPRET") == "1",
+        "seconds": round(time.monotonic() - begun),
+        "verdicts": campaign.table(),
+        "faults": campaign.faults,
+    }
+    kept.write()
+    print(f"{sum(campaign.found.values())} calls: {campaign}")
+    kept.end()
+    return 1 if campaign.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -64,7 +64,7 @@ class Systems:
         *lead, m, _ = self.p.shape
         n, d = self.k.shape[-2:]
         a = self.k.new_empty((*lead, m, d, d))
-        step = max(1, _DENSE_BUDGET // max(1, n * d * self.p[..., 0, 0].numel()))
+        step = max(1, _DENSE_BUDGET // max(1, n * d * self.ridge[..., 0].numel()))
         for i in range(0, m, step):
             rows = slice(i, i + step)
             # Centred exactly, row by row: sum_j p_ij (k_j - k_mean_i)(k_j - k_mean_i)^T is symmetric and not negative.

@@ -204,7 +204,8 @@ def test_direct_names_the_row_that_is_not_positive_definite(monkeypatch: pytest.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("solver", ["cg", "pcg", "direct"])
 def test_gradients_do_not_depend_on_the_size_of_grad_o(solver: str, dtype: torch.dtype) -> None:
-    """An absolute tolerance must not decide how exact a gradient is: 2^-40 is 1e-12, and its products are exact."""
+    """Neither an absolute tolerance nor the range of squares must decide how exact a gradient is: powers of two, from
+    1e-24 to 1e24, whose products are exact."""
     leaves = [normal(2, 30, 8, seed=i, dtype=dtype) for i in range(3)]
     ridge = torch.full((30,), 0.3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     grad_o = normal(2, 30, 8, seed=3, dtype=dtype)
@@ -215,8 +216,10 @@ def test_gradients_do_not_depend_on_the_size_of_grad_o(solver: str, dtype: torch
         o.backward(grad_o * size)
         return [t.grad / size for t in given]
 
-    for tiny, whole in zip(gradients(2.0**-40), gradients(1.0), strict=True):
-        torch.testing.assert_close(tiny, whole, rtol=1e-5, atol=1e-6)
+    whole = gradients(1.0)
+    for power in (-80, -40, 80):
+        for scaled, wanted in zip(gradients(2.0**power), whole, strict=True):
+            torch.testing.assert_close(scaled, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("solver", [CG(max_iters=200), PCG(max_iters=200), Direct()])

@@ -34,6 +34,10 @@ class Campaign:
                 smallest = shrink(call, lambda smaller, kind=fault.kind: _fails(smaller, device, kind))
                 self.faults.append({"number": str(number), "seen": _seen(smallest, device), "call": pasted(smallest)})
                 print(f"\ncall {number}: {self.faults[-1]['seen']}\n{self.faults[-1]['call']}\n", flush=True)
+            except Exception as error:  # of the checks' own, which are to be mended
+                verdict = "not judged"
+                self.faults.append({"number": str(number), "seen": f"not judged: {error!r}", "call": pasted(call)})
+                print(f"\ncall {number}: {self.faults[-1]['seen']}\n{self.faults[-1]['call']}\n", flush=True)
             self.found[call.backend, verdict] += 1
             if say and (done == len(numbers) or time.monotonic() - told > 10):
                 told = time.monotonic()

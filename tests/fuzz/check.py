@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import warnings
@@ -24,6 +25,9 @@ from tests.support.poison import poisoned
 # Where rounding by the accumulator's precision, times the condition of the systems, comes to this, the error is no
 # longer proportional to it, and a budget says nothing; likewise where it allows this much of the output.
 _LOOSE = 0.05
+# A budget lets one row in some thousand be as far off as it allows. The largest of n normal numbers is about
+# sqrt(2 ln n): of ten million rows, which a campaign looks at, half as far again as of a thousand.
+_OF_MILLIONS = 1.5
 # What the sums of float32 hold (docs/reliability.md): sizes of queries and keys, and logits.
 _LARGEST, _SMALLEST, _LARGEST_LOGIT = 1e15, 1e-15, 1e6
 # And of the fused kernels, which know float32 keys in no units of their own.
@@ -180,16 +184,16 @@ def _check_attention(call: Call, case: Case, device: str) -> str:
     due, clean = _due(call, case, leaves)
     if not case.visible().any():
         return _check_nothing(found, due)
-    return _twice(lambda draws: _judge(call, case, found, due, clean, draws))
+    return _judged(lambda draws: _judge(call, case, found, due, clean, draws))
 
 
-def _twice(judge: Callable[[int], str]) -> str:
-    """What ``judge`` says; a second opinion, from more draws, on what is wrong by little. A budget of three draws is
-    good for a table of cases, not for millions of rows."""
-    try:
-        return judge(3)
-    except Fault:
-        return judge(32)
+def _judged(judge: Callable[[int], str]) -> str:
+    """What ``judge`` says by a budget of so many draws: of none, which is quick and allows the least; of three; and of
+    more, on what is wrong by little: three are good for a table of cases, not for millions of rows."""
+    for draws in (0, 3):
+        with contextlib.suppress(Fault):
+            return judge(draws)
+    return judge(32)
 
 
 def _check_nothing(found: Outcome, due: Due) -> str:
@@ -202,6 +206,8 @@ def _check_nothing(found: Outcome, due: Due) -> str:
 
 def _judge(call: Call, case: Case, found: Outcome, due: Due, clean: dict[str, Tensor], draws: int) -> str:
     numbers = _Numbers.of(call, case, clean)
+    if not numbers.carried:
+        return "loose"
     direct = call.options.get("solver") == "direct" or call.backend == "naive"
     try:
         allowed = budget_of(
@@ -217,7 +223,7 @@ def _judge(call: Call, case: Case, found: Outcome, due: Due, clean: dict[str, Te
     except torch.linalg.LinAlgError:  # the oracle's own: not even float64 carries these
         return "loose"
     size = row_norm(allowed.reference.o).norm()
-    if not numbers.carried or not allowed.o.norm() <= _LOOSE * size:
+    if not allowed.o.norm() <= _LOOSE * size:
         return "loose"
     unconverged = ~found.converged.cpu() & ~due.o
     got = torch.where(_rows(unconverged, found.o), allowed.reference.o, found.o.cpu().double())
@@ -226,6 +232,8 @@ def _judge(call: Call, case: Case, found: Outcome, due: Due, clean: dict[str, Te
         return "unconverged"
     for name, gradient in found.gradients.items():
         exact, room = allowed.reference.gradients[name], allowed.gradients[name]
+        if exact.numel() and exact.abs().max() > torch.finfo(gradient.dtype).max / 2:
+            return "loose"
         if not room.norm() <= 0.5 * row_norm(exact).norm() + 1e-3 * numbers.units.get(name, 1.0):
             return "loose"
         _compare(name, gradient, exact, room, due.leaves[name], strict=call.backend in ("naive", "chunked"))
@@ -238,7 +246,7 @@ def _compare(name: str, got: Tensor, exact: Tensor, allowed: Tensor, due: Tensor
     if strict and not got[due].isnan().all():
         raise Fault("no NaN", f"{name}, at {due.nonzero().tolist()[:5]}")
     excess = Excess.of(torch.where(due, exact, got.double()), exact, allowed)
-    if not excess.ratio <= 1:
+    if not excess.ratio <= _OF_MILLIONS:
         raise Fault("over budget", f"{name}, {excess}, wanted size {row_norm(exact)[excess.row]:.2e}")
 
 
@@ -285,7 +293,7 @@ class _Numbers(NamedTuple):
                 carried &= k_size < _LARGEST_KEY_FUSED and ridge < _LARGEST_RIDGE_FUSED
             narrow = torch.finfo(call.dtype).max
             carried &= all(1e-30 < unit < min(1e30, narrow) for unit in units.values())
-        return cls(carried, 0.1 * max(sizes), case.dim, call.dtype, units)
+        return cls(carried, 0.1 * max(*sizes, 1e-30), case.dim, call.dtype, units)
 
     def tolerance(self, options: Mapping[str, Any]) -> float:
         """The relative residual that a solver may leave: its own, or the absolute one that stands under it; all of it
@@ -405,7 +413,7 @@ def _check_decoding(call: Call, case: Decoding, device: str) -> str:
         return "refused"
     if call.twice and not _same(found.o, _ran(run, call).o):
         raise Fault("not the same again", "o")
-    return _twice(lambda draws: _judge_decoding(call, case, found, device, draws))
+    return _judged(lambda draws: _judge_decoding(call, case, found, device, draws))
 
 
 def _judge_decoding(call: Call, case: Decoding, found: Outcome, device: str, draws: int) -> str:

@@ -32,6 +32,7 @@ from tests.support.rounding import EXACT, Rounding, disturbed
 # should exceed this number of standard deviations.
 ALLOWANCE = 6.0
 _DRAWS = 3
+_KINDS = ("operand", "sum", "residual")
 
 OPERAND = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-11}
 _SUM = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-24}
@@ -115,7 +116,8 @@ def budget_of(
     draws: int = _DRAWS,
 ) -> Budget:
     """The budget of other numbers, ``leaves``, in the shape of ``case``; ``tolerance`` and ``units``, by the name of a
-    result, as in :func:`allowance`; from so many ``draws`` of each disturbance."""
+    result, as in :func:`allowance`; from so many ``draws`` of each disturbance. Without any it is what every call is
+    allowed, however well its numbers bear rounding."""
     exact = reference(case, leaves)
     return _budget(exact, spreads_of(case, leaves, exact, draws), dtype, iterative, truncates, tolerance, units or {})
 
@@ -195,9 +197,11 @@ def spreads(
     run: Callable[[Rounding, int], list[list[Tensor]]], exact: list[Tensor], draws: int = _DRAWS
 ) -> dict[str, list[Tensor]]:
     """The same of any evaluation: ``run`` gives its results some times over, disturbed each time anew."""
+    if draws == 0:
+        return {kind: [torch.zeros_like(row_norm(result)) for result in exact] for kind in (*_KINDS, "oracle")}
     (base,) = run(EXACT, 1)
     found = {}
-    for kind in ("operand", "sum", "residual"):
+    for kind in _KINDS:
         drawn = run(replace(EXACT, **{kind: _DISTURBANCE}), draws)
         squares = [torch.stack([row_norm(draw[i] - base[i]).square() for draw in drawn]) for i in range(len(base))]
         found[kind] = [_smooth(s.mean(0).sqrt()) / _DISTURBANCE for s in squares]

@@ -60,7 +60,9 @@ def _lower(case: Case | Decoding) -> Iterator[dict[str, Any]]:
     for name in ("dim", "value_dim", "window", "heads", "new"):
         value = getattr(case, name, None)
         if value is not None and value > 1:
-            yield from ({name: n} for n in dict.fromkeys((1, value // 2, value - 1)))
+            shared = case.key_heads or 1
+            fits = lambda n, name=name, shared=shared: name != "heads" or n % shared == 0
+            yield from ({name: n} for n in dict.fromkeys((1, value // 2, value - 1)) if fits(n))
     if not case.key_heads or case.key_heads == case.heads == 1:
         return
     yield {"heads": case.heads // case.key_heads, "key_heads": 1}

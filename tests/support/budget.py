@@ -170,7 +170,8 @@ def allowance(
     result_rounding = _RESULT[dtype] * (2 if truncates and dtype == torch.bfloat16 else 1)
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # numbers below are told apart no more
     columns = result.shape[-1] if result.dim() else 1
-    return ALLOWANCE * error + spread["oracle"] + result_rounding * size + least * columns**0.5
+    own = result_rounding * size + least * float(columns**0.5)
+    return ALLOWANCE * error + spread["oracle"] + own
 
 
 @functools.cache

@@ -182,8 +182,8 @@ def spread(case: Decoding, draws: int = 3) -> dict[str, Tensor]:
 
     def run(rounding: Rounding, draws: int) -> list[list[Tensor]]:
         many = [t.repeat(1, draws, *(1,) * (t.dim() - 2)) for t in (q, k, v, ridge)]
-        options = {**keywords, "ridge_lambda": many[3], "window": case.window, "qk_scale": case.scale}
-        problem, inputs = problem_of(*many[:3], lla_decode, **options)
+        options: dict[str, Any] = {**keywords, "ridge_lambda": many[3], "window": case.window, "qk_scale": case.scale}
+        problem, inputs = problem_of(many[0], many[1], many[2], lla_decode, **options)
         o = disturbed(lambda: Naive().forward(problem, inputs).o, rounding, many)
         return [[one] for one in o.split(case.heads, 1)]
 

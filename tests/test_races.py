@@ -337,7 +337,7 @@ def contents(thing: Any) -> Any:
 
 def alike(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
-        return torch.equal(a, b)
+        return torch.equal(a.nan_to_num(), b.nan_to_num())  # a cache's room for more holds anything
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
     if isinstance(a, list):

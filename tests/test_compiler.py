@@ -33,12 +33,20 @@ def test_every_kernel_compiles_for_three_architectures(tmp_path: Path) -> None:
     # Cards without Hopper's shared memory take the tiles of architecture 80, and have as little as 99 KiB.
     assert max(x["shared"] for x in lines if x["architecture"] == 80) <= 99 * 1024
     kernels = {(x["kernel"], x["architecture"], x["dim"]) for x in lines}
-    from flashlla.backends.triton import backward, decode_kernels, decode_solve, forward, gram, prepare, solve
+    from flashlla.backends.triton import backward, decode_kernels, decode_solve, forward, gram, prepare, resident, solve
 
-    modules = (backward, decode_kernels, decode_solve, forward, gram, prepare, solve)
+    modules = [backward, decode_kernels, decode_solve, forward, gram, prepare, solve]
+    if resident.without_gluon() is None:
+        from flashlla.backends.triton import resident_kernels
+
+        modules.append(resident_kernels)
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {k for k, _, _ in kernels} == written
     assert {(a, d) for _, a, d in kernels} == {(a, d) for a in (80, 90, 100) for d in (64, 128)}
+    # Two programs of the resident solve share a processor; where one would be alone nothing hides its recurrence.
+    mine = [x for x in lines if x["kernel"] == "resident_solve_kernel"]
+    assert {x["architecture"] for x in mine} <= {90}
+    assert all(x["shared"] <= 113 * 1024 for x in mine)
 
 
 def test_every_mask_compiles(tmp_path: Path) -> None:

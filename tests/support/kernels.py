@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -37,11 +37,13 @@ def make(
     return [t.to(dtype) for t in (q + point, k + point, v, grad)]
 
 
-def step(tensors: list[Tensor], ridge: float | Tensor, **options: Any) -> dict[str, Tensor]:
+def step(
+    tensors: list[Tensor], ridge: float | Tensor, operator: Callable[..., Tensor] = lla_attention, **options: Any
+) -> dict[str, Tensor]:  # fmt: skip
     q, k, v = (t.detach().requires_grad_() for t in tensors[:3])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     ridge = (torch.as_tensor(ridge).to(q.device, wide).expand(q.shape[:-1])).clone().requires_grad_()
-    o = lla_attention(q, k, v, ridge_lambda=ridge, **options)
+    o = operator(q, k, v, ridge_lambda=ridge, **options)
     grads = torch.autograd.grad(o, (q, k, v, ridge), tensors[3].to(o.dtype))
     return dict(zip(NAMES, (o.detach(), *grads)))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -118,6 +118,45 @@ _SINGLE_SMALL: dict[int, dict[str, Config]] = {
     **_SINGLE,
     128: {**_SINGLE[128], "dq": Config(16, 32, 8, 1), "dk": Config(16, 32, 8, 1)},
 }
+
+
+class Resident(NamedTuple):
+    """How the resident solve has a tile of queries that sees up to ``tiles`` tiles of keys."""
+
+    tiles: int
+    slots: int  # tiles of keys in shared memory; if fewer, every sweep loads them anew
+    shared: int = 0  # tiles of weights in shared memory, the others being in registers
+    far: bool = False  # the solution is in device memory, not in shared
+    ahead: bool = False  # a tile's first product is begun before the last one's second
+
+
+# Queries and keys a tile: what one warp group multiplies at once.
+RESIDENT_TILE = 64
+# By head dim. Two programs fit a processor: 113 KiB of shared memory each, 255 registers a thread.
+RESIDENT: dict[int, tuple[Resident, ...]] = {
+    64: (
+        Resident(2, 2, ahead=True),
+        Resident(4, 4, ahead=True),
+        Resident(6, 6, shared=1),
+        Resident(8, 8, shared=1, far=True),
+        Resident(9, 9, far=True),
+    ),
+    128: (
+        Resident(2, 2, far=True, ahead=True),
+        Resident(4, 3, far=True),
+        Resident(6, 3, far=True),
+        Resident(8, 3, far=True),
+    ),
+}
+
+
+def resident_options(head_dim: int, k_tiles: int) -> dict[str, Any]:
+    """What Triton is told of the resident solve, of queries that see up to ``k_tiles`` tiles."""
+    plans = RESIDENT[head_dim]
+    count = 1 + sum(plan.tiles < k_tiles for plan in plans)
+    return {
+        "PLANS": plans[:count], "BLOCK_M": RESIDENT_TILE, "BLOCK_N": RESIDENT_TILE, "num_warps": 4, "maxnreg": 255,
+    }  # fmt: skip
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashlla import products
 from flashlla.backends.triton import backward as backward_kernels
-from flashlla.backends.triton import configs, prepare
+from flashlla.backends.triton import configs, prepare, resident
 from flashlla.backends.triton import forward as forward_kernels
 from flashlla.backends.triton import gram as gram_kernels
 from flashlla.backends.triton.plan import Buffer, Layout, Memory, Plan, contiguous, layouts, of_buffers, planned
@@ -61,14 +61,17 @@ _INPUTS, _FORWARD, _ADJOINED, _GRADIENTS = Row(Inputs), Row(Forward), Row(Adjoin
 
 
 class Around(NamedTuple):
-    """What a plan depends on beside the call: torch's setting of float32 products, and whether configs are tuned."""
+    """What a plan depends on beside the call: torch's setting of float32 products, whether configs are tuned, and
+    whether the resident solve may run."""
 
     full: bool
     tuned: bool
+    resident: bool
 
     @classmethod
     def now(cls, device: torch.device) -> Around:
-        return cls(products.allowed(device) == "ieee", os.environ.get("FLASHLLA_AUTOTUNE") == "1")
+        switches = os.environ.get("FLASHLLA_AUTOTUNE") == "1", os.environ.get("FLASHLLA_RESIDENT") == "1"
+        return cls(products.allowed(device) == "ieee", *switches)
 
 
 class Call:
@@ -239,23 +242,27 @@ class Call:
         return sequences > 1 and all(2 * self.slots(bool(i), block) <= n for i, n in enumerate(longest))
 
     def launch_tiles(
-        self, kernel: Kernel, name: str, *arguments: Any, over_keys: bool = False, tune: bool = True, **settings: Any
-    ) -> None:
+        self, kernel: Kernel, name: str, *arguments: Any, over_keys: bool = False, tune: bool = True, done: int = 0,
+        **settings: Any,
+    ) -> None:  # fmt: skip
         """Launch ``kernel`` of pass ``name``, one program a tile of queries (``over_keys``: of keys) and head, with the
-        table's config; where programs are few, that for few; ``tune``: with the one that FLASHLLA_AUTOTUNE=1 finds."""
+        table's config; where programs are few, that for few; ``tune``: with the one that FLASHLLA_AUTOTUNE=1 finds.
+        ``done``: queries, from the first, that another launch has, in whole tiles of the table's config; not of packed
+        sequences."""
         heads = self.problem.kv_heads if over_keys else self.problem.q_heads
         widest = max(self.problem.head_dim, self.problem.v_dim)
         key = name, widest, self.operand_dtype, configs.capability(self.device)
         usual, few = configs.config(*key), configs.config(*key, few=True)
 
         def programs(c: configs.Config) -> int:
-            return heads * self.tiles(over_keys, c.n if over_keys else c.m)
+            rows = c.n if over_keys else c.m
+            return heads * (self.tiles(over_keys, rows) - self.problem.batch * (done // rows))
 
         chosen = [usual]
         if few is not usual and programs(usual) <= configs.FEW * configs.processors(self.device):
             chosen = [few]
         elif tune and self.around.tuned and self.device.type == "cuda":
-            chosen = configs.candidates(*key)
+            chosen = [c for c in configs.candidates(*key) if done % c.m == 0]
         self.plan.launch_fastest(
             key, kernel, name, {c: (programs(c),) for c in chosen}, *arguments, SHAPE=self.shape, **settings
         )
@@ -397,14 +404,43 @@ def solve(
     if preconditioner == "gram":
         assert b is not None
         made = gram(call, of_ridge, k_mean, b, None if adjoint is None else adjoint.probe, segments)
+    tail = *call.sight, call.problem.scale, *tolerances(call.problem, adjoint is not None), segments
     for which in ("none", "gram") if preconditioner == "gram" else (preconditioner,):
-        call.launch_tiles(
-            solve_kernel, "solve_gram" if which == "gram" else "solve",
-            call.q, call.k, call.units, call.origin, lse2, k_mean, of_ridge, b, made, x, adjoint, ended,
-            *call.sight, call.problem.scale, *tolerances(call.problem, adjoint is not None), segments,
-            ADJOINT=adjoint is not None, PRECONDITIONER=which, SEGMENT=configs.SEGMENT,
-            tune=preconditioner != "gram",  # either may have no tile that is its own
-        )  # fmt: skip
+        done = 0
+        if which == "none":
+            done = solve_resident(call, lse2, k_mean, of_ridge, b, made, x, adjoint, ended, *tail)
+        if done < call.max_seqlens[0]:
+            call.launch_tiles(
+                solve_kernel, "solve_gram" if which == "gram" else "solve",
+                call.q, call.k, call.units, call.origin, lse2, k_mean, of_ridge, b, made, x, adjoint, ended, *tail,
+                ADJOINT=adjoint is not None, PRECONDITIONER=which, SEGMENT=configs.SEGMENT,
+                tune=preconditioner != "gram",  # either may have no tile that is its own
+                done=done,
+            )  # fmt: skip
+
+
+def solve_resident(
+    call: Call, lse2: Buffer, k_mean: Buffer, ridge: Strided, b: Buffer | None, made: Preconditioner | None, x: Buffer,
+    adjoint: Adjoint | None, ended: Ended | None, *tail: Any,
+) -> int:  # fmt: skip
+    """Launch the resident solve if it can run; how many queries it has, from the first."""
+    if not call.around.resident or resident.unsupported(call.problem) is not None:
+        return 0
+    if call.seqlens.slots is not None:  # Gluon has no layout for the search of `primitives.packed_tile`
+        return 0
+    # Not before: it takes Gluon.
+    from flashlla.backends.triton.resident_kernels import resident_solve_kernel
+
+    share = resident.share(call.problem)
+    assert share is not None  # or it were unsupported
+    b = call.vectors(memory=call.until_solved) if b is None else b
+    call.plan.launch(
+        resident_solve_kernel, "solve", (call.n_heads * share.q_tiles,), call.q, call.k, call.units, lse2, k_mean,
+        ridge, b, made, x, adjoint, ended, *tail, share.q_tiles,
+        ADJOINT=adjoint is not None, SEGMENT=configs.SEGMENT, LAST=True, SHAPE=call.shape,
+        **configs.resident_options(call.problem.head_dim, share.k_tiles),
+    )  # fmt: skip
+    return share.q_tiles * configs.RESIDENT_TILE
 
 
 def gram(

@@ -100,11 +100,11 @@ def packed_tile(cu_seqlens, slot, sequences, total, BLOCK: tl.constexpr):
 @triton.jit
 def place(
     seqlens, n_heads, heads, group, q_total, k_total, max_seqlen_q, max_seqlen_k,
-    BLOCK: tl.constexpr, CAUSAL: tl.constexpr, OVER_KEYS: tl.constexpr,
+    BLOCK: tl.constexpr, CAUSAL: tl.constexpr, OVER_KEYS: tl.constexpr, most_tiles=None,
 ):  # fmt: skip
     """The tile of this program, of BLOCK queries or (OVER_KEYS) keys. Neighbours share a tile's place: the longest
     sweeps start first, where sequences have slots the longest of each. With sequences of several lengths some tiles lie
-    outside theirs: see `outside`."""
+    outside theirs: see `outside`. ``most_tiles``: of causal queries only the first so many tiles."""
     program = tl.program_id(0)
     cu, total = (seqlens.cu_k, k_total) if OVER_KEYS else (seqlens.cu_q, q_total)
     own_heads = heads // group if OVER_KEYS else heads  # of a sequence
@@ -134,7 +134,8 @@ def place(
         )
     q_row = (q_head if seqlens.cu_q is None else head).to(tl.int64) * q_total + q_first
     if CAUSAL and not OVER_KEYS:
-        tile = tl.cdiv(q_len, BLOCK) - 1 - tile
+        tiles = tl.cdiv(q_len, BLOCK)
+        tile = (tiles if most_tiles is None else tl.minimum(tiles, most_tiles)) - 1 - tile
     return Place(
         tile * BLOCK, sequence, head, kv_head, q_head, k_head, q_first, k_first, q_row, q_len, k_len, k_stop, diagonal,
     )  # fmt: skip

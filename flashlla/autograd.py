@@ -50,7 +50,7 @@ class AdjointArguments(NamedTuple):
     inputs: Inputs
     residuals: Residuals
     settings: Settings
-    unrounded: bool = False  # dk and dv in the accumulator's dtype, for who adds them to others
+    unrounded: bool  # dk and dv in the accumulator's dtype, for who adds them to others
 
 
 class OutArguments(NamedTuple):
@@ -160,7 +160,7 @@ def _differentiate(ctx: Any, gradients: Forward) -> Arguments:
     if gradients.o is None:
         return _NO_GRADIENTS
     saved = _SAVED.record(ctx.saved_tensors)
-    found = backward(AdjointArguments(gradients.o, saved.inputs, saved.residuals, ctx.settings))
+    found = backward(AdjointArguments(gradients.o, saved.inputs, saved.residuals, ctx.settings, unrounded=False))
     return _NO_GRADIENTS._replace(inputs=_NO_GRADIENTS.inputs._replace(**found._asdict()))
 
 

@@ -74,8 +74,9 @@ def test_gradients_of_keys_before_they_are_rounded(backend: Backend, packed: boo
     with torch.no_grad():
         found = forward(arguments)
         adjoint = AdjointArguments(
-            qkv(1, 2, 20, 16, dtype=torch.float16)[0], arguments.inputs, found.residuals, arguments.settings
-        )
+            qkv(1, 2, 20, 16, dtype=torch.float16)[0], arguments.inputs, found.residuals, arguments.settings,
+            unrounded=False,
+        )  # fmt: skip
         rounded, unrounded = backward(adjoint), backward(adjoint._replace(unrounded=True))
     for name, dtype in zip(Gradients._fields, (torch.float16, torch.float32, torch.float32, torch.float32)):
         assert getattr(unrounded, name).dtype == dtype

@@ -181,6 +181,7 @@ INTERRUPTED = """
     import torch, flashlla
     from tests.support import helpers
     from tests.support.helpers import qkv
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes are made to ignore it
     torch.set_num_threads(1)
     NAME, LENGTH, TIMES = {name!r}, {length}, {times}
 

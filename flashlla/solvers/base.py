@@ -109,11 +109,11 @@ class Solver(ABC):
         A right-hand side made of gradients may be of any size (a loss averaged over a million tokens makes it
         1e-6); neither an absolute tolerance nor the range of squares must decide how exact a gradient is.
         """
-        top = b.abs().amax(-1, keepdim=True)
-        near_one = torch.where(top > 0, b / top, b)
+        power = power_of_two_above(b.abs().amax(-1, keepdim=True))  # divides without rounding
+        near_one = b / power
         size = near_one.norm(dim=-1, keepdim=True)
-        unit = torch.where(top > 0, near_one / size, b)
-        size = size * top
+        unit = torch.where(size > 0, near_one / size, near_one)
+        size = size * power
         solution = self.solve_checked(systems, unit)
         return solution._replace(x=solution.x * size)
 
@@ -136,3 +136,10 @@ def warn_unconverged(solver: Solver, residuals: Tensor, total: int, where: str =
         "ridge_lambda or float64 inputs; return_info=True shows each query. Said once for each power of ten.",
         ConvergenceWarning,
     )
+
+
+def power_of_two_above(size: Tensor) -> Tensor:
+    """The smallest power of two above ``size``, of those that float32 holds with all their digits and whose inverses it
+    holds so; 1 for 0."""
+    _, exponent = torch.frexp(size)
+    return torch.ldexp(torch.ones_like(size), exponent.clamp(-126, 126))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashlla.covariance import Systems, dot
-from flashlla.solvers.base import SOUND, Solution, Solver, Spelling
+from flashlla.solvers.base import SOUND, Solution, Solver, Spelling, power_of_two_above
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,12 @@ def conjugate_gradients(
         if not active.any():
             break
         # Of unit length or a little less, by a power of two, which rounds nothing: its square meets the largest ridges.
-        unit = _power_of_two_above(direction.abs().amax(-1, keepdim=True) * direction.shape[-1] ** 0.5)
+        unit = power_of_two_above(direction.abs().amax(-1, keepdim=True) * direction.shape[-1] ** 0.5)
         along = direction / unit
         image = systems.matvec(along)
         curvature = dot(along, image)
-        active &= curvature > 0  # rounding has taken the matrix's definiteness: no step helps
+        # No step helps where rounding has taken the matrix's definiteness, or what is left is less than numbers hold.
+        active &= (curvature > 0) & (ry > 0)
         step = torch.where(active, ry / unit / curvature, zero)
         x.addcmul_(along, step)
         r.addcmul_(image, step, value=-1)
@@ -148,9 +149,3 @@ def conjugate_gradients(
     residual = torch.where(error2 == 0, 0, (error2 / size2).sqrt())
     converged = (r2 <= threshold) & (error2 <= torch.maximum(SOUND**2 * size2, 4 * threshold))
     return Solution(x, iterations.squeeze(-1), residual.squeeze(-1), converged.squeeze(-1))
-
-
-def _power_of_two_above(size: Tensor) -> Tensor:
-    """The smallest power of two above ``size`` that float32 holds with all its digits; 1 for 0."""
-    _, exponent = torch.frexp(size)
-    return torch.ldexp(torch.ones_like(size), exponent.clamp(min=-126))

@@ -25,9 +25,6 @@ from tests.support.poison import poisoned
 # Where rounding by the accumulator's precision, times the condition of the systems, comes to this, the error is no
 # longer proportional to it, and a budget says nothing; likewise where it allows this much of the output.
 _LOOSE = 0.05
-# A budget lets one row in some thousand be as far off as it allows. The largest of n normal numbers is about
-# sqrt(2 ln n): of ten million rows, which a campaign looks at, half as far again as of a thousand.
-_OF_MILLIONS = 1.5
 # What the sums of float32 hold (docs/reliability.md): sizes of queries and keys, and logits.
 _LARGEST, _SMALLEST, _LARGEST_LOGIT = 1e15, 1e-15, 1e6
 # And of the fused kernels, which know float32 keys in no units of their own.
@@ -246,7 +243,7 @@ def _compare(name: str, got: Tensor, exact: Tensor, allowed: Tensor, due: Tensor
     if strict and not got[due].isnan().all():
         raise Fault("no NaN", f"{name}, at {due.nonzero().tolist()[:5]}")
     excess = Excess.of(torch.where(due, exact, got.double()), exact, allowed)
-    if not excess.ratio <= _OF_MILLIONS:
+    if not excess.ratio <= 1:
         raise Fault("over budget", f"{name}, {excess}, wanted size {row_norm(exact)[excess.row]:.2e}")
 
 

@@ -6,18 +6,11 @@ with the plain solve's have not (docs/performance.md).
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import NamedTuple
 
-import torch
-
-from flashlla.backends.triton import configs
+from flashlla.backends.triton import configs, hopper
 from flashlla.backends.triton.runtime import cdiv
 from flashlla.problem import Problem
-
-# Gluon moves from version to version: those that its kernels were compiled with.
-TRITON = ("3.6", "3.7")
 
 
 class Share(NamedTuple):
@@ -27,29 +20,10 @@ class Share(NamedTuple):
     k_tiles: int  # tiles of keys that any of them sees, at most
 
 
-@functools.cache
-def without_gluon() -> str | None:
-    """Why its kernels cannot be compiled; None where they can."""
-    import triton
-
-    if triton.__version__.startswith(tuple(f"{version}." for version in TRITON)) and (
-        importlib.util.find_spec("triton.experimental.gluon") is not None
-    ):
-        return None
-    return f"it is written for Gluon of Triton {' and '.join(TRITON)}, and this is {triton.__version__}"
-
-
 def unsupported(problem: Problem) -> str | None:
     """Why the resident solve does not run for this problem; None where it does."""
-    if problem.device.type == "cpu":
-        return "Gluon has no interpreter"
-    major, minor = configs.capability(problem.device)
-    if (major, minor) != (9, 0):
-        return f"it is made of Hopper's instructions (compute capability 9.0), and {problem.device} has {major}.{minor}"
-    if (reason := without_gluon()) is not None:
+    if (reason := hopper.unsupported(problem.device, problem.dtype)) is not None:
         return reason
-    if problem.dtype == torch.float32:
-        return "its operands are of 16 bits, and these of 32"
     if problem.head_dim not in configs.RESIDENT:
         widths = ", ".join(map(str, configs.RESIDENT))
         return f"it takes head dims of {widths}, and this one is {problem.head_dim}"

@@ -347,9 +347,11 @@ def _refuse_to_batch(size: int, dims: Any, arguments: Any) -> NoReturn:
 
 
 # The operators. torch.ops is opaque to an editor: what runs is named here.
-FORWARD = Operator("forward", Arguments, Forward, run=_run_forward, fake=_trace_forward, batch=_batch_forward)
 BACKWARD = Operator(
     "backward", AdjointArguments, Gradients, run=_run_backward, fake=_trace_backward, batch=_batch_backward
+)
+FORWARD = Operator(
+    "forward", Arguments, Forward, run=_run_forward, fake=_trace_forward, batch=_batch_forward, calls=(BACKWARD,)
 )
 WHICH = Operator("which", Arguments, Choice, run=_run_which, fake=_trace_which, batch=_batch_which, batched=False)
 DECODE = Operator("decode", Arguments, Decoded, run=_run_decode, fake=_trace_decode, batch=_refuse_to_batch)

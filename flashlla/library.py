@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from flashlla.records import Row
+from flashlla.version import __version__
 
 A = TypeVar("A", bound=tuple[Any, ...])
 G = TypeVar("G", bound=tuple[Any, ...])
@@ -46,13 +48,22 @@ def _watched(row: tuple[Any, ...]) -> bool:
     return False
 
 
+def _edition(*parts: str) -> str:
+    """A name for this version of the package with ``parts``."""
+    return "v" + hashlib.sha256("\n".join((__version__, *parts)).encode()).hexdigest()[:12]
+
+
 class Operator(Generic[A, G]):
     """An operator of torch.library, called with a record and giving one.
 
     name: in torch.ops.flashlla. takes, gives: the kinds of records. run: what it does. fake: outputs like those of
     ``run``, uninitialised, for when torch traces. batch(size, dims, arguments): the rule of torch.vmap, for a dimension
     of ``size`` at ``dims`` of the arguments. Outputs have that dimension first, or, with batched=False, not at all.
-    writes: the argument that ``run`` writes to, if any.
+    writes: the argument that ``run`` writes to, if any. calls: operators that the derivative calls.
+
+    What torch.compile keeps on disk of a graph it finds again by the names in it, of which those of its backward pass
+    are none. So an operator's overload is named after this version of the package and after its own schema and those of
+    whatever it ``calls``: code that was compiled before one of these changed is not found, rather than wrong.
     """
 
     def __init__(
@@ -66,20 +77,23 @@ class Operator(Generic[A, G]):
         batch: Callable[[int, Any, A], G],
         batched: bool = True,
         writes: str | None = None,
+        calls: Sequence[Operator[Any, Any]] = (),
     ) -> None:
-        self.name, self.takes, self.gives = f"flashlla::{name}", Row(takes), Row(gives)
+        self.takes, self.gives = Row(takes), Row(gives)
         self.run, self._batch, self._place = run, batch, 0 if batched else None
         arguments = self.takes.schema
         if writes is not None:
             assert f"{arguments},".count(f"Tensor {writes},") == 1
             arguments = f"{arguments},".replace(f"Tensor {writes},", f"Tensor(a!) {writes},").removesuffix(",")
-        _library.define(
-            f"{name}({arguments}) -> ({', '.join(['Tensor'] * self.gives.size)})", tags=(torch.Tag.pt2_compliant_tag,)
-        )
-        _library.impl(name, self._on_rows(run), "CompositeExplicitAutograd")
+        schema = f"({arguments}) -> ({', '.join(['Tensor'] * self.gives.size)})"
+        self.overload: str = _edition(schema, *(operator.overload for operator in calls))
+        own = f"{name}.{self.overload}"
+        self.name = f"flashlla::{own}"
+        _library.define(own + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(own, self._on_rows(run), "CompositeExplicitAutograd")
         torch.library.register_fake(self.name, self._on_rows(fake), lib=_library)
         torch.library.register_vmap(self.name, self._batch_rows, lib=_library)
-        self.op: Any = getattr(torch.ops.flashlla, name).default
+        self.op: Any = getattr(getattr(torch.ops.flashlla, name), self.overload)
         self._function: Any = None
         self._transform: Any = None
 
@@ -141,7 +155,7 @@ class Operator(Generic[A, G]):
 
     def _function_of(self, **rules: Callable[..., Any]) -> Any:
         members = {name: staticmethod(rule) for name, rule in rules.items()}
-        return type(self.name.replace("::", "_"), (torch.autograd.Function,), members)
+        return type(self.name.replace("::", "_").partition(".")[0], (torch.autograd.Function,), members)
 
     def _unpack(self, row: Any) -> G:
         """The record of what ``op`` has returned: torch has a lone tensor for a row of one, and None for none."""

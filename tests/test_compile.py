@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -220,3 +223,54 @@ def test_a_number_that_varies_is_not_kept(name, dynamic):
         torch.testing.assert_close(compiled(q, k, v, number), call(q, k, v, number), rtol=1e-12, atol=1e-12)
     if name == "ridge_lambda":
         assert frames.frame_count <= 2  # one more where it becomes a symbol
+
+
+# An operator whose derivative calls another, which takes a factor from the second "release" on; compiled.
+RELEASE = """
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from flashlla.library import Operator
+
+
+class X(NamedTuple):
+    x: Tensor
+
+
+class OfFirst(NamedTuple):
+    grad: Tensor
+
+
+class OfSecond(NamedTuple):
+    grad: Tensor
+    factor: float
+
+
+kind, rest = (OfFirst, ()) if sys.argv[1] == "1" else (OfSecond, (5.0,))
+rules = {"fake": lambda row: X(torch.empty_like(row[0])), "batch": None}
+backward = Operator("probe_backward", kind, X, run=lambda row: X(row.grad * (row[1:] or [3.0])[0]), **rules)
+forward = Operator("probe", X, X, run=lambda row: X(row.x * 3), calls=(backward,), **rules)
+forward.differentiate(lambda ctx, grads: X(backward(kind(grads.x, *rest)).x), forward_mode=None)
+x = torch.ones(4, requires_grad=True)
+torch.compile(lambda x: forward.differentiable(X(x)).x.sum())(x).backward()
+print(x.grad[0].item(), counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="only torch.compile's default backend keeps graphs on disk")
+def test_a_graph_compiled_for_another_release_is_not_taken_from_disk(tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+
+    def run(release):
+        command = [sys.executable, "-c", RELEASE, release]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert run("1") == ["3.0", "0"]
+    assert run("2") == ["5.0", "0"]
+    assert run("2") == ["5.0", "1"]

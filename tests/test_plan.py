@@ -187,6 +187,24 @@ def test_without_gradients_backwards_kernels_are_not_compiled(monkeypatch: pytes
 
 
 @interpreted
+def test_strides_along_dimensions_of_one_are_nobodys_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of one head decodes with the kernels of any such cache, whatever it was cut from."""
+    compiles(monkeypatch, computes=False)
+
+    def compiled(room: int) -> int:
+        """By a call on tensors cut from others, of ``room`` sequences and tokens."""
+        LAUNCHES.clear()
+        q, k, v, ridge = torch.ones(room, 1, room, 16), *torch.ones(2, room, 1, 40, 16), torch.ones(room, 1, room)
+        q, k, v, ridge = q[:1, :, :1], k[:1], v[:1], ridge[:1, :, :1]
+        lengths = torch.ones(1, room, dtype=torch.int32)[:, 0] * 30
+        lla_decode(q, k, v, lengths, ridge_lambda=ridge, backend="triton")
+        return LAUNCHES["compiled"]
+
+    assert compiled(1) > 0
+    assert compiled(3) == compiled(16) == 0
+
+
+@interpreted
 def test_what_a_call_takes_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches, allocations and torch's other operators, beside those of autograd and of the ridge's checks."""
     from flashlla.backends.triton import launch

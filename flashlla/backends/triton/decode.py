@@ -134,17 +134,17 @@ def _plan(
     solve_warps = configs.factor_warps(config.solve_warps, solve_rows)
 
     starts = inputs.seqstarts_k
-    caches = Caches(seqlens_k, seqlens_k.stride()[0], starts, 0 if starts is None else starts.stride()[0])
+    caches = Caches(seqlens_k, seqlens_k.steps()[0], starts, 0 if starts is None else starts.steps()[0])
     table = BlockTable(seqlens_k, 0, 0)  # which nobody reads where there are no pages
     if inputs.block_table is not None:
-        table = BlockTable(inputs.block_table, *inputs.block_table.stride())
-    ridge, o_out = Strided(inputs.ridge_lambda, *inputs.ridge_lambda.stride()), Columns(out, *out.stride())
+        table = BlockTable(inputs.block_table, *inputs.block_table.steps())
+    ridge, o_out = Strided(inputs.ridge_lambda, *inputs.ridge_lambda.steps()), Columns(out, *out.steps())
     for first in range(0, pairs, at_once):
         programs = min(at_once, pairs - first) * members
         sight = first, problem.kv_heads, problem.group, problem.q_len, problem.k_len, window
         plan.launch(
             decode_moments_kernel, "decode", (programs * pieces * slices,),
-            Columns(q, *q.stride()), Strided(k, *k.stride()[:3]), Strided(v, *v.stride()[:3]), caches, table, ridge,
+            Columns(q, *q.steps()), Strided(k, *k.steps()[:3]), Strided(v, *v.steps()[:3]), caches, table, ridge,
             parts, *sight, pieces, k.shape[0], problem.scale,
             SHAPE=shape, PAGE=problem.page_size or 0, SLICES=slices, OPERAND=tl.float16 if half else tl.float32,
             FAR=FAR if half or not full else FAR_FULL, BLOCK_T=config.tile, SLICE=rows_of_slice,

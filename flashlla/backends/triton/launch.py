@@ -139,9 +139,8 @@ class Call:
         return self.scratch(*shape, dtype=dtype, memory=memory or self.of_tokens)
 
     def strided(self, t: Buffer) -> Strided:
-        """``t`` (B, H, S, ...) as kernels take it. Where there is one, its stride is 0, whatever it was: no kernel is
-        compiled for that, and to packed sequences, which kernels take for the batch, B is 1."""
-        return Strided(t, *(0 if n == 1 else stride for n, stride in zip(t.shape[:3], t.stride())))
+        """``t`` (B, H, S, ...) as kernels take it. To packed sequences, which kernels take for the batch, B is 1."""
+        return Strided(t, *t.steps()[:3])
 
     def contiguous(self, t: Buffer) -> Buffer:
         """``t``, copied where it is not."""

@@ -85,6 +85,10 @@ class Buffer:
     def stride(self) -> tuple[int, ...]:
         return self.layout.strides
 
+    def steps(self) -> tuple[int, ...]:
+        """The strides, 0 along dimensions of one, whatever they were: no kernel is compiled for that."""
+        return tuple([0 if n == 1 else stride for n, stride in zip(self.shape, self.stride())])
+
     def data_ptr(self) -> int:
         """An address of no memory: all that Triton compiles for is whether it is aligned."""
         return 0 if self.layout.aligned else 1

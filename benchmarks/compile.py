@@ -98,7 +98,9 @@ def decodings(head_dim: int, dtype: torch.dtype, plain: bool) -> None:
         for pieces in (1, 4):
             problem = dataclasses.replace(plain_call, page_size=page or None)
             inputs = Inputs(q, cache, cache, ridge, meta(2), block_table=table)
-            decode.decode(problem, inputs, torch.empty_like(q), config=usual._replace(pieces=pieces))
+            config = usual._replace(pieces=pieces)
+            decode.decode(problem, inputs, torch.empty_like(q), config=config)
+            decode.share(problem, inputs, config)
 
 
 def step_launches(

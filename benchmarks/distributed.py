@@ -1,29 +1,31 @@
-"""Sequences and caches over the GPUs of one host, under torchrun: time, memory, communication, errors.
+"""Sequences and caches over the GPUs of one host, under torchrun: time, memory, communication, balance, errors.
 
-    torchrun --nproc-per-node 2 -m benchmarks distributed --name NAME
+    torchrun --nproc-per-node 4 -m benchmarks distributed --name NAME
 
-Beside each figure is that of one of these GPUs alone, measured in the same run while the others wait. Efficiency is the
-time of one GPU, divided by the number of GPUs times their time. Times are those of the slowest rank.
+Everything is measured on one GPU, on two, and so on up to all of them, in one run, while the others wait. Efficiency is
+the time of one GPU, divided by the number of GPUs times their time. Times are those of the slowest rank.
 """
 
 # ruff: noqa: B023 (what is timed runs before the loop goes on)
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchmarks import keys as trained
 from benchmarks import needs, record
-from benchmarks.data import make
+from benchmarks.data import TRAINED, learned_ridge, make
 from benchmarks.exact import relative
 from flashlla import CG, lla_attention, lla_attention_varlen, lla_decode
 from flashlla.distributed import (
@@ -34,25 +36,39 @@ from flashlla.distributed import (
     sum_gradients,
     unshard_sequence,
 )
+from flashlla.distributed.sharding import Order, Shards
 from flashlla.nn import LocalLinearAttention
 
 RIDGE = 1.0
 EXACT = CG(atol=0.0, rtol=1e-24, max_iters=2000)
-ALONE_UP_TO = 131072  # tokens that one GPU is timed on
+SHORT = 32768  # tokens; what is compiled for so many serves longer sequences
+LONG = 131072  # tokens; of more, a call takes so long that it is timed once, and not on one GPU
 FOR_FOUR = 524288  # tokens that want four GPUs at least
 LEARNING_STEPS = 20
+BALANCED_OVER = (2, 4, 8)  # ranks
+TILE = 64  # queries that go on until the last of them has converged
+
+Line = dict[str, Any]
+
+
+class Cost(NamedTuple):
+    """Of one call."""
+
+    seconds: float  # the median, of the slowest rank
+    gib: float  # that it allocates at most, beside what there is before, on the rank where that is most
 
 
 class World:
-    """The ranks, and the device of this one."""
+    """The first ``size`` ranks, by themselves, and the device of this one. To be made by all ranks."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        self.group: Any = dist.group.WORLD
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, device: str, size: int) -> None:
+        self.device, self.size, self.rank = device, size, dist.get_rank()
+        self.group: Any = dist.new_group(list(range(size)))
+
+    @property
+    def mine(self) -> bool:
+        """Whether this rank is one of them."""
+        return self.rank < self.size
 
     def say(self, *words: Any) -> None:
         if self.rank == 0:
@@ -64,43 +80,32 @@ class World:
 
     def every(self, number: float) -> list[float]:
         found = [torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(self.size)]
-        dist.all_gather(found, torch.tensor(number, dtype=torch.float64, device=self.device))
+        dist.all_gather(found, torch.tensor(number, dtype=torch.float64, device=self.device), group=self.group)
         return [float(x) for x in found]
 
     def wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def seconds(self, call: Callable[[], Any], alone: bool = False, most: float = 1.5, calls: int = 5) -> float:
-        """Of one call on all ranks: the median of up to ``calls``, fewer if they take longer than ``most``, of the
-        slowest rank. ``alone``: of one on the first rank, for which the others wait."""
+    def cost(self, call: Callable[[], Any], calls: int = 5, most: float = 1.5, warm: bool = True) -> Cost:
+        """Of up to ``calls``, fewer if they take longer than ``most`` seconds; ``warm``: after another."""
+        before = 0
+        if self.device == "cuda":
+            self.wait()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        if warm:
+            call()
         times: list[float] = []
-        if not alone or self.rank == 0:
+        while len(times) < calls and sum(times) <= most:
+            self.most(0.0)  # all begin at once
+            self.wait()
+            start = time.perf_counter()
             call()
             self.wait()
-            while len(times) < calls:
-                if not alone:
-                    dist.barrier()
-                self.wait()
-                start = time.perf_counter()
-                call()
-                self.wait()
-                times.append(time.perf_counter() - start)
-                spent = sum(times) if alone else self.most(sum(times))
-                if spent > most:
-                    break
-        return self.most(statistics.median(times) if times else 0.0)
-
-    def peak(self, call: Callable[[], Any]) -> float:
-        """GiB that ``call`` allocates at most, beside what there is before, on the rank where that is most."""
-        if self.device != "cuda":
-            return 0.0
-        self.wait()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        self.wait()
-        return self.most((torch.cuda.max_memory_allocated() - before) / 2**30)
+            times.append(self.most(time.perf_counter() - start))
+        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
+        return Cost(statistics.median(times), self.most((peak - before) / 2**30))
 
 
 def stepper(attend: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[], Any]:
@@ -110,8 +115,10 @@ def stepper(attend: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[
     return lambda: torch.autograd.grad(attend(*leaves), leaves, grad_o)
 
 
-def accuracy(world: World, options: argparse.Namespace) -> list[dict[str, Any]]:
+def accuracy(world: World, options: argparse.Namespace) -> list[Line]:
     """Errors of o and of the gradients, relative to float64; and how far they are from one GPU's."""
+    if world.size == 1 < dist.get_world_size():
+        return []
     heads, length, dim = min(4, options.heads), 2048, options.dim
     tensors = make((1, heads, length, dim), dtype=options.dtype, device=world.device)
     ridge = torch.full((1, heads, length), RIDGE, device=world.device)
@@ -139,7 +146,7 @@ def accuracy(world: World, options: argparse.Namespace) -> list[dict[str, Any]]:
         o = across(*own[:3], ridge_lambda=own[3], group=world.group, **keywords)
         found = [o.detach(), *torch.autograd.grad(o, own, shard(tensors[3], 2))]
         results["across"] = [unshard_sequence(t, group=world.group, dim=2) for t in found]
-        line: dict[str, Any] = {"what": name}
+        line: Line = {"gpus": world.size, "what": name}
         for i, what in enumerate(("o", "dq", "dk", "dv", "dridge")):
             line[what] = {which: relative(results[which][i], results["float64"][i]) for which in ("alone", "across")}
             line[what]["apart"] = relative(results["across"][i], results["alone"][i].double())
@@ -147,60 +154,57 @@ def accuracy(world: World, options: argparse.Namespace) -> list[dict[str, Any]]:
         told = "  ".join(
             f"{what} {e['alone']:.1e} {e['across']:.1e} ({e['apart']:.1e})"
             for what, e in line.items()
-            if what != "what"
+            if isinstance(e, dict)
         )
         world.say(f"accuracy {name:<11} one GPU's error, that of {world.size}, (apart): {told}")
     return lines
 
 
-def speed(world: World, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Forward and step of (1, heads, S, dim), head-tail, keys gathered."""
+def speed(world: World, options: argparse.Namespace) -> list[Line]:
+    """Forward and step of (1, heads, S, dim): on one GPU, or on several, head-tail, by both methods."""
     lines = []
-    attend = lambda q, k, v: lla_attention_cp(q, k, v, ridge_lambda=RIDGE, group=world.group)
-    alone = lambda q, k, v: lla_attention(q, k, v, ridge_lambda=RIDGE)
     for length in options.lengths:
-        if length >= FOR_FOUR and world.size < 4:
-            world.say(f"speed {length}: left out, it wants 4 GPUs")
-            continue
-        shape = (1, options.heads, length // world.size, options.dim)
-        own = make(shape, dtype=options.dtype, device=world.device, seed=world.rank)
-        line: dict[str, Any] = {"length": length, "heads": options.heads, "dim": options.dim, "gpus": world.size}
-        step = stepper(attend, own)
-        line["forward_s"] = world.seconds(lambda: attend(*own[:3]))
-        line["step_s"] = world.seconds(step)
-        line["peak_gib"] = world.peak(step)
-        if world.device == "cuda":
-            line |= communication(world, step)
-        swapped = lambda q, k, v: lla_attention_cp(q, k, v, ridge_lambda=RIDGE, group=world.group, method="all_to_all")
-        step = stepper(swapped, own)
-        line["all_to_all_step_s"] = world.seconds(step)
-        line["all_to_all_peak_gib"] = world.peak(step)
-        own.clear()
-        del step
-        if length <= ALONE_UP_TO:
-            whole: list[Tensor] = []
-            one_step: Callable[[], Any] = lambda: None
-            if world.rank == 0:
-                whole = make((1, options.heads, length, options.dim), dtype=options.dtype, device=world.device)
-                one_step = stepper(alone, whole)
-            line["alone_forward_s"] = world.seconds(lambda: alone(*whole[:3]), alone=True)
-            line["alone_step_s"] = world.seconds(one_step, alone=True)
-            line["alone_peak_gib"] = world.peak(one_step)
-            for which in ("forward", "step"):
-                line[f"{which}_efficiency"] = line[f"alone_{which}_s"] / (world.size * line[f"{which}_s"])
-            whole.clear()
-            del one_step
-        lines.append(line)
-        world.say("speed", {name: round(x, 4) if isinstance(x, float) else x for name, x in line.items()})
+        if (length >= FOR_FOUR and world.size < 4) or (length > LONG and world.size == 1):
+            world.say(f"speed: {length} tokens on {world.size} left out")
+        else:
+            lines.append(_speed_of(world, options, length))
+            world.say("speed", _told(lines[-1]))
     return lines
 
 
-def communication(world: World, step: Callable[[], Any]) -> dict[str, Any]:
+def _speed_of(world: World, options: argparse.Namespace, length: int) -> Line:
+    across = lambda q, k, v, **method: lla_attention_cp(q, k, v, ridge_lambda=RIDGE, group=world.group, **method)
+    ways: dict[str, Callable[..., Any]] = {"": across, "all_to_all_": functools.partial(across, method="all_to_all")}
+    if world.size == 1:
+        ways = {"": lambda q, k, v: lla_attention(q, k, v, ridge_lambda=RIDGE)}
+    shard = lambda length: make(
+        (1, options.heads, length // world.size, options.dim), dtype=options.dtype, device=world.device, seed=world.rank
+    )
+    line: Line = {"length": length, "heads": options.heads, "dim": options.dim, "gpus": world.size}
+    own, long = shard(length), length > LONG
+    for way, attend in ways.items():
+        if long and way:
+            continue
+        if long:
+            stepper(attend, shard(SHORT))()
+        step = stepper(attend, own)
+        line[f"{way}forward_s"] = world.cost(lambda: attend(*own[:3]), warm=not long).seconds
+        line[f"{way}step_s"], line[f"{way}peak_gib"] = world.cost(step, warm=not long)
+        if world.device == "cuda" and world.size > 1 and not way:
+            line |= communication(world, step)
+    return line
+
+
+def _told(line: Line) -> Line:
+    return {name: round(x, 4) if isinstance(x, float) else x for name, x in line.items()}
+
+
+def communication(world: World, step: Callable[[], Any]) -> Line:
     """Of one step, by torch's profiler: seconds that NCCL's kernels take, that nothing else runs meanwhile, and that
     other kernels take, as a mean over ranks; and the latter's largest, divided by their mean."""
     from torch.profiler import ProfilerActivity, profile
 
-    dist.barrier()
+    world.most(0.0)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
@@ -232,30 +236,59 @@ def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
-def decode(world: World, options: argparse.Namespace) -> list[dict[str, Any]]:
+def decode(world: World, options: argparse.Namespace) -> list[Line]:
     """One new token against a cache of (1, heads, L, dim), a share on each GPU, beside one GPU with all of it."""
     length = options.cached
     shape = (1, options.heads, length, options.dim)
     share = (*shape[:2], length // world.size, shape[3])
-    q, *_ = make((*shape[:2], 1, shape[3]), dtype=options.dtype, device=world.device)
-    *_, k, v = make(share, dtype=options.dtype, device=world.device, seed=world.rank)
+    generator = torch.Generator(world.device)
+    normal = lambda seed, *shape: torch.randn(
+        shape, generator=generator.manual_seed(seed), dtype=options.dtype, device=world.device
+    )
+    q = normal(0, *shape[:2], 1, shape[3])
+    k, v = normal(1 + 2 * world.rank, *share), normal(2 + 2 * world.rank, *share)
     full = lambda n: torch.full((1,), n, dtype=torch.int32, device=world.device)
-    lengths = full(share[2])
-    across = lambda: lla_decode_cp(q, k, v, lengths, group=world.group, ridge_lambda=RIDGE)
-    for _ in range(12):  # ranks compare what they ask for, at first
-        across()
-    line: dict[str, Any] = {"cached": length, "heads": options.heads, "dim": options.dim, "gpus": world.size}
-    line["us"] = 1e6 * world.seconds(lambda: [across() for _ in range(10)], calls=9) / 10
-    gathered = [unshard_sequence(t, group=world.group, order="contiguous", dim=2) for t in (k, v)]
-    alone = lambda: lla_decode(q, gathered[0], gathered[1], full(length), ridge_lambda=RIDGE)
-    line["apart"] = relative(across(), alone().double())
-    line["alone_us"] = 1e6 * world.seconds(lambda: [alone() for _ in range(10)], alone=True, calls=9) / 10
-    world.say("decode", line)
+    one = lambda k, v: lla_decode(q, k, v, full(k.shape[2]), ridge_lambda=RIDGE)
+    call = lambda: one(k, v)
+    if world.size > 1:
+        call = lambda: lla_decode_cp(q, k, v, full(share[2]), group=world.group, ridge_lambda=RIDGE)
+    many = lambda: [call() for _ in range(10)]
+    many()
+    many()  # ranks compare what they ask for, at first
+    line: Line = {"cached": length, "heads": options.heads, "dim": options.dim, "gpus": world.size}
+    line["us"] = 1e6 * world.cost(many, calls=9).seconds / 10
+    if world.device == "cuda":
+        line |= kernels(world, many, 10)
+    if world.size > 1:
+        whole = [unshard_sequence(t, group=world.group, order="contiguous", dim=2) for t in (k, v)]
+        line["apart"] = relative(call(), one(*whole).double())
+    world.say("decode", _told(line))
     return [line]
 
 
-def training(world: World, options: argparse.Namespace) -> list[dict[str, Any]]:
+def kernels(world: World, call: Callable[[], Any], calls: int) -> Line:
+    """Of one of the ``calls`` that ``call`` makes, by torch's profiler: microseconds of the pass over the cache, of
+    NCCL's kernels, which wait for the slowest rank, and of all others; on the rank where they take longest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    world.most(0.0)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        world.wait()
+    spent, count = {"pass_us": 0.0, "nccl_us": 0.0, "other_us": 0.0}, 0
+    for event in profiler.events() or []:
+        if event.device_type.name == "CUDA":
+            name = event.name.lower()
+            which = "pass_us" if "decode_moments" in name else "nccl_us" if "nccl" in name else "other_us"
+            spent[which] += event.time_range.elapsed_us() / calls
+            count += 1
+    return {name: world.most(us) for name, us in spent.items()} | {"kernels": count / calls}
+
+
+def training(world: World, options: argparse.Namespace) -> list[Line]:
     """Losses of examples/tiny_gpt.py's model, its sequences over all GPUs, and on one."""
+    if world.size == 1 < dist.get_world_size():
+        return []
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
     import tiny_gpt  # type: ignore[import-not-found]
 
@@ -286,13 +319,13 @@ def training(world: World, options: argparse.Namespace) -> list[dict[str, Any]]:
             loss.backward()
             if group is not None:
                 sum_gradients(model.parameters(), group=group)
-                dist.all_reduce(loss := loss.detach())
+                dist.all_reduce(loss := loss.detach(), group=group)
             optimiser.step()
             found.append(loss.item())
         return found
 
     across, alone = losses(world.group), losses(None)
-    line = {"steps": LEARNING_STEPS, "across": across, "alone": alone}
+    line: Line = {"gpus": world.size, "steps": LEARNING_STEPS, "across": across, "alone": alone}
     line["apart"] = max(abs(a - b) for a, b in zip(across, alone))
     world.say(
         f"training: loss {alone[0]:.4f} to {alone[-1]:.4f} on one, {across[0]:.4f} to {across[-1]:.4f} on "
@@ -301,13 +334,49 @@ def training(world: World, options: argparse.Namespace) -> list[dict[str, Any]]:
     return [line]
 
 
-KINDS = {"accuracy": accuracy, "speed": speed, "decode": decode, "training": training}
+def balance(world: World, options: argparse.Namespace) -> list[Line]:
+    """How evenly a forward pass is shared, by the iterations of each query: the most that one of several ranks
+    computes, divided by the mean. A tile of queries does 5 + 3 T products with the keys that it sees."""
+    if world.size > 1:
+        return []
+    lines = []
+    least = 2 * TILE * max(BALANCED_OVER)
+    kinds = {name: trained.kept(name).q.shape for name in TRAINED}
+    for data in ("iid", *TRAINED):
+        heads, length, dim = options.heads, max(least, min(options.lengths)), options.dim
+        ridges: dict[str, Any] = {"1": RIDGE, "0.1": 0.1}
+        if data in kinds:
+            layers, of_layer, length, dim = kinds[data]
+            heads = layers * of_layer
+            ridges = {"learned": learned_ridge((1, heads, length, dim), data, world.device), "0.1": 0.1}
+        q, k, v, _ = make((1, heads, length, dim), data, dtype=options.dtype, device=world.device)
+        for ridge, ridge_lambda in ridges.items():
+            _, info = lla_attention(q, k, v, ridge_lambda=ridge_lambda, return_info=True)
+            until = info.iterations.unflatten(2, (-1, TILE)).amax(-1).double()  # (1, H, tiles)
+            work = ((5 + 3 * until) * torch.arange(1, until.shape[-1] + 1, device=until.device)).sum((0, 1))
+            line: Line = {"data": data, "tokens": length, "heads": heads, "dim": dim, "ridge": ridge}
+            line["iterations"] = info.iterations.double().mean().item()
+            for order in ("head_tail", "contiguous"):
+                line[order] = {str(ranks): _most_by_mean(work, ranks, order) for ranks in BALANCED_OVER}
+            lines.append(line)
+            world.say("balance", line)
+    return lines
+
+
+def _most_by_mean(work: Tensor, ranks: int, order: Order) -> float:
+    """Of the ``work`` of tiles, shared in this ``order``."""
+    shards = Shards(len(work) // ranks, ranks, order)
+    each = [sum(float(work[chunk.start : chunk.stop].sum()) for chunk in shards.chunks(rank)) for rank in range(ranks)]
+    return max(each) * ranks / sum(each)
+
+
+KINDS = {"accuracy": accuracy, "speed": speed, "decode": decode, "training": training, "balance": balance}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="default: all of them")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[32768, 131072, FOR_FOUR], help="of sequences")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[SHORT, LONG, FOR_FOUR], help="of sequences")
     parser.add_argument("--cached", type=int, default=2**20, help="tokens of the cache; default: 2**20")
     parser.add_argument("--heads", type=int, default=16, help="default: 16")
     parser.add_argument("--dim", type=int, default=128, help="default: 128")
@@ -320,20 +389,43 @@ def main(options: argparse.Namespace) -> int:
             "it runs on several processes at once; try `torchrun --nproc-per-node 2 -m benchmarks distributed`, or "
             "--nproc-per-node with the number of GPUs"
         )
-    options.dtype = torch.float32
+    options.dtype, backend = torch.float32, "gloo"
     if options.device == "cuda":
         needs.cuda()
         needs.triton()
-        options.dtype = torch.bfloat16
-    world = World(options.device)
+        options.dtype, backend = torch.bfloat16, "nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend)
+    worlds = [World(options.device, size) for size in _sizes(dist.get_world_size())]
+    first = dist.get_rank() == 0
     kept = record.Record(options, options.device)
-    kept.figures["gpus"] = world.size
-    world.say(kept.figures)
+    worlds[0].say(kept.figures)
     for kind in options.only:
-        kept.figures[kind] = KINDS[kind](world, options)
-        if world.rank == 0:
+        lines: list[Line] = []
+        for world in worlds:
+            if world.mine:
+                lines += KINDS[kind](world, options)
+            dist.barrier()
+        kept.figures[kind] = with_efficiencies(lines)
+        if first:
             kept.write()
-    if world.rank == 0:
+    if first:
         kept.end()
     dist.destroy_process_group()
     return 0
+
+
+def _sizes(everyone: int) -> list[int]:
+    """1, 2, 4 and so on, and all."""
+    return sorted({everyone, *(2**n for n in range(everyone.bit_length()))})
+
+
+def with_efficiencies(lines: list[Line]) -> list[Line]:
+    """Of what several GPUs take beside one, which is in the lines, too, where that was measured."""
+    one = {line.get("length"): line for line in lines if line.get("gpus") == 1}
+    for line in lines:
+        alone = one.get(line.get("length"), {})
+        if line.get("gpus", 1) > 1:
+            for took in {"forward_s", "step_s", "us"} & line.keys() & alone.keys():
+                line[f"{took.rpartition('_')[0]}_efficiency".lstrip("_")] = alone[took] / (line["gpus"] * line[took])
+    return lines

@@ -33,9 +33,19 @@ def test_every_kernel_compiles_for_three_architectures(tmp_path: Path) -> None:
     # Cards without Hopper's shared memory take the tiles of architecture 80, and have as little as 99 KiB.
     assert max(x["shared"] for x in lines if x["architecture"] == 80) <= 99 * 1024
     kernels = {(x["kernel"], x["architecture"], x["dim"]) for x in lines}
-    from flashlla.backends.triton import backward, decode_kernels, decode_solve, forward, gram, hopper, prepare, solve
+    from flashlla.backends.triton import (
+        backward,
+        decode_kernels,
+        decode_share,
+        decode_solve,
+        forward,
+        gram,
+        hopper,
+        prepare,
+        solve,
+    )
 
-    modules = [backward, decode_kernels, decode_solve, forward, gram, prepare, solve]
+    modules = [backward, decode_kernels, decode_share, decode_solve, forward, gram, prepare, solve]
     if hopper.without_gluon() is None:
         from flashlla.backends.triton import resident_kernels
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from flashlla import lla_decode
 from flashlla.backends.base import Backend
 from flashlla.backends.moments import merged
-from flashlla.problem import Moments
+from flashlla.problem import Inputs, Moments, Problem
 from tests.support.decoding import Decoding
 from tests.support.helpers import BACKENDS, DEVICES, normal, problem_of, refusal, table
 
@@ -51,18 +51,29 @@ def taken(case: Decoding, backend: Backend, dtype: torch.dtype, device: str) -> 
     return refusal(backend, q, q, q, op=lla_decode, seqlens_k=lengths) is None
 
 
-@table("case backend dtype device", CASES, BACKENDS, LIMITS, DEVICES, when=taken, quick=lambda case, *_: case.quick)
-def test_moments_are_those_of_the_keys_in_use(
-    case: Decoding, backend: Backend, dtype: torch.dtype, device: str
-) -> None:
+def problem_on(case: Decoding, backend: Backend, dtype: torch.dtype, device: str) -> tuple[Problem, Inputs]:
     q, k, v, keywords = case.make(dtype)
     if case.page is not None:
         pages = torch.arange(k.shape[0] * case.room // case.page, dtype=torch.int32)
         keywords["block_table"] = pages.flip(0).unflatten(0, (k.shape[0], -1))
     on = lambda t: t.to(device) if isinstance(t, Tensor) else t
     keywords = {name: on(t) for name, t in keywords.items()}
-    options = {**keywords, "qk_scale": case.scale}
-    problem, inputs = problem_of(on(q), on(paged(case, k)), on(paged(case, v)), lla_decode, **options)
+    return problem_of(
+        on(q), on(paged(case, k)), on(paged(case, v)), lla_decode, **keywords, qk_scale=case.scale, backend=backend.name
+    )
+
+
+every_backend = table(
+    "case backend dtype device", CASES, BACKENDS, LIMITS, DEVICES, when=taken, quick=lambda case, *_: case.quick
+)
+
+
+@every_backend
+def test_moments_are_those_of_the_keys_in_use(
+    case: Decoding, backend: Backend, dtype: torch.dtype, device: str
+) -> None:
+    q, k, v, _ = case.make(dtype)
+    problem, inputs = problem_on(case, backend, dtype, device)
     found = Moments(*(t.double().cpu() for t in backend.moments(problem, inputs)))
     for b, (start, stop) in enumerate(case.spans):
         for h in range(case.heads):
@@ -78,6 +89,19 @@ def test_moments_are_those_of_the_keys_in_use(
             want = exact(q[b, h, 0].double(), *keys, problem.scale)
             for name, got, right in zip(Moments._fields, own, want):
                 assert (got - right).norm() <= LIMITS[dtype] * max(1.0, right.norm()), name
+
+
+@every_backend
+def test_what_moments_are_solved_to_is_the_output(
+    case: Decoding, backend: Backend, dtype: torch.dtype, device: str
+) -> None:
+    problem, inputs = problem_on(case, backend, dtype, device)
+    o = backend.solved(problem, backend.moments(problem, inputs), inputs.ridge_lambda.squeeze(2))  # (B, Hq, Dv)
+    q, k, v, keywords = case.make(torch.float64)
+    rounded = lambda t: t.to(dtype).double()
+    want = lla_decode(rounded(q), rounded(k), rounded(v), **keywords, qk_scale=case.scale, backend="naive")
+    assert o.dtype == dtype
+    assert (o.double().cpu() - want.squeeze(2)).norm() <= 4 * LIMITS[dtype] * max(1.0, float(want.norm()))
 
 
 @pytest.mark.quick

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from flashlla.backends.moments import moments
+from flashlla.backends.moments import moments, solved
 from flashlla.nonfinite import isolate
 from flashlla.problem import (
     Forward,
@@ -121,6 +121,14 @@ class Backend(ABC):
         Here in PyTorch, on a cache gathered from its pages.
         """
         return moments(*plain_cache(problem, inputs))
+
+    def solved(self, problem: Problem, found: Moments, ridge_lambda: Tensor) -> Tensor:
+        """The output (..., Dv) of new queries (...) whose moments, of all keys, and ridges are these; NaN where a
+        system is not positive definite.
+
+        Here in PyTorch.
+        """
+        return solved(problem, found, ridge_lambda)
 
 
 class _Check(NamedTuple):

@@ -1,4 +1,4 @@
-"""Moments of a share of a cache for each new query, in PyTorch, in blocks of keys; and how shares are merged."""
+"""Moments of a share of a cache for each new query, in PyTorch, in blocks of keys; how they are merged, and solved."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashlla.covariance import dot
 from flashlla.problem import Inputs, Moments, Problem, accumulator
 from flashlla.products import add_product, product
 
@@ -86,3 +87,18 @@ def merged(pieces: Moments) -> Moments:
     width = pieces.second.shape[-1]
     second = (each[..., None, None] * pieces.second).sum(0)
     return Moments(m, omega, mean, second + product(away * each.movedim(0, -1).unsqueeze(-2), away[..., :width, :].mT))
+
+
+def solved(problem: Problem, found: Moments, ridge_lambda: Tensor) -> Tensor:
+    """o by (2.1) and (2.3), (..., Dv), of queries (...), each with its own moments and ridge; NaN where a system is not
+    positive definite."""
+    d, v_mean = found.mean.split([problem.head_dim, problem.v_dim], -1)
+    a, slopes = found.second.split([problem.head_dim, problem.v_dim], -2)
+    a = a.clone()
+    a.diagonal(dim1=-2, dim2=-1).add_(ridge_lambda.unsqueeze(-1))
+    factor, info = torch.linalg.cholesky_ex(a)
+    z = torch.cholesky_solve(d.unsqueeze(-1), factor)  # (..., D, 1)
+    omega = found.omega.unsqueeze(-1)
+    guard = 1 / (1 + problem.delta_eps * (1 + dot(d, z.squeeze(-1))) / omega.clamp(min=1))  # (2.5)
+    o: Tensor = (v_mean - product(slopes, z).squeeze(-1)) * guard
+    return o.masked_fill((info > 0).unsqueeze(-1), torch.nan).to(problem.dtype)

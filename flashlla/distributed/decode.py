@@ -13,11 +13,9 @@ from flashlla import dispatch
 from flashlla.api import lla_decode
 from flashlla.backends.moments import shares
 from flashlla.calls import prepared
-from flashlla.covariance import dot
 from flashlla.distributed.collectives import gather
 from flashlla.distributed.groups import Ranks, agree, ranks_of, untraced
 from flashlla.problem import FEW_NEW, Arguments, Inputs, Moments, Problem, describe, empty_output
-from flashlla.products import product
 from flashlla.values import check_values, looked_at
 
 if TYPE_CHECKING:
@@ -96,14 +94,16 @@ def _decode(arguments: Arguments, group: Group) -> Tensor:
     problem = describe(arguments)
     check_values(problem, inputs)
     agree(ranks, inputs.q.device, _asked(arguments))
-    o = empty_output(inputs.q, inputs.v)
+    o, backend = empty_output(inputs.q, inputs.v), dispatch.choose(problem, arguments.settings.backend)
     starts, stops = _spans(problem, inputs, arguments.settings.window, ranks)
     for first in range(0, problem.q_len, FEW_NEW):
         new = range(first, min(first + FEW_NEW, problem.q_len))
         found = [_moments(arguments, n, starts[:, n], stops[:, n]) for n in new]
         merged = _merged(Moments(*(torch.stack(t, 2) for t in zip(*found))), ranks)  # (B, Hq, N, ...)
         rows = slice(new.start, new.stop)
-        o[:, :, rows] = _solved(problem, merged, inputs.ridge_lambda[:, :, rows])
+        o[:, :, rows] = backend.solved(problem, merged, inputs.ridge_lambda[:, :, rows])
+        if looked_at(o.device):
+            _check_solved(o[:, :, rows], merged, first)
     return o
 
 
@@ -150,24 +150,16 @@ def _merged(own: Moments, ranks: Ranks) -> Moments:
     return Moments(m, omega, mean, second)
 
 
-def _solved(problem: Problem, found: Moments, ridge: Tensor) -> Tensor:
-    """o by (2.1) and (2.3): (B, Hq, N, Dv)."""
-    d, v_mean = found.mean.split([problem.head_dim, problem.v_dim], -1)
-    a, slopes = found.second.split([problem.head_dim, problem.v_dim], -2)
-    a = a.clone()
-    a.diagonal(dim1=-2, dim2=-1).add_(ridge.unsqueeze(-1))
-    factor, info = torch.linalg.cholesky_ex(a)
-    if looked_at(a.device) and bool((info > 0).any()):
-        sequence, head, token = (info > 0).nonzero()[0].tolist()
+def _check_solved(o: Tensor, found: Moments, first: int) -> None:
+    """An error where a system could not be solved though all that it was made of is finite."""
+    sound = torch.isfinite(found.second).all(-1).all(-1) & torch.isfinite(found.mean).all(-1)
+    if bool((lost := o.isnan().any(-1) & sound).any()):
+        sequence, head, token = lost.nonzero()[0].tolist()
         raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-            f"lla_decode_cp: the system of new token {token} of sequence and head {(sequence, head)} is not positive "
-            f"definite in {str(a.dtype).removeprefix('torch.')}. Try a larger ridge_lambda or float64"
+            f"lla_decode_cp: the system of new token {first + token} of sequence and head {(sequence, head)} is not "
+            f"positive definite in {str(found.second.dtype).removeprefix('torch.')}. Try a larger ridge_lambda or "
+            f"float64"
         )
-    z = torch.cholesky_solve(d.unsqueeze(-1), factor)  # (B, Hq, N, D, 1)
-    omega = found.omega.unsqueeze(-1)
-    guard = 1 / (1 + problem.delta_eps * (1 + dot(d, z.squeeze(-1))) / omega.clamp(min=1))  # (2.5)
-    o: Tensor = (v_mean - product(slopes, z).squeeze(-1)) * guard
-    return o
 
 
 def _asked(arguments: Arguments) -> dict[str, Any]:

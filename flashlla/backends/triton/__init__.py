@@ -125,6 +125,11 @@ class Triton(Backend):
 
         return moments(problem, inputs)
 
+    def solved(self, problem: Problem, found: Moments, ridge_lambda: Tensor) -> Tensor:
+        from flashlla.backends.triton.moments import solved
+
+        return solved(problem, found, ridge_lambda)
+
 
 class TritonPCG(Triton):
     name = "triton_pcg"

@@ -291,6 +291,11 @@ def decode_rows(d: int, v: int, count: int) -> int:
     return max(16, max(d, v) // count)
 
 
+def decode_solve_rows(d: int, v: int) -> int:
+    """Rows of moments, as the factor's warps share them."""
+    return max(1, 1 << (d + v - 1).bit_length())
+
+
 def decode_slices(d: int, v: int, large: bool) -> int:
     """Programs that share the rows of one system's moments; d and v are powers of two, ``large`` as of `large`."""
     count = 1

@@ -13,6 +13,7 @@ from flashlla import products
 from flashlla.backends.triton import configs
 from flashlla.backends.triton.configs import DecodeConfig
 from flashlla.backends.triton.decode_kernels import SCALARS, decode_moments_kernel
+from flashlla.backends.triton.decode_share import decode_share_kernel
 from flashlla.backends.triton.decode_solve import decode_solve_kernel
 from flashlla.backends.triton.plan import Buffer, Layout, Plan, contiguous, layouts, planned
 from flashlla.backends.triton.records import BlockTable, Caches, Columns, Moments, Shape, Strided
@@ -33,13 +34,12 @@ class Given(NamedTuple):
     report: Report
 
 
-class Sums(NamedTuple):
-    """The first tensors of `records.Moments`."""
+class Share(NamedTuple):
+    """The first tensors of `records.Moments`, as `decode_share_kernel` makes them."""
 
-    moments: Tensor  # (systems, pieces, BLOCK_D + BLOCK_V, BLOCK_D)
-    sums: Tensor  # (systems, pieces, BLOCK_D + BLOCK_V)
-    scalars: Tensor  # (systems, pieces, slices, SCALARS)
-    offset: Tensor  # (systems, pieces, BLOCK_D)
+    moments: Tensor  # (systems, BLOCK_D + BLOCK_V, BLOCK_D)
+    sums: Tensor  # (systems, BLOCK_D + BLOCK_V)
+    scalars: Tensor  # (systems, SCALARS)
 
 
 _GIVEN: Any = Row(Given)
@@ -64,18 +64,18 @@ def decode(
     return out
 
 
-def sums(problem: Problem, inputs: Inputs) -> Sums:
-    """What `decode_moments_kernel` makes of the same call. A piece that there is not has an omega of 0."""
+def share(problem: Problem, inputs: Inputs, config: DecodeConfig | None = None) -> Share:
+    """The moments of each system of the same call."""
     full = products.allowed(problem.device) == "ieee"
     given = _GIVEN.flat(Given(inputs, inputs.q, _NO_REPORT))  # nothing is written to q
-    return Sums(*_plan(problem, None, full, False, layouts(given)).run(given))
+    return Share(*_plan(problem, config, full, False, layouts(given)).run(given))
 
 
 @planned
 def _plan(
     problem: Problem, config: DecodeConfig | None, full: bool, solved: bool, given_layouts: tuple[Layout | None, ...]
 ) -> Plan:  # fmt: skip
-    """``full``: torch lets no device round products of float32. ``solved``: write the output; else return the sums."""
+    """``full``: torch lets no device round products of float32. ``solved``: write the output; else give the `Share`."""
     plan, device = Plan(problem.device, given_layouts), problem.device
     memory, given = plan.memory(), _GIVEN.record(plan.given)
     inputs, out = given.inputs, given.out
@@ -114,8 +114,6 @@ def _plan(
     systems = at_once * members
 
     make = lambda *sizes: plan.scratch(memory, (systems, *sizes), torch.float32)
-    if not solved:
-        make = lambda *sizes: plan.output(contiguous((systems, *sizes), torch.float32), 0)
     rows = d + v_block
     found = parts = Moments(
         moments=make(pieces, rows, d), sums=make(pieces, rows),
@@ -125,12 +123,14 @@ def _plan(
     merging = solved and (pieces > 1 or slices > 1)
     powers = triton.next_power_of_2(pieces)
     block = configs.merge_rows(powers)
-    if merging:
+    if not solved:
+        make = lambda *sizes: plan.output(contiguous((systems, *sizes), torch.float32))
+    if merging or not solved:
         found = parts._replace(moments=make(rows, d), sums=make(rows), scalars=make(SCALARS.value))
-    half_solved = make(d)
+    half_solved = plan.scratch(memory, (systems, d), torch.float32)
     # A solver that is asked for is the factor alone.
     iterations = configs.decode_iterations(d, half) if not problem.solver_demanded else 0
-    solve_rows = triton.next_power_of_2(rows)
+    solve_rows = configs.decode_solve_rows(d, v_block)
     solve_warps = configs.factor_warps(config.solve_warps, solve_rows)
 
     starts = inputs.seqstarts_k
@@ -151,7 +151,14 @@ def _plan(
             ROWS=config.thread_rows(d, half), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if not solved:
-            return plan.finished(parts[: len(Sums._fields)])
+            plan.launch(
+                decode_share_kernel, "decode", (programs * (rows // block),),
+                Columns(q, *q.stride()), Strided(k, *k.stride()[:3]), caches, table, parts, found, *sight[1:], pieces,
+                k.shape[0], problem.scale, SHAPE=shape, PAGE=problem.page_size or 0, SLICES=slices,
+                SLICE=rows_of_slice, PIECES=powers, BLOCK_T=config.tile, BLOCK_M=block, num_warps=solve_warps,
+                num_stages=configs.SOLVE_STAGES,
+            )  # fmt: skip
+            return plan.finished(found[: len(Share._fields)])
         plan.launch(
             decode_solve_kernel, "decode", (programs * (rows // block if merging else 1),),
             parts, found, caches, ridge, half_solved, o_out, report, *sight, pieces, problem.delta_eps,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import flashlla
-from benchmarks import cpu, data, exact, keys, model, plots, record, report, run, timing
+from benchmarks import cpu, data, distributed, exact, keys, model, plots, record, report, run, timing
 from benchmarks.__main__ import COMMANDS, main, parse
 from tests.support import cases
 from tests.support.helpers import normal
@@ -488,14 +488,26 @@ def test_a_group_of_one_is_as_exact_as_the_call_itself(tmp_path: Path, monkeypat
         monkeypatch.setenv(name, value)
     small = ["--lengths", "64", "--heads", "2", "--dim", "8", "--cached", "96", "--device", "cpu"]
     kept = tmp_path / "kept.json"
-    assert main(["distributed", *small, "--only", "accuracy", "speed", "decode", "--json", str(kept)]) == 0
+    assert main(["distributed", *small, "--only", "accuracy", "speed", "decode", "balance", "--json", str(kept)]) == 0
     figures = json.loads(kept.read_text())
     assert [line["what"] for line in figures["accuracy"]] == ["all_gather", "all_to_all", "window", "packed"]
     for line in figures["accuracy"]:
         for what in ("o", "dq", "dk", "dv", "dridge"):
             assert line[what]["across"] < 1.5 * line[what]["alone"] < 1e-4
-    assert figures["speed"][0]["step_efficiency"] > 0
-    assert figures["decode"][0]["apart"] < 1e-5
+    assert figures["speed"][0]["step_s"] > figures["speed"][0]["forward_s"] > 0
+    assert figures["decode"][0]["us"] > 0
+    for line in figures["balance"]:
+        for ranks, most in line["head_tail"].items():
+            assert 1 <= most < line["contiguous"][ranks]
+
+
+def test_efficiency_is_beside_one_gpu_at_the_same_length():
+    one = {"gpus": 1, "length": 64, "forward_s": 8.0, "step_s": 24.0}
+    two = {"gpus": 2, "length": 64, "forward_s": 5.0, "step_s": 12.0, "all_to_all_step_s": 11.0}
+    _, found, longer = distributed.with_efficiencies([one, two, {**two, "length": 128}])
+    assert (found["forward_efficiency"], found["step_efficiency"]) == (0.8, 1.0)
+    assert "step_efficiency" not in longer
+    assert distributed.with_efficiencies([{"gpus": 1, "us": 8.0}, {"gpus": 4, "us": 2.5}])[1]["efficiency"] == 0.8
 
 
 @pytest.mark.usefixtures("instant")

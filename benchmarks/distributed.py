@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import statistics
 import sys
@@ -199,30 +200,51 @@ def _told(line: Line) -> Line:
     return {name: round(x, 4) if isinstance(x, float) else x for name, x in line.items()}
 
 
-def communication(world: World, step: Callable[[], Any]) -> Line:
-    """Of one step, by torch's profiler: seconds that NCCL's kernels take, that nothing else runs meanwhile, and that
-    other kernels take, as a mean over ranks; and the latter's largest, divided by their mean."""
+class Spans(NamedTuple):
+    """When kernels ran on this rank's GPU, in seconds: NCCL's, the pass over a cache, and all others."""
+
+    nccl: list[tuple[float, float]]
+    cache: list[tuple[float, float]]
+    other: list[tuple[float, float]]
+
+
+def spans(world: World, call: Callable[[], Any]) -> Spans:
+    """Of ``call``, which all ranks begin at once, by torch's profiler."""
     from torch.profiler import ProfilerActivity, profile
 
-    world.most(0.0)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize()
-    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for event in profiler.events() or []:
+        world.every(0.0)  # to begin the profiler takes ranks different times
+        world.wait()
+        call()
+        world.wait()
+    found = Spans([], [], [])
+    for event in sorted(profiler.events() or [], key=lambda event: float(event.time_range.start)):
         if event.device_type.name == "CUDA":
-            spans["nccl" in event.name.lower()].append((event.time_range.start, event.time_range.end))
-    carrying, computing = _union(spans[True]), _union(spans[False])
-    total = lambda of: sum(stop - start for start, stop in of) * 1e-6
-    both = total(carrying) + total(computing) - total(_union(carrying + computing))
+            name = event.name.lower()
+            of = found.nccl if "nccl" in name else found.cache if "decode_moments" in name else found.other
+            of.append((event.time_range.start * 1e-6, event.time_range.end * 1e-6))
+    _, begun = found.nccl.pop(0) if found.nccl else (0.0, 0.0)
+    return Spans(*([span for span in of if span[0] >= begun] for of in found))
+
+
+def communication(world: World, step: Callable[[], Any]) -> Line:
+    """Of one step: seconds that NCCL's kernels take, that nothing else runs meanwhile, and that other kernels take, as
+    a mean over ranks; and the latter's largest, divided by their mean. NCCL's wait for the slowest rank."""
+    nccl, *others = spans(world, step)
+    carrying, computing = _union(nccl), _union(list(itertools.chain(*others)))
+    both = _total(carrying) + _total(computing) - _total(_union(carrying + computing))
     mean = lambda number: sum(world.every(number)) / world.size
-    compute = world.every(total(computing))
+    compute = world.every(_total(computing))
     return {
-        "nccl_s": mean(total(carrying)),
-        "nccl_exposed_s": mean(total(carrying) - both),
+        "nccl_s": mean(_total(carrying)),
+        "nccl_exposed_s": mean(_total(carrying) - both),
         "compute_s": sum(compute) / world.size,
         "imbalance": max(compute) * world.size / max(sum(compute), 1e-9),
     }
+
+
+def _total(of: Sequence[tuple[float, float]]) -> float:
+    return sum(stop - start for start, stop in of)
 
 
 def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -248,8 +270,8 @@ def decode(world: World, options: argparse.Namespace) -> list[Line]:
     q = normal(0, *shape[:2], 1, shape[3])
     k, v = normal(1 + 2 * world.rank, *share), normal(2 + 2 * world.rank, *share)
     full = lambda n: torch.full((1,), n, dtype=torch.int32, device=world.device)
-    one = lambda k, v: lla_decode(q, k, v, full(k.shape[2]), ridge_lambda=RIDGE)
-    call = lambda: one(k, v)
+    one = lambda q, k, v: lla_decode(q, k, v, full(length), ridge_lambda=RIDGE)
+    call = lambda: one(q, k, v)
     if world.size > 1:
         call = lambda: lla_decode_cp(q, k, v, full(share[2]), group=world.group, ridge_lambda=RIDGE)
     many = lambda: [call() for _ in range(10)]
@@ -261,28 +283,20 @@ def decode(world: World, options: argparse.Namespace) -> list[Line]:
         line |= kernels(world, many, 10)
     if world.size > 1:
         whole = [unshard_sequence(t, group=world.group, order="contiguous", dim=2) for t in (k, v)]
-        line["apart"] = relative(call(), one(*whole).double())
+        of_head = lambda h: (t[:, h : h + 1].double() for t in (q, *whole))
+        exact = torch.cat([one(*of_head(h)) for h in range(q.shape[1])], 1)
+        line["error"], line["alone_error"] = relative(call(), exact), relative(one(q, *whole), exact)
     world.say("decode", _told(line))
     return [line]
 
 
 def kernels(world: World, call: Callable[[], Any], calls: int) -> Line:
-    """Of one of the ``calls`` that ``call`` makes, by torch's profiler: microseconds of the pass over the cache, of
-    NCCL's kernels, which wait for the slowest rank, and of all others; on the rank where they take longest."""
-    from torch.profiler import ProfilerActivity, profile
-
-    world.most(0.0)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        call()
-        world.wait()
-    spent, count = {"pass_us": 0.0, "nccl_us": 0.0, "other_us": 0.0}, 0
-    for event in profiler.events() or []:
-        if event.device_type.name == "CUDA":
-            name = event.name.lower()
-            which = "pass_us" if "decode_moments" in name else "nccl_us" if "nccl" in name else "other_us"
-            spent[which] += event.time_range.elapsed_us() / calls
-            count += 1
-    return {name: world.most(us) for name, us in spent.items()} | {"kernels": count / calls}
+    """Of one of the ``calls`` that ``call`` makes: how many kernels it takes, and microseconds of the pass over the
+    cache, on the rank where that takes longest, of NCCL's kernels, on the rank that waits least, and of all others."""
+    found = spans(world, call)
+    nccl, cache, other = (world.every(1e6 * _total(of) / calls) for of in found)
+    count = sum(map(len, found)) / calls
+    return {"pass_us": max(cache), "nccl_us": min(nccl), "other_us": max(other), "kernels": count}
 
 
 def training(world: World, options: argparse.Namespace) -> list[Line]:
@@ -376,6 +390,7 @@ KINDS = {"accuracy": accuracy, "speed": speed, "decode": decode, "training": tra
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="default: all of them")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument("--gpus", nargs="+", type=int, help="numbers of them; default: 1, 2, 4 and so on, and all")
     parser.add_argument("--lengths", nargs="+", type=int, default=[SHORT, LONG, FOR_FOUR], help="of sequences")
     parser.add_argument("--cached", type=int, default=2**20, help="tokens of the cache; default: 2**20")
     parser.add_argument("--heads", type=int, default=16, help="default: 16")
@@ -396,7 +411,7 @@ def main(options: argparse.Namespace) -> int:
         options.dtype, backend = torch.bfloat16, "nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend)
-    worlds = [World(options.device, size) for size in _sizes(dist.get_world_size())]
+    worlds = [World(options.device, size) for size in options.gpus or _sizes(dist.get_world_size())]
     first = dist.get_rank() == 0
     kept = record.Record(options, options.device)
     worlds[0].say(kept.figures)

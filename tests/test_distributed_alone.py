@@ -12,8 +12,10 @@ import torch.distributed as dist
 
 from flashlla import lla_attention, lla_decode
 from flashlla.distributed import lla_attention_cp, lla_decode_cp
+from flashlla.distributed.context import heads_at_once
 from flashlla.distributed.sharding import Shards
 from flashlla.nn import LocalLinearAttention
+from flashlla.problem import Inputs
 from tests.support.helpers import normal, qkv
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
@@ -33,6 +35,19 @@ def test_shards_make_up_the_sequence(order: Any, size: int) -> None:
     assert torch.equal(shards.by_rank(torch.arange(LENGTH)), by_rank)
     if order == "head_tail":  # causal queries see as many keys on each rank
         assert len({sum(place + 1 for chunk in shards.chunks(rank) for place in chunk) for rank in range(size)}) == 1
+
+
+@pytest.mark.quick
+def test_few_heads_are_gathered_at_once_where_queries_are_many() -> None:
+    def heads(tokens: int, size: int, kv_heads: int = 16) -> int:
+        q, k = (torch.empty(1, n, tokens // size, 128, dtype=torch.bfloat16, device="meta") for n in (16, kv_heads))
+        shards = Shards(tokens // size, size, "head_tail")
+        return heads_at_once(Inputs(q, k, k, q[..., 0]), shards)
+
+    assert [heads(32768, size) for size in (2, 4, 8)] == [4, 8, 16]
+    assert [heads(131072, size) for size in (2, 4, 8)] == [1, 2, 4]
+    assert heads(32768, 4, kv_heads=4) == 2  # of four query heads each
+    assert heads(10 * 2**20, 1024) == 1  # of 5 GB
 
 
 def test_without_process_groups() -> None:

@@ -16,7 +16,10 @@ from flashlla.distributed.keys import Bringing, Part, bringing, parts_of
 from flashlla.distributed.sharding import Shards
 from flashlla.problem import Arguments, Inputs, Report, Residuals, Settings, empty_output, empty_report
 
-# Bytes of keys and values that are gathered at once, unless the caller says how many heads.
+# Unless the caller says how many heads' keys are gathered at once: those of so many queries of a part, counted for each
+# head, which keep a GPU busy for two waves of programs; but of keys and values no more than so many bytes. The fewer
+# they are, the less of a call waits for its first keys and for its last gradients.
+BUSY = 32768
 GATHERED = 256 * 2**20
 
 
@@ -47,26 +50,24 @@ class Lengths(NamedTuple):
 class Shared:
     """A call of which this rank has a share: that of q, k, v and ridge_lambda, and of nothing else."""
 
-    def __init__(self, arguments: Arguments, ranks: Ranks, shards: Shards, heads_at_once: int | None) -> None:
+    def __init__(self, arguments: Arguments, ranks: Ranks, shards: Shards, at_once: int | None) -> None:
         inputs, settings = arguments
         self.lengths = Lengths(inputs.seqlens_k, inputs.seqstarts_k, inputs.cu_seqlens_q)
         self.settings, self.shards = settings, shards
         self.parts = parts_of(ranks.rank, shards, settings.causal, settings.window)
         self.keys: Bringing = bringing(ranks, shards, self.parts, settings.window)
         kv_heads, group = inputs.k.shape[1], inputs.q.shape[1] // max(1, inputs.k.shape[1])
-        if heads_at_once is None:
-            a_head = inputs.k.shape[0] * shards.total * (inputs.k.shape[-1] + inputs.v.shape[-1])
-            heads_at_once = max(1, GATHERED // max(1, a_head * inputs.k.element_size()))
+        if at_once is None:
+            at_once = heads_at_once(inputs, shards)
         self.heads = [
             Heads(slice(first, last), slice(first * group, last * group))
-            for first in range(0, kv_heads, heads_at_once)
-            for last in [min(first + heads_at_once, kv_heads)]
+            for first in range(0, kv_heads, at_once)
+            for last in [min(first + at_once, kv_heads)]
         ]
 
     def bring(self, own: Differentiable, heads: Heads) -> Pending[list[Tensor]]:
         """Keys and values of ``heads``, for each part."""
-        both = torch.cat([own.k[:, heads.keys], own.v[:, heads.keys]], -1)
-        return self.keys.bring(both.permute(2, 0, 1, 3))
+        return self.keys.bring(torch.cat([t[:, heads.keys].permute(2, 0, 1, 3) for t in (own.k, own.v)], -1))
 
     def calls(self, own: Differentiable) -> Iterator[tuple[Heads, list[tuple[Part, Arguments]]]]:
         """For some heads at a time the call of each part, once its keys are there."""
@@ -136,6 +137,14 @@ class Shared:
                 leaving.append((heads, self.keys.give_back(sums)))
         arrive()
         return dq, dk if of_keys else None, dv if of_keys else None, dridge
+
+
+def heads_at_once(inputs: Inputs, shards: Shards) -> int:
+    """How many heads' keys are gathered at once where the caller does not say."""
+    batch, kv_heads, _, head_dim = inputs.k.shape
+    queries = batch * shards.chunk * inputs.q.shape[1] // max(1, kv_heads)  # of a part and key head
+    size = batch * shards.total * (head_dim + inputs.v.shape[-1]) * inputs.k.element_size()
+    return max(1, min(-(-BUSY // max(1, queries)), GATHERED // max(1, size)))
 
 
 class _Attend(torch.autograd.Function):

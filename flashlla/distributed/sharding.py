@@ -46,7 +46,7 @@ class Shards(NamedTuple):
         if self.order == "contiguous":
             return t
         heads, tails = t.unflatten(0, (self.size, 2, self.chunk)).unbind(1)
-        return torch.cat([heads, tails.flip(0)]).flatten(0, 1)
+        return torch.cat([*heads.unbind(), *reversed(tails.unbind())])
 
     def by_rank(self, t: Tensor) -> Tensor:
         """The inverse of :meth:`in_sequence`."""

@@ -153,7 +153,7 @@ def _plan(
         if not solved:
             plan.launch(
                 decode_share_kernel, "decode", (programs * (rows // block),),
-                Columns(q, *q.stride()), Strided(k, *k.stride()[:3]), caches, table, parts, found, *sight[1:], pieces,
+                Columns(q, *q.steps()), Strided(k, *k.steps()[:3]), caches, table, parts, found, *sight[1:], pieces,
                 k.shape[0], problem.scale, SHAPE=shape, PAGE=problem.page_size or 0, SLICES=slices,
                 SLICE=rows_of_slice, PIECES=powers, BLOCK_T=config.tile, BLOCK_M=block, num_warps=solve_warps,
                 num_stages=configs.SOLVE_STAGES,

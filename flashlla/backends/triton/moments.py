@@ -103,8 +103,8 @@ def _plan(problem: Problem, full: bool, given_layouts: tuple[Layout | None, ...]
     one = 1, 1, 1, 1, 1  # key heads, their query heads, new tokens, keys, window
     plan.launch(
         decode_solve_kernel, "decode", (systems,), parts, parts, records.Caches(given.stop, 1, None, 0),
-        records.Strided(given.ridge, *given.ridge.stride()), half_solved,
-        records.Columns(given.out, *given.out.stride()), None, 0, *one, 1, problem.delta_eps,
+        records.Strided(given.ridge, *given.ridge.steps()), half_solved,
+        records.Columns(given.out, *given.out.steps()), None, 0, *one, 1, problem.delta_eps,
         SHAPE=shape, MERGED=False, SLICES=1, SLICE=configs.decode_rows(d, v, 1), PIECES=1, BLOCK_T=config.tile,
         BLOCK_M=configs.merge_rows(1), TOLERANCE=configs.DECODE_TOLERANCE,
         ITERATIONS=0 if problem.solver_demanded else configs.decode_iterations(d, half), BLOCK_R=rows, WARPS=warps,

@@ -1,5 +1,5 @@
-"""The tables of README.md, docs/performance.md and docs/distributed.md that hold recorded figures: ``python
-docs/speed_tables.py`` writes them anew, from the records in benchmarks/results."""
+"""The tables of README.md and docs/performance.md that hold recorded figures: ``python docs/speed_tables.py`` writes
+them anew, from the records in benchmarks/results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "distributed.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 BLOCK = re.compile(r"(<!-- table (\S+), written by docs/speed_tables\.py -->\n).*?(<!-- end -->\n)", re.DOTALL)
 KEYS = {"trained_qknorm": "trained, with qk-norm", "trained": "trained", "power_law": "power law with an offset"}
 KEYS["sharp"] = "sharp softmax"
@@ -142,58 +142,12 @@ def first() -> str:
     return table(["batch x heads, S, D", "kernels", "one by one", "side by side", "from disk"], rows())
 
 
-def distributed() -> str:
-    """Forward passes and steps of one sequence over several GPUs: seconds, efficiencies and GiB at the peak."""
-    cells = {
-        "forward": ("forward_s", "{:.4f}"), "forward, efficiency": ("forward_efficiency", "{:.0%}"),
-        "step": ("step_s", "{:.4f}"), "step, efficiency": ("step_efficiency", "{:.0%}"), "GiB": ("peak_gib", "{:.1f}"),
-        "NCCL": ("nccl_s", "{:.4f}"), "NCCL exposed": ("nccl_exposed_s", "{:.4f}"),
-        "imbalance": ("imbalance", "{:.3f}"), "all_to_all, step": ("all_to_all_step_s", "{:.4f}"),
-        "all_to_all, GiB": ("all_to_all_peak_gib", "{:.1f}"),
-    }  # fmt: skip
-
-    def rows() -> Iterator[list[str]]:
-        for line in sorted(record("distributed_h100")["speed"], key=lambda line: (line["length"], line["gpus"])):
-            yield [str(line["length"]), str(line["gpus"])] + [
-                form.format(line[name]) if name in line else "" for name, form in cells.values()
-            ]
-
-    return table(["S", "GPUs", *cells], rows())
-
-
-def distributed_decode() -> str:
-    """A new token against a cache that lies on several GPUs: microseconds."""
-
-    def rows() -> Iterator[list[str]]:
-        for line in record("distributed_h100")["decode"]:
-            parts = (f"{line[name]:.0f}" for name in ("us", "pass_us", "nccl_us", "other_us"))
-            yield [str(line["gpus"]), *parts, f"{100 * line['efficiency']:.0f} %" if "efficiency" in line else ""]
-
-    return table(["GPUs", "a token", "the pass over the cache", "NCCL", "the rest", "efficiency"], rows())
-
-
-def distributed_balance() -> str:
-    """The most that a rank computes beside the mean, by iterations."""
-
-    def rows() -> Iterator[list[str]]:
-        for line in record("distributed_h100")["balance"]:
-            keys = f"{KEYS.get(line['data'], line['data'])}, D = {line['dim']}, {line['tokens']} tokens"
-            most = (f"{x:.3f}" for order in ("head_tail", "contiguous") for x in line[order].values())
-            yield [keys, line["ridge"], f"{line['iterations']:.1f}", *most]
-
-    ranks = [f"{order}, {n}" for order in ("head-tail", "contiguous") for n in (2, 4, 8)]
-    return table(["keys", "ridge", "iterations", *ranks], rows())
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "cost": cost,
     "windows": windows,
     "model": model,
     "first": first,
-    "distributed": distributed,
-    "distributed_decode": distributed_decode,
-    "distributed_balance": distributed_balance,
 }
 
 

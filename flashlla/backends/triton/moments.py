@@ -40,9 +40,12 @@ def moments(problem: Problem, inputs: Inputs) -> Moments:
     if (d, v) != (block_d, block_v):
         of_rows = lambda t: torch.cat([t[:, :d], t[:, block_d : block_d + v]], 1)
     of_queries = lambda t: t.unflatten(0, inputs.q.shape[:2])
-    m, omega, *_ = of_queries(found.scalars).unbind(-1)
+    scalars = of_queries(found.scalars)
     return Moments(
-        m=m, omega=omega, mean=of_queries(of_rows(found.sums)), second=of_queries(of_rows(found.moments)[..., :d])
+        m=scalars[..., 0],
+        omega=scalars[..., 1],
+        mean=of_queries(of_rows(found.sums)),
+        second=of_queries(of_rows(found.moments)[..., :d]),
     )
 
 

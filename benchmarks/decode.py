@@ -88,7 +88,7 @@ class Case:
                 self.ours(cache, config)
         calls: dict[str, list[Callable[[], None]]] = {}
         for launch in found:
-            name = launch.kernel.__name__.removeprefix("decode_").removesuffix("_kernel")
+            name = launch.kernel.__name__.removeprefix("decode_").removesuffix("_kernel").removesuffix("_hopper")
             calls.setdefault(name, []).append(partial(launches.repeat, launch))
         return calls
 

@@ -30,7 +30,6 @@ from benchmarks.data import TRAINED, learned_ridge, make
 from benchmarks.exact import relative
 from flashlla import CG, lla_attention, lla_attention_varlen, lla_decode
 from flashlla.distributed import (
-    collectives,
     lla_attention_cp,
     lla_attention_varlen_cp,
     lla_decode_cp,
@@ -38,7 +37,6 @@ from flashlla.distributed import (
     sum_gradients,
     unshard_sequence,
 )
-from flashlla.distributed.groups import Ranks
 from flashlla.distributed.sharding import Order, Shards
 from flashlla.nn import LocalLinearAttention
 
@@ -260,25 +258,6 @@ def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
-def bandwidth(world: World, options: argparse.Namespace) -> list[Line]:
-    """What a rank receives in a second, in GB, of the keys and values of SHORT tokens, and of their gradients, while
-    nothing else runs."""
-    if world.size == 1:
-        return []
-    ranks, columns = Ranks(world.group, world.rank, world.size), (options.heads, 2 * options.dim)
-    own = torch.zeros(SHORT // world.size, *columns, dtype=options.dtype, device=world.device)
-    sums = torch.zeros(SHORT, *columns, device=world.device)
-    line: Line = {"gpus": world.size}
-    for name, carry, bytes_of_all in (
-        ("gather", lambda: collectives.gather(own, ranks), own.nbytes * world.size),
-        ("reduce_scatter", lambda: collectives.reduce_scatter(sums, ranks), sums.nbytes),
-    ):
-        seconds = world.cost(lambda: carry().wait(), calls=20).seconds
-        line[f"{name}_gb_s"] = 1e-9 * bytes_of_all * (1 - 1 / world.size) / seconds
-    world.say("bandwidth", _told(line))
-    return [line]
-
-
 def decode(world: World, options: argparse.Namespace) -> list[Line]:
     """One new token against a cache of (1, heads, L, dim), a share on each GPU, beside one GPU with all of it."""
     length = options.cached
@@ -405,14 +384,7 @@ def _most_by_mean(work: Tensor, ranks: int, order: Order) -> float:
     return max(each) * ranks / sum(each)
 
 
-KINDS = {
-    "accuracy": accuracy,
-    "speed": speed,
-    "bandwidth": bandwidth,
-    "decode": decode,
-    "training": training,
-    "balance": balance,
-}
+KINDS = {"accuracy": accuracy, "speed": speed, "decode": decode, "training": training, "balance": balance}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

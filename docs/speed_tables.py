@@ -24,6 +24,10 @@ SHOWN = [
     (32, 4096, 128, "iid", 0.1), (8, 65536, 64, "iid", 10),
 ]  # fmt: skip
 
+# Microseconds that decoding was to take: sequences, keys, head dim.
+WANTED = {(1, 512, 128): "35", (1, 4096, 128): "45", (1, 16384, 128): "75"}
+WANTED |= {(32, 512, 128): "90", (32, 4096, 128): "350", (32, 16384, 128): "1200"}
+
 Line = dict[str, Any]
 
 
@@ -142,7 +146,42 @@ def first() -> str:
     return table(["batch x heads, S, D", "kernels", "one by one", "side by side", "from disk"], rows())
 
 
+def host() -> str:
+    """Microseconds of calls, from one to the next, of the host."""
+    median = lambda line, key: f"{line[key]['median']:.0f}" if key in line else ""
+
+    def rows() -> Iterator[list[str]]:
+        found = record("host_h100")
+        for line in found["host"]:
+            size = f"{line['batch_heads']}, {line['length']}, {line['dim']}"
+            keys = "forward_us", "step_us", "compiled_us", "new_length_us", "sdpa_forward_us", "sdpa_step_us"
+            yield [size, *(median(line, key) for key in (*keys, "sdpa_compiled_us"))]
+        for line in found["decoding"]:
+            size = f"decode, {line['batch']} x 8, {line['room']}, {line['dim']}"
+            yield [size, median(line, "decode_us"), "", "", "", median(line, "sdpa_us"), "", ""]
+
+    headings = ["forward", "step", "compiled step", "step at a new length", "softmax: forward", "step", "compiled step"]
+    return table(["batch x heads, S, D", *headings], rows())
+
+
+def decode() -> str:
+    """Decoding: calls, and each kernel by itself."""
+
+    def rows() -> Iterator[list[str]]:
+        for line in record("decode_h100")["speed"]:
+            us, size = line["us"], (line["batch"], line["length"], line["dim"])
+            beside = (f"{us / line[key]:.2f}" for key in ("sdpa_us", "ideal_us"))
+            kernels = ", ".join(f"{t:.0f}" for t in line["kernels_us"].values())
+            error = f"{line['error']:.1e}".replace("e-0", "e-")
+            yield [", ".join(map(str, size)), f"{us:.0f}", WANTED.get(size, ""), *beside, kernels, error]
+
+    headings = ["B, L, D", "microseconds", "wanted", "beside SDPA", "beside reading the cache once"]
+    return table([*headings, "moments, solve", "error"], rows())
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "host": host,
+    "decode": decode,
     "speed": speed,
     "cost": cost,
     "windows": windows,

@@ -393,6 +393,10 @@ def test_pieces_and_slices_fill_the_device_and_no_more() -> None:
     assert parts(8, 1) == (1, 1)
     assert parts(256, 64) == (1, 1)
     assert parts(8192, 256) == (1, 1)
+    hopper = lambda systems, tiles: configs.decode_parts(systems, tiles, 132, [1], hopper=True)
+    assert hopper(8, 8) == (4, 1)
+    assert hopper(8, 64) == hopper(8, 256) == (16, 1)
+    assert hopper(256, 8) == hopper(256, 64) == (1, 1)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")

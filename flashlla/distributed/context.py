@@ -16,9 +16,9 @@ from flashlla.distributed.keys import Bringing, Part, bringing, parts_of
 from flashlla.distributed.sharding import Shards
 from flashlla.problem import Arguments, Inputs, Report, Residuals, Settings, empty_output, empty_report
 
-# Unless the caller says how many heads' keys are gathered at once: half of them, so that the others travel meanwhile;
-# more where these have fewer queries of a part, counted for each head, than keep a GPU busy for some waves of programs;
-# and of keys and values no more than so many bytes.
+# Unless the caller says how many heads' keys are gathered at once: those of so many queries of a part, counted for each
+# head, which keep a GPU busy for two waves of programs; but of keys and values no more than so many bytes. The fewer
+# they are, the less of a call waits for its first keys and for its last gradients.
 BUSY = 32768
 GATHERED = 256 * 2**20
 
@@ -144,7 +144,7 @@ def heads_at_once(inputs: Inputs, shards: Shards) -> int:
     batch, kv_heads, _, head_dim = inputs.k.shape
     queries = batch * shards.chunk * inputs.q.shape[1] // max(1, kv_heads)  # of a part and key head
     size = batch * shards.total * (head_dim + inputs.v.shape[-1]) * inputs.k.element_size()
-    return max(1, min(max(-(-kv_heads // 2), -(-BUSY // max(1, queries))), GATHERED // max(1, size)))
+    return max(1, min(-(-BUSY // max(1, queries)), GATHERED // max(1, size)))
 
 
 class _Attend(torch.autograd.Function):

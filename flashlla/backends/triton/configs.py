@@ -264,6 +264,8 @@ class DecodeConfig(NamedTuple):
 # Decode: numbers of moments that the registers of one program hold; half of it where matrix instructions take both
 # operands from registers.
 DECODE_MOMENTS = 32768
+# Widths of keys and values that Hopper's own kernel takes, and tiles in flight: three were measured slower.
+DECODE_HOPPER, DECODE_HOPPER_STAGES = (64, 128), 2
 # Bytes of scratch memory that one round of launches may take: what is beyond goes in rounds.
 DECODE_SCRATCH = 256 * 2**20
 # Pieces of a cache: who adds them up holds the means of all in registers.
@@ -322,21 +324,31 @@ def decode_config(d: int, v: int, half: bool, full: bool, large: bool = True) ->
     return DecodeConfig(16 if wide or full else 32, 8 if wide else 4, 1 if full else 2)
 
 
-def decode_parts(systems: int, tiles: int, slots: int, slices: Sequence[int]) -> tuple[int, int]:
-    """Into how many pieces to cut caches of ``tiles`` tiles, and rows into how many of ``slices``, with so many
-    ``systems`` on a device that runs ``slots`` programs at a time.
+class DecodeCost(NamedTuple):
+    """Microseconds of a program that makes moments, measured at D = 128 on an H100 (docs/performance.md)."""
 
-    By what was measured of D = 128 (docs/performance.md), in tiles: a program takes 2.7 beside its own, another 2.1 to
-    store its rows if it has all of them; with fewer of them than registers hold, 1.8 a tile; to add up takes 3, and
-    0.05 a piece.
-    """
+    tile: float
+    sliced: float  # a tile with fewer rows than registers hold
+    rows: float  # to store them, if it has all
+    rest: float
+
+
+DECODE_COST = DecodeCost(tile=2.7, sliced=4.9, rows=5.7, rest=7.3)
+DECODE_HOPPER_COST = DecodeCost(tile=1.8, sliced=float("inf"), rows=0.0, rest=9.6)
+
+
+def decode_parts(systems: int, tiles: int, slots: int, slices: Sequence[int], hopper: bool = False) -> tuple[int, int]:
+    """Into how many pieces to cut caches of ``tiles`` tiles, and rows into how many of ``slices``, with so many
+    ``systems`` on a device that runs ``slots`` programs at a time; ``hopper``: of Hopper's own kernel."""
+    takes = DECODE_HOPPER_COST if hopper else DECODE_COST
 
     def cost(parts: tuple[int, int]) -> float:
         pieces, count = parts
         waves = -(-systems * pieces * count // slots)
-        adding = 3 + 0.05 * pieces if pieces * count > 1 else 0.0
-        tile = 1.0 if count == min(slices) else 1.8
-        return waves * (-(-tiles // pieces) * tile + 2.7 + 2.1 * min(slices) / count) + adding
+        # Who adds them up goes on to the next power of two.
+        adding = 0.5 + 0.8 * (1 << (pieces - 1).bit_length()) if pieces * count > 1 else 0.0
+        tile = takes.tile if count == min(slices) else takes.sliced
+        return waves * (-(-tiles // pieces) * tile + takes.rest + takes.rows * min(slices) / count) + adding
 
     most = max(1, min(DECODE_PIECES, tiles))
     return min(((pieces, count) for pieces in range(1, most + 1) for count in slices), key=cost)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashlla import products
-from flashlla.backends.triton import configs
+from flashlla.backends.triton import configs, hopper
 from flashlla.backends.triton.configs import DecodeConfig
 from flashlla.backends.triton.decode_kernels import SCALARS, decode_moments_kernel
 from flashlla.backends.triton.decode_share import decode_share_kernel
@@ -71,6 +71,15 @@ def share(problem: Problem, inputs: Inputs, config: DecodeConfig | None = None) 
     return Share(*_plan(problem, config, full, False, layouts(given)).run(given))
 
 
+def _streams(problem: Problem, config: DecodeConfig | None, k: Buffer, v: Buffer) -> bool:
+    """Whether the kernel in Gluon (decode_hopper.py), which copies 16 bytes at a time, takes such caches."""
+    sliced = config is not None and config.slices not in (None, 1)
+    if sliced or hopper.unsupported(problem.device, problem.dtype) is not None:
+        return False
+    whole = problem.head_dim == problem.v_dim and problem.head_dim in configs.DECODE_HOPPER
+    return whole and all(t.layout.aligned and not any(n % 16 for n in t.steps()[:3]) for t in (k, v))
+
+
 @planned
 def _plan(
     problem: Problem, config: DecodeConfig | None, full: bool, solved: bool, given_layouts: tuple[Layout | None, ...]
@@ -92,7 +101,7 @@ def _plan(
 
     k, v = dense(inputs.k), dense(inputs.v)
     d, v_block = configs.padded(problem.head_dim), configs.padded(problem.v_dim)
-    half = problem.dtype != torch.float32
+    half, streams = problem.dtype != torch.float32, _streams(problem, config, k, v)
     large = configs.large(configs.capability(device))
     config = config or configs.decode_config(d, v_block, half, full, large)
     shape = Shape(
@@ -104,8 +113,8 @@ def _plan(
     pairs, members = problem.batch * problem.kv_heads, problem.group * problem.q_len
     tiles = min(cdiv(problem.k_len, config.tile), cdiv(window, config.tile) + 1)
     slots = configs.processors(device) * config.programs_a_processor()
-    slicings = configs.decode_slicings(d, v_block, half, large) if config.slices is None else [config.slices]
-    pieces, slices = configs.decode_parts(pairs * members, tiles, slots, slicings)
+    slicings = [config.slices] if config.slices else configs.decode_slicings(d, v_block, half, large)
+    pieces, slices = configs.decode_parts(pairs * members, tiles, slots, [1] if streams else slicings, streams)
     pieces = config.pieces or pieces
     rows_of_slice = configs.decode_rows(d, v_block, slices)
     at_once = pairs
@@ -139,22 +148,29 @@ def _plan(
     if inputs.block_table is not None:
         table = BlockTable(inputs.block_table, *inputs.block_table.steps())
     ridge, o_out = Strided(inputs.ridge_lambda, *inputs.ridge_lambda.steps()), Columns(out, *out.steps())
+    moments_kernel, page = decode_moments_kernel, problem.page_size or 0
+    own = {
+        "FAR": FAR if half or not full else FAR_FULL, "SLICES": slices, "OPERAND": tl.float16 if half else tl.float32,
+        "SLICE": rows_of_slice, "ROWS": config.thread_rows(d, half), "num_stages": config.stages,
+    }  # fmt: skip
+    if streams:
+        from flashlla.backends.triton.decode_hopper import decode_moments_hopper_kernel
+
+        moments_kernel, own = decode_moments_hopper_kernel, {"FAR": FAR, "STAGES": configs.DECODE_HOPPER_STAGES}
     for first in range(0, pairs, at_once):
         programs = min(at_once, pairs - first) * members
         sight = first, problem.kv_heads, problem.group, problem.q_len, problem.k_len, window
         plan.launch(
-            decode_moments_kernel, "decode", (programs * pieces * slices,),
-            Columns(q, *q.steps()), Strided(k, *k.steps()[:3]), Strided(v, *v.steps()[:3]), caches, table, ridge,
-            parts, *sight, pieces, k.shape[0], problem.scale,
-            SHAPE=shape, PAGE=problem.page_size or 0, SLICES=slices, OPERAND=tl.float16 if half else tl.float32,
-            FAR=FAR if half or not full else FAR_FULL, BLOCK_T=config.tile, SLICE=rows_of_slice,
-            ROWS=config.thread_rows(d, half), num_warps=config.warps, num_stages=config.stages,
+            moments_kernel, "decode", (programs * pieces * slices,),
+            Columns(q, *q.steps()), Strided(k, *k.steps()[:3]), Strided(v, *v.steps()[:3]), caches, table, ridge, parts,
+            *sight, pieces, k.shape[0], problem.scale,
+            SHAPE=shape, PAGE=page, BLOCK_T=config.tile, num_warps=config.warps, **own,
         )  # fmt: skip
         if not solved:
             plan.launch(
                 decode_share_kernel, "decode", (programs * (rows // block),),
                 Columns(q, *q.steps()), Strided(k, *k.steps()[:3]), caches, table, parts, found, *sight[1:], pieces,
-                k.shape[0], problem.scale, SHAPE=shape, PAGE=problem.page_size or 0, SLICES=slices,
+                k.shape[0], problem.scale, SHAPE=shape, PAGE=page, SLICES=slices,
                 SLICE=rows_of_slice, PIECES=powers, BLOCK_T=config.tile, BLOCK_M=block, num_warps=solve_warps,
                 num_stages=configs.SOLVE_STAGES,
             )  # fmt: skip

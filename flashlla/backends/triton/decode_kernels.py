@@ -44,6 +44,8 @@ HEADROOM: tl.constexpr = tl.constexpr(8.0)
 # sums are made again: of operands in their units float16 holds so much.
 LOOK: tl.constexpr = tl.constexpr(8)
 MOST_HEADROOM: tl.constexpr = tl.constexpr(16.0)
+# Of operands: its inverse shall be normal.
+LEAST_UNIT: tl.constexpr = tl.constexpr(2.0**-100)
 
 
 @triton.jit
@@ -151,8 +153,8 @@ def fitting_unit(largest, least):
 
 @triton.jit
 def least_unit(ridge):
-    """Keys so much smaller than the root of the ridge do not matter; and a unit's inverse shall be normal."""
-    return tl.maximum(power_of_two(tl.sqrt(ridge)) * 8.881784197001252e-16, 7.888609052210118e-31)  # 2**-50, 2**-100
+    """Of keys: those so much smaller than the root of the ridge do not matter."""
+    return tl.maximum(power_of_two(tl.sqrt(ridge)) * 8.881784197001252e-16, LEAST_UNIT)  # 2**-50
 
 
 @triton.jit
@@ -232,13 +234,12 @@ def decode_moments_kernel(
         slice_origin = finite_or_zero(slice_origin)
         slice_sum, squares = no_slice(D, SLICE, ROWS)
     ridge = load_query_ridge(ridge_in, sequence, q_head, n)
-    least: tl.constexpr = 7.888609052210118e-31  # 2**-100
     k_least = least_unit(ridge)
     offset = origin - q
     q = q * (scale * LOG2E)
     s_origin = tl.full([], 0.0, tl.float32)  # all logits are taken from that of the last key
     k_unit = fitting_unit(tl.max(tl.abs(origin), 0), k_least)
-    v_unit = fitting_unit(tl.max(tl.abs(finite_or_zero(v_first)), 0), least)
+    v_unit = fitting_unit(tl.max(tl.abs(finite_or_zero(v_first)), 0), LEAST_UNIT)
 
     top, omega, k_sum, v_sum, moments = no_moments(BLOCK_T, D, SLICE, ROWS)
     m = tl.full([], float("-inf"), tl.float32)
@@ -324,7 +325,7 @@ def decode_moments_kernel(
             if k_bad | far:
                 k_unit = fitting_unit(tl.max(k_top, 0), k_least)
             if v_bad:
-                v_unit = fitting_unit(tl.max(v_top, 0), least)
+                v_unit = fitting_unit(tl.max(v_top, 0), LEAST_UNIT)
         else:
             sweeps = -1
 

@@ -66,48 +66,53 @@ def store_merged(
     """
     D: tl.constexpr = SHAPE.BLOCK_D
     R: tl.constexpr = D + SHAPE.BLOCK_V
+    row, dim = block * M + tl.arange(0, M), tl.arange(0, D)
     is_key = block * M < D
     # Every slice has the m, omega and unit of the keys; each has a unit of its values, whose rows start where its do.
-    owner = tl.where(is_key, 0, (block * M - D) // SLICE)
-    scalars_ptr = parts.scalars + system * pieces * SLICES * SCALARS
-    index = tl.arange(0, PIECES)  # those from ``active`` on are no pieces
-    there = index < active
-    piece_ptrs = scalars_ptr + index * SLICES * SCALARS
-    m_all = tl.load(piece_ptrs, mask=there, other=float("-inf"))  # (I,)
-    omega_all = tl.load(piece_ptrs + 1, mask=there, other=1.0)  # (I,)
-    k_units = tl.load(piece_ptrs + 2, mask=there, other=0.0)
-    every = tl.arange(0, PIECES * SLICES)
-    v_unit = tl.max(tl.load(scalars_ptr + every * SCALARS + 3, mask=every < active * SLICES, other=0.0), 0)
-    m, k_unit = tl.max(m_all, 0), tl.max(k_units, 0)
-    weight = omega_all * tl.exp2(m_all - m)  # (I,)
-    omega = tl.sum(weight, 0)
-    weight, inverse = weight / omega, 1 / omega_all
-    k_scale, v_scale = inverse_power(k_unit), inverse_power(v_unit)
+    owner = tl.where(is_key, 2, (block * M - D) // SLICE * SCALARS + 3)
+    # All is asked for before anything is made of it. Sums over pieces are each thread's own.
+    found = ()
+    m, k_unit, v_unit = float("-inf"), 0.0, 0.0
+    for i in tl.static_range(PIECES):  # those from ``active`` on are no pieces
+        there, piece = i < active, system * pieces + i
+        scalars = parts.scalars + piece * SLICES * SCALARS
+        found += ((  # type: ignore[assignment]
+            tl.load(scalars, mask=there, other=float("-inf")),
+            tl.load(scalars + 1, mask=there, other=1.0),
+            tl.load(scalars + 2, mask=there, other=0.0),
+            tl.load(scalars + owner, mask=there, other=0.0),
+            tl.load(parts.sums + piece * R + dim, mask=there, other=0.0),  # (D,)
+            tl.load(parts.offset + piece * D + dim, mask=there, other=0.0),  # (D,)
+            tl.load(parts.sums + piece * R + row, mask=there, other=0.0),  # (M,)
+            tl.load(parts.offset + piece * D + row, mask=there & is_key, other=0.0),  # (M,) rows of values have none
+            tl.load(parts.moments + (piece * R + row)[:, None] * D + dim[None, :], mask=there, other=0.0),  # (M, D)
+        ),)  # fmt: skip
+        for j in tl.static_range(SLICES):
+            v_unit = tl.maximum(v_unit, tl.load(scalars + j * SCALARS + 3, mask=there, other=0.0))
+    for i in tl.static_range(PIECES):
+        piece_m, _, piece_unit, _, _, _, _, _, _ = found[i]
+        m, k_unit = tl.maximum(m, piece_m), tl.maximum(k_unit, piece_unit)
+    k_scale = inverse_power(k_unit)
+    row_scale = tl.where(is_key, k_scale, inverse_power(v_unit))
 
-    row, dim = block * M + tl.arange(0, M), tl.arange(0, D)
-    sums_ptr, offset_ptr = parts.sums + system * pieces * R, parts.offset + system * pieces * D
-    k_units *= k_scale
-    means = tl.load(sums_ptr + index[:, None] * R + dim[None, :], mask=there[:, None], other=0.0)  # (I, D)
-    means *= (k_units * inverse)[:, None]
-    offsets = tl.load(offset_ptr + index[:, None] * D + dim[None, :], mask=there[:, None], other=0.0)
-    centres = means + offsets * k_scale
-    d = tl.sum(centres * weight[:, None], 0)  # (D,)
-    # The same of this program's rows; those of the values have a unit of their own, and no offset.
-    unit_slot, row_scale = tl.where(is_key, 2, 3), tl.where(is_key, k_scale, v_scale)
-    row_units = tl.load(piece_ptrs + owner * SCALARS + unit_slot, mask=there, other=0.0) * row_scale * inverse  # (I,)
-    row_means = tl.load(sums_ptr + index[:, None] * R + row[None, :], mask=there[:, None], other=0.0)  # (I, M)
-    row_means *= row_units[:, None]
-    away = tl.load(offset_ptr + index[:, None] * D + row[None, :], mask=there[:, None] & is_key, other=0.0)
-    row_centres = row_means + away * k_scale
-    row_d = tl.sum(row_centres * weight[:, None], 0)  # (M,)
-
-    place = (index[:, None] * R + row[None, :])[:, :, None] * D + dim[None, None, :]
-    tiles = tl.load(parts.moments + system * pieces * R * D + place, mask=there[:, None, None], other=0.0)  # (I, M, D)
-    tiles = tiles * (k_units * row_units)[:, None, None] - row_means[:, :, None] * means[:, None, :]
-    tiles += (row_centres - row_d[None, :])[:, :, None] * (centres - d[None, :])[:, None, :]
-    place = system * R + row
-    tl.store(merged_out.moments + place[:, None] * D + dim[None, :], tl.sum(tiles * weight[:, None, None], 0))
-    tl.store(merged_out.sums + place, row_d)
+    omega, d, row_d = 0.0, tl.zeros([D], tl.float32), tl.zeros([M], tl.float32)
+    for i in tl.static_range(PIECES):
+        piece_m, piece_omega, piece_unit, row_unit, mean, offset, row_mean, row_offset, _ = found[i]
+        fade = tl.exp2(piece_m - m)
+        omega += fade * piece_omega
+        d += fade * (mean * (piece_unit * k_scale) + offset * (k_scale * piece_omega))
+        row_d += fade * (row_mean * (row_unit * row_scale) + row_offset * (k_scale * piece_omega))
+    d, row_d = d / omega, row_d / omega
+    total = tl.zeros([M, D], tl.float32)
+    for i in tl.static_range(PIECES):
+        piece_m, piece_omega, piece_unit, row_unit, mean, offset, row_mean, row_offset, tile = found[i]
+        k_factor, row_factor = piece_unit * k_scale / piece_omega, row_unit * row_scale
+        mean, row_mean = mean * k_factor, row_mean * (row_factor / piece_omega)
+        away, row_away = mean + offset * k_scale - d, row_mean + row_offset * k_scale - row_d
+        tile = tile * (k_factor * row_factor) - row_mean[:, None] * mean[None, :] + row_away[:, None] * away[None, :]
+        total += (tl.exp2(piece_m - m) * piece_omega / omega) * tile
+    tl.store(merged_out.moments + (system * R + row)[:, None] * D + dim[None, :], total)
+    tl.store(merged_out.sums + system * R + row, row_d)
     if block == 0:
         store_scalars(merged_out.scalars + system * SCALARS, m, omega, k_unit, v_unit)
 
@@ -274,7 +279,7 @@ def decode_solve_kernel(
         _, _, active = piece_of(start, stop, pieces, BLOCK_T)
         store_merged(parts, merged, system, block, pieces, active, SHAPE, SLICES, SLICE, PIECES, BLOCK_M)
         tl.debug_barrier()
-        if tl.atomic_add(parts.arrivals + system, 1) < BLOCKS - 1:
+        if tl.atomic_add(parts.arrivals + system, 1) % BLOCKS < BLOCKS - 1:
             return
     scalars_ptr = found.scalars + system * SCALARS
     omega, k_unit, v_unit = tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2), tl.load(scalars_ptr + 3)

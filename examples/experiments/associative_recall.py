@@ -16,7 +16,8 @@ Of each mixer and seed the learning rate is chosen on other sequences than those
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -24,17 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.experiments.ensemble import Block, Embedding, Linear, Norm, alike, fit
-from examples.experiments.runs import Run, Runs, chosen, draw_curves, parser_of, table_of, within
+from examples.experiments.ensemble import Block, Embedding, Linear, Norm, Task, cross_entropies, learn
+from examples.experiments.runs import DEVICE, Run, draw_curves, parser_of, study
 
 MIXERS = ("softmax", "LLA", "delta rule")
 VOCABULARY, POWER = 8192, 0.01
+EPOCH = 100_000  # sequences, as zoology's sets have
 POINT, NOISE = 16, 0.1  # the noise of a query: norm, beside the key's 1
 RATES = {"words": (3e-3, 1e-2), "numbers": (3e-3, 1e-2, 3e-2)}
 
 
 @dataclass(frozen=True)
-class Task:
+class Recall:
     kind: str
     pairs: int
     length: int
@@ -47,13 +49,13 @@ class Task:
 
 
 TASKS = [
-    *(Task("numbers", pairs, 2 * pairs, 64) for pairs in (16, 64, 256)),
-    *(Task("words", pairs, length, width) for width in (32, 16) for length, pairs in ((64, 4), (128, 8), (256, 16))),
-    *(Task("words", 64, 512, width) for width in (32, 16)),
+    *(Recall("numbers", pairs, 2 * pairs, 64) for pairs in (16, 64, 256)),
+    *(Recall("words", pairs, length, width) for width in (32, 16) for length, pairs in ((64, 4), (128, 8), (256, 16))),
+    *(Recall("words", 64, 512, width) for width in (32, 16)),
 ]
 
 
-def words(task: Task, sequences: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def words(task: Recall, sequences: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens (N, S), where to answer (N, pairs), with what (N, pairs)."""
     device = generator.device
     uniform = lambda *shape: torch.rand(*shape, generator=generator, device=device)
@@ -70,7 +72,7 @@ def words(task: Task, sequences: int, generator: torch.Generator) -> tuple[Tenso
     return tokens.scatter(1, where, keys), where, values
 
 
-def numbers(task: Task, sequences: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def numbers(task: Recall, sequences: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens (N, S, 33), where to answer (N, pairs), with what (N, pairs, 16). The last coordinate tells queries."""
     normal = lambda *shape: torch.randn(*shape, generator=generator, device=generator.device)
     keys, values = F.normalize(normal(sequences, task.pairs, POINT), dim=-1), normal(sequences, task.pairs, POINT)
@@ -81,7 +83,7 @@ def numbers(task: Task, sequences: int, generator: torch.Generator) -> tuple[Ten
     return torch.cat([pairs, queries], 1), where, values
 
 
-def run(task: Task, mixer: str, seeds: list[int], batch: int, steps: int, device: str) -> Run:
+def run(task: Recall, mixer: str, seeds: list[int], batch: int, steps: int) -> Run:
     rates = RATES[task.kind]
     models, width = len(seeds) * len(rates), task.width
     torch.manual_seed(seeds[0])
@@ -91,76 +93,56 @@ def run(task: Task, mixer: str, seeds: list[int], batch: int, steps: int, device
     else:
         enter, layers, leave = Linear(models, 2 * POINT + 1, width), 1, Linear(models, width, POINT)
     blocks = [Block(models, width, 1, mixer, mlp=False) for _ in range(layers)]
-    model = alike(nn.Sequential(enter, *blocks, Norm(models, width), leave), len(rates)).to(device)
-    generators = [torch.Generator(device).manual_seed(1 + seed) for seed in seeds]
+    model = nn.Sequential(enter, *blocks, Norm(models, width), leave)
 
-    def answers(sequences: int, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """What the models say where they are asked, (E, N, pairs, ...), and what is right."""
-        drawn = [(words if task.kind == "words" else numbers)(task, sequences, generator) for generator in generators]
-        tokens, where, right = (torch.stack(parts).repeat_interleave(len(rates), 0) for parts in zip(*drawn))
+    def answers(model: nn.Sequential, tokens: Tensor, where: Tensor) -> Tensor:
+        """What the models say where they are asked, (E, N, pairs, ...)."""
         x = model[:-1](tokens)
-        x = x.gather(2, where.unsqueeze(-1).expand(-1, -1, -1, width))
-        return model[-1](x), right
+        said: Tensor = model[-1](x.gather(2, where.unsqueeze(-1).expand(-1, -1, -1, width)))
+        return said
 
-    def loss(said: Tensor, right: Tensor) -> Tensor:
-        if task.kind == "words":
-            losses = F.cross_entropy(said.flatten(0, -2), right.flatten(), reduction="none")
-            return losses.view(models, -1).mean(1)
-        return (said - right).square().flatten(1).mean(1)
-
-    each = torch.tensor(rates, device=device).repeat(len(seeds))
-    curve = fit(lambda _: loss(*answers(batch, generators)), model, each, steps, f"{task.name()}, {mixer}")
-
-    @torch.no_grad()
-    def wrong(first: int) -> Tensor:
-        """(E,)"""
-        fresh = [torch.Generator(device).manual_seed(first + seed) for seed in seeds]
-        total = torch.zeros(models, device=device)
-        for _ in range(8):
-            said, right = answers(64, fresh)
-            total += (said.argmax(-1) != right).float().mean((1, 2)) if task.kind == "words" else loss(said, right)
-        return total / 8
-
-    return {
-        "task": task.kind,
-        "pairs": task.pairs,
-        "length": task.length,
-        "width": width,
-        "vocabulary": task.vocabulary,
-        "mixer": mixer,
-        "batch": batch,
-        "steps": steps,
-        **chosen(rates, seeds, wrong(1000), wrong(2000)),
-        "curve": curve,
-    }
+    squares = lambda model, tokens, where, right: (answers(model, tokens, where) - right).square().mean(-1)
+    if task.kind == "words":
+        learned = Task(
+            partial(words, task),
+            losses=lambda model, tokens, where, right: cross_entropies(answers(model, tokens, where), right),
+            errors=lambda model, tokens, where, right: (
+                (answers(model, tokens, where).argmax(-1) != right).float().mean(1)
+            ),
+            enough=0.01,
+        )
+    else:
+        learned = Task(
+            partial(numbers, task),
+            losses=lambda *drawn: squares(*drawn).mean((1, 2)),
+            errors=lambda *drawn: squares(*drawn).mean(1),
+        )
+    facts = {"task": task.kind, "mixer": mixer, **{name: of for name, of in asdict(task).items() if name != "kind"}}
+    return {**facts, **learn(model.to(DEVICE), learned, seeds, rates, batch, steps)}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser = parser_of(__file__, __doc__)
     parser.add_argument("--kinds", nargs="+", choices=RATES, default=list(RATES))
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--sequences", type=int, default=8 * EPOCH, help="to train on at most; default: %(default)s")
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64])
-    parser.add_argument("--tokens", type=int, default=16384, help="in a batch")
+    parser.add_argument("--pairs", type=int, nargs="+", help="tasks of so many; default: all")
+    parser.add_argument("--tokens", type=int, default=32768, help="in a batch")
     parser.add_argument("--most", type=int, default=512, help="longest sequences")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of words; default: %(default)s")
     options = parser.parse_args(arguments)
     tasks = [replace(task, vocabulary=options.vocabulary) for task in TASKS if task.kind in options.kinds]
     tasks = [task for task in tasks if task.length <= options.most and task.width in options.widths]
+    tasks = [task for task in tasks if options.pairs is None or task.pairs in options.pairs]
     if options.quick:
-        tasks, options.mixers = [Task("numbers", 16, 32, 32), Task("words", 4, 16, 32, vocabulary=16)], MIXERS[:2]
-        options.seeds, options.steps, options.tokens = [0], 120, 2048
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    runs = Runs(options.results, device)
-    for task, mixer in within(options.within, product(tasks, options.mixers)):
-        name = f"{task.name()}, {mixer}"
-        if name not in runs.all:
-            runs.add(name, run(task, mixer, options.seeds, options.tokens // task.length, options.steps, device))
-            print(table_of({name: runs.all[name]}).splitlines()[-1], flush=True)
-    print(table_of(runs.all))
-    if options.plot is not None:
-        plot(runs.all, options.plot)
-    return runs.all
+        tasks = [Recall("numbers", 16, 32, 32), Recall("words", 4, 16, 32, vocabulary=16)]
+        options.mixers, options.seeds, options.sequences, options.tokens = MIXERS[:2], [0], 120 * 128, 2048
+    wanted = {}
+    for task, mixer in product(tasks, options.mixers):
+        batch = min(256, options.tokens // task.length)
+        wanted[f"{task.name()}, {mixer}"] = partial(run, task, mixer, options.seeds, batch, options.sequences // batch)
+    return study(options, wanted, plot)
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:

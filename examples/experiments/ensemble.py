@@ -7,20 +7,24 @@ same time. No model sees another: losses are added, each has a learning rate and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.experiments.mixers import delta_rule, ridge_regression, softmax_attention
-from examples.experiments.runs import progress
+from examples.experiments.runs import Run, chosen, progress
 from examples.experiments.training import rate
 from flashlla import lla_attention
 from flashlla.nn.groups import RIDGE_RATE
 
 MIXERS = ("softmax", "LLA", "delta rule", "gated delta rule", "ridge regression")
+WARM = 3  # steps before one is captured
+JUDGED = 64  # sequences of a batch that is judged by
 
 
 class Linear(nn.Module):
@@ -116,6 +120,12 @@ class Embedding(nn.Module):
         return x if self.positions is None else x + self.positions[:, :, : tokens.shape[2]]
 
 
+def cross_entropies(logits: Tensor, right: Tensor) -> Tensor:
+    """The mean of each model (E,), of logits (E, ..., classes) and what is right (E, ...)."""
+    losses = F.cross_entropy(logits.flatten(0, -2), right.flatten(), reduction="none")
+    return losses.view(len(logits), -1).mean(1)
+
+
 class AdamW:
     """AdamW with a learning rate for each model, ridges ten times as fast; gradients of each clipped to norm 1.
 
@@ -124,11 +134,11 @@ class AdamW:
 
     def __init__(self, model: nn.Module, rates: Tensor, decay: float = 0.1) -> None:
         self.named = list(model.named_parameters())
-        self.rates, self.decay, self.steps = rates, decay, 0
+        self.rates, self.decay, self.steps = rates, decay, torch.zeros((), device=rates.device)
         self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for _, p in self.named]
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
+    def step(self, factor: Tensor | float) -> None:
         self.steps += 1
         grads = [p.grad for _, p in self.named if p.grad is not None]
         assert len(grads) == len(self.named), "a parameter has no gradient"
@@ -147,27 +157,120 @@ class AdamW:
             p.grad = None
 
 
-M = TypeVar("M", bound=nn.Module)
-
-
-def alike(model: M, rates: int) -> M:
+@torch.no_grad()
+def alike(model: nn.Module, rates: int) -> None:
     """The same first weights for the ``rates`` learning rates of a seed, which lie one behind the other."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter[::rates].repeat_interleave(rates, 0))
-    return model
+    for parameter in model.parameters():
+        parameter.copy_(parameter[::rates].repeat_interleave(rates, 0))
 
 
-def fit(loss: Callable[[int], Tensor], model: nn.Module, rates: Tensor, steps: int, name: str) -> list[Any]:
-    """Train by ``loss(step)``, (E,), with ``rates`` (E,) that grow for a tenth of the steps and fall to a tenth.
+@dataclass(frozen=True)
+class Task:
+    """What the models of an ensemble learn, and what of them is judged."""
 
-    Returns steps and losses, (E,), about fifty times on the way.
+    draw: Callable[[int, torch.Generator], tuple[Tensor, ...]]  # so many sequences, (N, ...) each
+    losses: Callable[..., Tensor]  # of the model and what was drawn, (E, N, ...) each: (E,)
+    errors: Callable[..., Tensor]  # likewise: (E, S), along the tokens
+    first: int = 0  # of the tokens of which the mean is reported
+    enough: float = 0.0  # such an error ends training, if one model of each seed has come to it
+
+
+def learn(model: nn.Module, task: Task, seeds: list[int], rates: Sequence[float], batch: int, steps: int) -> Run:
+    """Models for each seed and, one behind the other, each learning rate: trained, and judged by other sequences.
+
+    Of the rates of a seed the best is chosen on a set of sequences, and reported of on another.
+    """
+    device = next(model.parameters()).device
+    of_seeds = lambda first: [torch.Generator(device).manual_seed(first + seed) for seed in seeds]
+    alike(model, len(rates))
+
+    def drawn(sequences: int, generators: list[torch.Generator]) -> list[Tensor]:
+        """(E, N, ...), alike for the rates of a seed."""
+        parts = zip(*[task.draw(sequences, generator) for generator in generators])
+        return [torch.stack(part).repeat_interleave(len(rates), 0) for part in parts]
+
+    @torch.no_grad()
+    def judged(first: int, batches: int) -> Tensor:
+        """(E, S)"""
+        generators = of_seeds(first)
+        return torch.stack([task.errors(model, *drawn(JUDGED, generators)) for _ in range(batches)]).mean(0)
+
+    def enough() -> bool:
+        by_seed = judged(3000, 2)[:, task.first :].mean(1).view(len(seeds), -1)
+        return bool((by_seed.amin(1) <= task.enough).all())
+
+    generators = of_seeds(1)
+    loss = lambda: task.losses(model, *drawn(batch, generators))
+    each = torch.tensor(rates, device=device).repeat(len(seeds))
+    began = time.monotonic()
+    curve = fit(loss, model, each, steps, generators, enough if task.enough else lambda: False)
+    seconds = time.monotonic() - began
+    choice, reported = judged(1000, 8), judged(2000, 8)
+    return {
+        "batch": batch,
+        "steps": curve[-1][0],
+        "of_steps": steps,
+        "seconds": round(seconds, 1),
+        "parameters": sum(p.numel() for p in model.parameters()) // len(each),
+        **chosen(rates, seeds, choice[:, task.first :].mean(1), reported[:, task.first :].mean(1)),
+        "along": [[round(e, 5) for e in one] for one in reported.tolist()],
+        "curve": curve,
+    }
+
+
+def fit(
+    loss: Callable[[], Tensor],
+    model: nn.Module,
+    rates: Tensor,
+    steps: int,
+    generators: Sequence[torch.Generator],
+    enough: Callable[[], bool],
+) -> list[Any]:
+    """Train by ``loss()``, (E,), with ``rates`` (E,) that grow for a tenth of the steps and fall to a tenth.
+
+    ``generators`` are those that ``loss`` draws by. Ends early if there is ``enough``, which is asked about fifty times
+    on the way. Returns steps and losses, (E,), as often.
     """
     optimizer, curve, every = AdamW(model, rates), [], max(1, steps // 50)
-    for step in progress(range(steps), desc=name, unit="step"):
-        losses = loss(step)
+    factor = torch.zeros((), device=rates.device)
+
+    def step() -> Tensor:
+        losses = loss()
         losses.sum().backward()
-        optimizer.step(rate((step + 1) / steps, 0.1))
-        if (step + 1) % every == 0:
-            curve.append([step + 1, [round(one, 5) for one in losses.tolist()]])
+        optimizer.step(factor)
+        return losses.detach()
+
+    take = _captured(step, generators) if rates.device.type == "cuda" else step
+    for done in progress(range(1, steps + 1), desc="steps", unit="step"):
+        factor.fill_(rate(done / steps, 0.1))
+        losses = take()
+        if done % every == 0:
+            curve.append([done, [round(one, 5) for one in losses.tolist()]])
+            if enough():
+                break
     return curve
+
+
+def _captured(step: Callable[[], Tensor], generators: Sequence[torch.Generator]) -> Callable[[], Tensor]:
+    """Steps of a few kernels each wait for their launches: after a few as they are, a CUDA graph of one."""
+    stream, taken, graph = torch.cuda.Stream(), 0, torch.cuda.CUDAGraph()
+    losses = torch.empty(0)
+    for generator in generators:
+        graph.register_generator_state(generator)
+
+    def take() -> Tensor:
+        nonlocal taken, losses
+        taken += 1
+        if taken > WARM:
+            graph.replay()
+            return losses
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            told = step()
+        torch.cuda.current_stream().wait_stream(stream)
+        if taken == WARM:
+            with torch.cuda.graph(graph, stream=stream):
+                losses = step()
+        return told
+
+    return take

@@ -12,6 +12,7 @@ sequences than those of which errors are reported.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -19,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.experiments.ensemble import MIXERS, Block, Linear, Norm, alike, fit
-from examples.experiments.runs import Run, Runs, chosen, draw_curves, parser_of, table_of, within
+from examples.experiments.ensemble import MIXERS, Block, Linear, Norm, Task, learn
+from examples.experiments.runs import DEVICE, Run, draw_curves, parser_of, study
 
 FUNCTIONS = ("linear", "network")
 POINT, HIDDEN, NOISE = 8, 32, 0.1
@@ -41,61 +42,36 @@ def draw(function: str, sequences: int, length: int, generator: torch.Generator)
     return torch.cat([x, F.pad(example, (0, 0, 1, 0))], -1), y
 
 
-def run(function: str, mixer: str, seeds: list[int], length: int, batch: int, steps: int, device: str) -> Run:
-    models, rates = len(seeds) * len(RATES), len(RATES)
+def run(function: str, mixer: str, seeds: list[int], length: int, batch: int, steps: int) -> Run:
+    models = len(seeds) * len(RATES)
     torch.manual_seed(seeds[0])
     blocks = [Block(models, WIDTH, HEADS, mixer, mlp=False) for _ in range(LAYERS)]
     model = nn.Sequential(Linear(models, 2 * POINT + 1, WIDTH), *blocks, Norm(models, WIDTH), Linear(models, WIDTH, 1))
-    model = alike(model, rates).to(device)
-    generators = [torch.Generator(device).manual_seed(1 + seed) for seed in seeds]
-
-    def errors(sequences: int, generators: list[torch.Generator]) -> Tensor:
-        """(E, N, S)"""
-        drawn = [draw(function, sequences, length, generator) for generator in generators]
-        tokens, y = (torch.stack(parts).repeat_interleave(rates, 0) for parts in zip(*drawn))
-        said: Tensor = model(tokens)
-        return (said.squeeze(-1) - y).square()
-
-    each = torch.tensor(RATES, device=device).repeat(len(seeds))
-    curve = fit(lambda _: errors(batch, generators).mean((1, 2)), model, each, steps, f"{function}, {mixer}")
-    with torch.no_grad():
-        fresh = lambda first: [torch.Generator(device).manual_seed(first + seed) for seed in seeds]
-        choice, reported = (errors(256, fresh(first)).mean(1) for first in (1000, 2000))  # (E, S)
-    return {
-        "function": function,
-        "mixer": mixer,
-        "length": length,
-        "batch": batch,
-        "steps": steps,
-        "parameters": sum(p.numel() for p in model.parameters()) // models,
-        **chosen(RATES, seeds, choice.mean(1), reported.mean(1)),
-        "along": [[round(e, 5) for e in one] for one in reported.tolist()],  # by model, by token
-        "curve": curve,
-    }
+    squares = lambda model, tokens, y: (model(tokens).squeeze(-1) - y).square()  # (E, N, S)
+    task = Task(
+        lambda sequences, generator: draw(function, sequences, length, generator),
+        losses=lambda *drawn: squares(*drawn).mean((1, 2)),
+        errors=lambda *drawn: squares(*drawn).mean(1),
+    )
+    learned = learn(model.to(DEVICE), task, seeds, RATES, batch, steps)
+    return {"function": function, "mixer": mixer, "length": length, **learned}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser = parser_of(__file__, __doc__)
     parser.add_argument("--functions", nargs="+", choices=FUNCTIONS, default=list(FUNCTIONS))
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
     parser.add_argument("--batch", type=int, default=32, help="sequences a step")
     options = parser.parse_args(arguments)
     if options.quick:
         options.seeds, options.steps, options.length, options.batch = [0], 150, 32, 32
         options.functions, options.mixers = ["linear"], ["softmax", "LLA"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    runs = Runs(options.results, device)
-    for function, mixer in within(options.within, product(options.functions, options.mixers)):
-        name = f"{function}, {mixer}"
-        if name not in runs.all:
-            runs.add(name, run(function, mixer, options.seeds, options.length, options.batch, options.steps, device))
-            print(name, table_of({name: runs.all[name]}).splitlines()[-1], flush=True)
-    print(table_of(runs.all))
-    if options.plot is not None:
-        plot(runs.all, options.plot)
-    return runs.all
+    how = (options.seeds, options.length, options.batch, options.steps)
+    pairs = product(options.functions, options.mixers)
+    wanted = {f"{function}, {mixer}": partial(run, function, mixer, *how) for function, mixer in pairs}
+    return study(options, wanted, plot)
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:

@@ -63,9 +63,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     begin, speed = time.monotonic(), dict[str, float]()  # seconds a step, all told
     read = text.read(options.text, options.cache, most=2_000_000 if options.quick else None)
     print(f"{device}: {[f'{part:,}' for part in read.facts['bytes']]} bytes to train on, to choose by, to report of")
+    if any(run["corpus"] != read.facts["sha256"][:16] for run in runs.all.values()):
+        raise SystemExit(f"{options.results} holds runs on another text, which are no match; give another --results")
     read = read.to(device)
     best: dict[str, float] = {}  # of the files of keys
     for seed, arm in progress(wanted(options, runs), desc="runs", unit="run"):
+        runs.read()
         if (resolved := resolve(arm, runs.all)) is None:
             print(f"{arm.kind}: wants --lr, or runs of --study main; with --as-lla those of LLA", flush=True)
             continue
@@ -94,6 +97,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a small model, for a CPU")
     parser.add_argument("--quick", action="store_true", help="the same, trained for under a minute")
     parser.add_argument("--study", nargs="+", choices=STUDIES)
+    parser.add_argument("--only", choices=["lla", "softmax"], help="the arms of this kind of a study")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--within", type=float, default=float("inf"), help="seconds after which no run begins")
     parser.add_argument("--results", type=Path, help="default: results/language_model[_small].json beside this file")
@@ -133,12 +137,13 @@ def wanted(options: argparse.Namespace, runs: Runs) -> Iterator[tuple[int, Arm]]
         one = [Arm(**{field.name: getattr(options, field.name) for field in fields(Arm)})]
         yield from product(options.seeds, quick if options.quick else one)
     for study in options.study or []:
-        for arm in STUDIES[study] if study in SEARCHES else []:
+        arms = [arm for arm in STUDIES[study] if options.only in (None, arm.kind)]
+        for arm in arms if study in SEARCHES else []:
             tried = None
             while (lr := next_rate(rates(arm, runs.all))) not in (None, tried):  # it is not run where time is up
                 tried = lr
                 yield 0, replace(arm, lr=lr)
-        yield from product(options.seeds, STUDIES[study])
+        yield from product(options.seeds, arms)
 
 
 def next_rate(losses: dict[float, float]) -> float | None:

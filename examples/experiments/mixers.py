@@ -6,9 +6,23 @@ S D^2. tests/test_experiments.py checks each against the formula beside it.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@functools.cache
+def _fused_delta_rule() -> Callable[..., Any] | None:
+    """flash-linear-attention's, where it is installed."""
+    if importlib.util.find_spec("fla") is None:
+        return None
+    return importlib.import_module("fla.ops.delta_rule").fused_recurrent_delta_rule  # type: ignore[no-any-return]
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -24,8 +38,10 @@ def ridge_regression(q: Tensor, k: Tensor, v: Tensor, ridge: Tensor | float) -> 
     gram = torch.einsum("bhsd,bhse->bhsde", k, k).cumsum(2)  # (B, H, S, D, D)
     cross = torch.einsum("bhsd,bhse->bhsde", k, v).cumsum(2)  # (B, H, S, D, Dv)
     ridge = torch.as_tensor(ridge, dtype=k.dtype, device=k.device)[..., None, None]  # (H, 1, 1, 1), or a number
-    factor = torch.linalg.cholesky(gram + ridge * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device))
-    found = torch.cholesky_solve(q.unsqueeze(-1), factor)  # (B, H, S, D, 1)
+    system = gram + ridge * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    factor = torch.linalg.cholesky_ex(system).L  # the one that a CUDA graph can hold: it does not wait for an error
+    half = torch.linalg.solve_triangular(factor, q.unsqueeze(-1), upper=False)
+    found = torch.linalg.solve_triangular(factor.mT, half, upper=True)  # (B, H, S, D, 1)
     o: Tensor = (found.mT @ cross).squeeze(-2)
     return o
 
@@ -36,8 +52,15 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor 
     beta, from 0 to 1, and log_decay, 0 and less: (B, H, S). Keys should have norm 1. What token j writes, u_j, is the
     solution of one triangular system:  u_i + beta_i sum_{j<i} a_{j+1}...a_i (k_i.k_j) u_j = beta_i v_i.
 
+    On a GPU without decays it is flash-linear-attention's, where that is installed. (Its gated rule has a backward pass
+    in bfloat16 alone; these experiments are in float32.)
+
     Source: Yang et al., "Parallelizing Linear Transformers with the Delta Rule", 2024; "Gated Delta Networks", 2024.
     """
+    if log_decay is None and q.is_cuda and (fused := _fused_delta_rule()) is not None:
+        turned = (t.transpose(1, 2) for t in (q, k, v, beta))  # (B, S, H, ...)
+        found: Tensor = fused(*turned, scale=1.0)[0]
+        return found.transpose(1, 2)
     kept = torch.ones_like(q[..., :1] * k[..., :1].mT).tril()  # (B, H, S, S)
     if log_decay is not None:
         total = log_decay.cumsum(-1)

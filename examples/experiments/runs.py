@@ -3,40 +3,77 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
 import json
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+import flashlla
 from benchmarks.record import circumstances
 
 RESULTS = Path(__file__).parent / "results"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T = TypeVar("T")
 Run = dict[str, Any]
+Plot = Callable[[dict[str, Run], Path], None]
 
 
 class Runs:
-    """Runs by name, in a JSON file written whole after each; those already there are not made again."""
+    """Runs by name, in a JSON file written whole after each; those already there are not made again.
+
+    Several processes may add to one file.
+    """
 
     def __init__(self, path: Path, device: str) -> None:
         self.path, self.device = path, device
-        self.all: dict[str, Run] = json.loads(path.read_text())["runs"] if path.exists() else {}
+        self.all: dict[str, Run] = {}
+        self.read()
+
+    def read(self) -> None:
+        """What there is by now, of other processes too."""
+        if self.path.exists():
+            self.all = json.loads(self.path.read_text())["runs"]
 
     def add(self, name: str, run: Run) -> None:
         command = shlex.join(["python", "-m", _module(), *sys.argv[1:]])
-        self.all[name] = {**run, "of": {**circumstances(self.device), "command": command}}
+        of = {**circumstances(self.device), "fla": _fla(), "sources": sources(), "command": command}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        runs = ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(self.all.items()))
-        partial.write_text(f'{{"runs": {{\n{runs}\n}}}}\n')
-        partial.replace(self.path)
+        with self.path.with_name(f".{self.path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.read()
+            self.all[name] = {**run, "of": of}
+            partial = self.path.with_name(f"{self.path.name}.partial")
+            runs = ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(self.all.items()))
+            partial.write_text(f'{{"runs": {{\n{runs}\n}}}}\n')
+            partial.replace(self.path)
+
+
+def _fla() -> str | None:
+    try:
+        return importlib.metadata.version("flash-linear-attention")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def sources() -> str:
+    """A digest of the package's sources: records of one digest are of the same kernels."""
+    folder = Path(flashlla.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def parser_of(module: str, doc: str | None) -> argparse.ArgumentParser:
@@ -49,6 +86,21 @@ def parser_of(module: str, doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--plot", type=Path, help="draw it here, as PNG")
     parser.add_argument("--within", type=float, default=float("inf"), help="seconds after which no run begins")
     return parser
+
+
+def study(options: argparse.Namespace, wanted: Mapping[str, Callable[[], Run]], plot: Plot) -> dict[str, Run]:
+    """Make those of ``wanted`` that are not there, in the order given; their table, and the plot asked for."""
+    runs = Runs(options.results, DEVICE)
+    for name in within(options.within, wanted):
+        runs.read()
+        if name not in runs.all:
+            runs.add(name, wanted[name]())
+            print(table_of({name: runs.all[name]}).splitlines()[-1], flush=True)
+    runs.read()
+    print(table_of(runs.all))
+    if options.plot is not None:
+        plot(runs.all, options.plot)
+    return runs.all
 
 
 def _module() -> str:

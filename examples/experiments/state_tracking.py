@@ -12,15 +12,15 @@ leaves 59 of 60.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import permutations, product
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.experiments.ensemble import Block, Embedding, Linear, Norm, alike, fit
-from examples.experiments.runs import Run, Runs, chosen, draw_curves, parser_of, table_of, within
+from examples.experiments.ensemble import Block, Embedding, Linear, Norm, Task, cross_entropies, learn
+from examples.experiments.runs import DEVICE, Run, draw_curves, parser_of, study
 
 MIXERS = ("softmax", "LLA", "gated delta rule")
 GROUP = list(permutations(range(5)))
@@ -43,67 +43,39 @@ def draw(kind: str, sequences: int, length: int, generator: torch.Generator) -> 
     return tokens, torch.stack(states, 1)
 
 
-def run(kind: str, mixer: str, seeds: list[int], length: int, batch: int, steps: int, device: str) -> Run:
-    models, rates = len(seeds) * len(RATES), len(RATES)
+def run(kind: str, mixer: str, seeds: list[int], length: int, batch: int, steps: int) -> Run:
+    models = len(seeds) * len(RATES)
     torch.manual_seed(seeds[0])
     blocks = [Block(models, WIDTH, HEADS, mixer, mlp=True) for _ in range(LAYERS)]
     enter, leave = Embedding(models, len(GROUP), WIDTH, length), Linear(models, WIDTH, len(GROUP))
-    model = alike(nn.Sequential(enter, *blocks, Norm(models, WIDTH), leave), rates).to(device)
-    generators = [torch.Generator(device).manual_seed(1 + seed) for seed in seeds]
-
-    def answers(sequences: int, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """(E, N, S, 120) and (E, N, S)"""
-        drawn = [draw(kind, sequences, length, generator) for generator in generators]
-        tokens, states = (torch.stack(parts).repeat_interleave(rates, 0) for parts in zip(*drawn))
-        return model(tokens), states
-
-    def loss(_: int) -> Tensor:
-        said, states = answers(batch, generators)
-        return F.cross_entropy(said.flatten(0, 2), states.flatten(), reduction="none").view(models, -1).mean(1)
-
-    @torch.no_grad()
-    def wrong(first: int) -> Tensor:
-        """(E, S)"""
-        said, states = answers(512, [torch.Generator(device).manual_seed(first + seed) for seed in seeds])
-        return (said.argmax(-1) != states).float().mean(1)
-
-    each = torch.tensor(RATES, device=device).repeat(len(seeds))
-    curve = fit(loss, model, each, steps, f"{kind}, {mixer}")
-    choice, reported = wrong(1000), wrong(2000)
-    return {
-        "kind": kind,
-        "mixer": mixer,
-        "length": length,
-        "batch": batch,
-        "steps": steps,
-        **chosen(RATES, seeds, choice[:, length // 2 :].mean(1), reported[:, length // 2 :].mean(1)),
-        "along": [[round(e, 4) for e in one] for one in reported.tolist()],
-        "curve": curve,
-    }
+    model = nn.Sequential(enter, *blocks, Norm(models, WIDTH), leave)
+    task = Task(
+        lambda sequences, generator: draw(kind, sequences, length, generator),
+        losses=lambda model, tokens, states: cross_entropies(model(tokens), states),
+        errors=lambda model, tokens, states: (model(tokens).argmax(-1) != states).float().mean(1),
+        first=length // 2,
+        enough=0.01,
+    )
+    learned = learn(model.to(DEVICE), task, seeds, RATES, batch, steps)
+    return {"kind": kind, "mixer": mixer, "length": length, **learned}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser = parser_of(__file__, __doc__)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--length", type=int, default=32, help="tokens a sequence")
+    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8, 16, 32], help="tokens a sequence")
     parser.add_argument("--batch", type=int, default=64, help="sequences a step")
     options = parser.parse_args(arguments)
     if options.quick:
         options.kinds, options.mixers, options.seeds, options.steps = ["swaps"], MIXERS[:2], [0], 100
-        options.length, options.batch = 4, 64
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    runs = Runs(options.results, device)
-    for kind, mixer in within(options.within, product(options.kinds, options.mixers)):
-        name = f"{kind}, {mixer}"
-        if name not in runs.all:
-            runs.add(name, run(kind, mixer, options.seeds, options.length, options.batch, options.steps, device))
-            print(table_of({name: runs.all[name]}).splitlines()[-1], flush=True)
-    print(table_of(runs.all))
-    if options.plot is not None:
-        plot(runs.all, options.plot)
-    return runs.all
+        options.lengths, options.batch = [4], 64
+    wanted = {
+        f"{length} {kind}, {mixer}": partial(run, kind, mixer, options.seeds, length, options.batch, options.steps)
+        for kind, length, mixer in product(options.kinds, options.lengths, options.mixers)
+    }
+    return study(options, wanted, plot)
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:
@@ -112,7 +84,7 @@ def plot(runs: dict[str, Run], path: Path) -> None:
     for run in runs.values():
         after = [float(i + 1) for i in range(run["length"])]
         lines = [(after, run["along"][i]) for i in run["members"]]
-        panels.setdefault(run["kind"], {})[run["mixer"]] = lines
+        panels.setdefault(f"{run['kind']}, {run['length']}", {})[run["mixer"]] = lines
     draw_curves(panels, path, x="permutations", y="wrong answers", log=False)
 
 

@@ -128,7 +128,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser.add_argument("--sequences", type=int, default=8 * EPOCH, help="to train on at most; default: %(default)s")
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--pairs", type=int, nargs="+", help="tasks of so many; default: all")
-    parser.add_argument("--tokens", type=int, default=32768, help="in a batch")
+    parser.add_argument("--batch", type=int, default=256, help="sequences, but not more than --tokens")
+    parser.add_argument("--tokens", type=int, default=32768, help="in a batch, at most")
     parser.add_argument("--most", type=int, default=512, help="longest sequences")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of words; default: %(default)s")
     options = parser.parse_args(arguments)
@@ -137,10 +138,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     tasks = [task for task in tasks if options.pairs is None or task.pairs in options.pairs]
     if options.quick:
         tasks = [Recall("numbers", 16, 32, 32), Recall("words", 4, 16, 32, vocabulary=16)]
-        options.mixers, options.seeds, options.sequences, options.tokens = MIXERS[:2], [0], 120 * 128, 2048
+        options.mixers, options.seeds, options.sequences, options.batch = MIXERS[:2], [0], 120 * 64, 64
     wanted = {}
     for task, mixer in product(tasks, options.mixers):
-        batch = min(256, options.tokens // task.length)
+        batch = min(options.batch, options.tokens // task.length)
         wanted[f"{task.name()}, {mixer}"] = partial(run, task, mixer, options.seeds, batch, options.sequences // batch)
     return study(options, wanted, plot)
 

@@ -48,6 +48,7 @@ STUDIES = {
     "long": [Arm(kind, steps=5000) for kind in ("lla", "softmax")],
     "long_time": [Arm("softmax", steps=5000, as_lla=True)],
 }
+DRAWN = ("main", "time")
 SEARCHES = ("main", "muon")  # in these, learning rates are searched first, by seed 0
 
 
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
         print(f"{name}: {figures}; the run took {lasted:.0f} s", flush=True)
     print(table(runs.all))
     if options.plot is not None:
-        draw(runs.all, options.plot)
+        draw(runs.all, options.plot, [arm for study in options.study or DRAWN for arm in STUDIES[study]])
     return runs.all
 
 
@@ -101,7 +102,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--within", type=float, default=float("inf"), help="seconds after which no run begins")
     parser.add_argument("--results", type=Path, help="default: results/language_model[_small].json beside this file")
-    parser.add_argument("--plot", type=Path, help="draw loss against steps and against time, as PNG")
+    parser.add_argument("--plot", type=Path, help="draw loss against steps and time, of the studies given, as PNG")
     parser.add_argument("--keys", type=Path, metavar="DIR", help="keep keys of LLA's runs here")
     parser.add_argument("--checkpoints", type=Path, metavar="DIR")
     parser.add_argument(
@@ -207,7 +208,7 @@ def table(runs: dict[str, Run]) -> str:
     return "\n".join(rows)
 
 
-def draw(runs: dict[str, Run], path: Path, arms: Sequence[Arm] = (*BOTH, *STUDIES["time"])) -> None:
+def draw(runs: dict[str, Run], path: Path, arms: Sequence[Arm]) -> None:
     """Loss against steps and against seconds of training, of arms at their best rates; a line for each seed."""
     from matplotlib.figure import Figure
 
@@ -219,7 +220,7 @@ def draw(runs: dict[str, Run], path: Path, arms: Sequence[Arm] = (*BOTH, *STUDIE
             continue
         colour = "C0" if arm.kind == "lla" else "C2" if arm.as_lla else "C1"
         label = f"{'LLA' if arm.kind == 'lla' else 'softmax'}{', as long as LLA' * arm.as_lla}"
-        label += ", no qk-norm" * (not arm.qk_norm)
+        label += ", no qk-norm" * (not arm.qk_norm) + ", Muon" * (arm.optimizer == "muon")
         for run in by_arm(runs).get(replace(resolved, seconds=None).name(), []):
             steps, seconds, losses = zip(*run["curve"])
             for axes, x in zip(panels, (steps, seconds)):

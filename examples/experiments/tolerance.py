@@ -6,22 +6,20 @@
 Output and gradients at each tolerance beside those of a direct solve in float64, for a cotangent drawn from the normal
 distribution. A loose solve in the backward pass does not give the gradient of the loose forward pass; what it gives is
 told by its relative error and by its cosine with the exact gradient. Operands are in bfloat16, as in training; the
-exact ones are of the same rounded numbers. Times are of 192 heads, the keys over and over.
+exact ones are of the same rounded numbers. Times are of 192 heads, the keys over and over, from CUDA graphs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import timing
 from examples.experiments.runs import Run, Runs, progress
 from flashlla import lla_attention
 
@@ -53,25 +51,11 @@ def compare(inputs: list[Tensor], cotangent: Tensor, tolerance: float, exact: tu
 
 
 def times(inputs: list[Tensor], cotangent: Tensor, tolerance: float) -> dict[str, float]:
-    """Milliseconds of a forward and of a backward pass, medians."""
-    *qkv, ridge = [t.clone().requires_grad_() for t in inputs]
-    forward = lambda: lla_attention(*qkv, ridge_lambda=ridge, tolerance=tolerance, cg_max_iters=256)
-    o = forward()
-    backward = lambda: torch.autograd.grad(o, [*qkv, ridge], cotangent, retain_graph=True)
-    return {"forward_ms": _median(forward, o.device), "backward_ms": _median(backward, o.device)}
-
-
-def _median(call: Callable[[], Any], device: torch.device) -> float:
-    lasted = []
-    for _ in range(20):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        lasted.append(1e3 * (time.perf_counter() - begin))
-    return round(statistics.median(lasted[5:]), 3)
+    """Milliseconds of a forward and of a backward pass, from CUDA graphs."""
+    *qkv, ridge = inputs
+    attend = lambda q, k, v: lla_attention(q, k, v, ridge_lambda=ridge, tolerance=tolerance, cg_max_iters=256)
+    passes = {which: timing.graphed(which, attend, [*qkv, cotangent]) for which in ("forward", "backward")}
+    return {f"{which}_ms": round(timing.milliseconds(call.graph.replay), 3) for which, call in passes.items()}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Run]:

@@ -21,7 +21,7 @@ from flashlla import ConvergenceCounter
 from flashlla.nn import LocalLinearAttention, param_groups
 
 WARM, TIMED = 5, 10  # steps by which a step's time is measured before a run
-POINTS = 8  # of the loss curve
+POINTS, APART = 8, 250  # of the loss curve, at least, and how many steps they lie apart, at most
 CURVE_BATCHES, LAST_BATCHES = 4, 16  # that a validation loss is the mean of, on the way and at the end
 
 
@@ -139,7 +139,8 @@ def train(arm: Arm, seed: int, corpus: Corpus, setting: Setting) -> tuple[Run, G
             steps = saved["steps"]  # as they were measured then
     batches = Windows(corpus.train, size.length, size.batch, steps, seed)
     on_the_way = evenly(corpus.reported, size.length, size.batch, CURVE_BATCHES)
-    validated = {math.ceil(steps * (i + 1) / POINTS) for i in range(POINTS)}
+    points = max(POINTS, steps // APART)
+    validated = {math.ceil(steps * (i + 1) / points) for i in range(points)}
     warmup = min(200, max(1, steps // 10)) / steps
 
     learner, clock = Learner(arm, seed, setting), Clock(device)

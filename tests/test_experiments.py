@@ -28,7 +28,7 @@ from examples.experiments import (
 )
 from examples.experiments.corpus import Corpus, Windows
 from examples.experiments.gpt import GPT, Attention, Size, heads_of, keys_of
-from examples.experiments.runs import RESULTS, table_of
+from examples.experiments.runs import RESULTS, Runs, sources, table_of
 from examples.experiments.training import Arm, Setting, train
 from flashlla import lla_attention
 
@@ -156,6 +156,86 @@ def test_figures_of_the_readme_are_those_of_the_record() -> None:
     assert f"| LLA | {loss(lla)} | {ms(lla)} | {loss(lla)} |" in readme
     bare = [loss(f"{kind} qk_norm=False lr=0.001").split()[0] for kind in ("softmax", "lla")]
     assert f"Without that softmax attention is at {bare[0]} after 500 steps, LLA at {bare[1]}" in readme
+
+
+# Runs
+
+
+def test_two_processes_add_to_one_file(tmp_path: Path) -> None:
+    one, other = (Runs(tmp_path / "runs.json", "cpu") for _ in range(2))
+    one.add("a", {"reported": [1.0]})
+    other.add("b", {"reported": [2.0]})
+    one.read()
+    assert {name: run["reported"] for name, run in one.all.items()} == {"a": [1.0], "b": [2.0]}
+    assert one.all["a"]["of"]["sources"] == sources() != ""
+
+
+def test_runs_on_another_text_are_no_match(tmp_path: Path) -> None:
+    Runs(tmp_path / "runs.json", "cpu").add("lla lr=0.001 seed=0", {"corpus": "another"})
+    with pytest.raises(SystemExit, match="on another text"):
+        language_model.main(["--quick", "--text", str(Path(corpus.__file__).parent), *kept_in(tmp_path)])
+
+
+def copying(enough: float = 0.0) -> ensemble.Task:
+    """The token itself is to be told, of four."""
+    return ensemble.Task(
+        lambda sequences, generator: (torch.randint(4, (sequences, 6), generator=generator, device=generator.device),),
+        losses=lambda model, tokens: ensemble.cross_entropies(model(tokens), tokens),
+        errors=lambda model, tokens: (model(tokens).argmax(-1) != tokens).float().mean(1),
+        enough=enough,
+    )
+
+
+def four_models() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    block = ensemble.Block(4, 8, 2, "LLA", mlp=False)
+    return torch.nn.Sequential(ensemble.Embedding(4, 4, 8), block, ensemble.Norm(4, 8), ensemble.Linear(4, 8, 4))
+
+
+def test_models_of_a_seed_begin_alike_and_the_best_rate_is_reported() -> None:
+    run = ensemble.learn(four_models(), copying(), [0, 1], [1e-5, 3e-2], batch=16, steps=49)
+    step, first = run["curve"][0]
+    assert step == 1  # losses of the first weights, on the same sequences
+    assert first[0] == first[1]
+    assert first[2] == first[3] != first[0]
+    assert run["chosen"] == [3e-2, 3e-2]
+    assert run["members"] == [1, 3]
+    assert run["reported"] == [run["all"][1], run["all"][3]] == [0.0, 0.0]
+    assert run["all"][0] > 0.3
+    assert run["steps"] == 49
+
+
+def test_training_ends_where_it_is_enough() -> None:
+    run = ensemble.learn(four_models(), copying(enough=0.1), [0, 1], [1e-5, 3e-2], batch=16, steps=1000)
+    assert run["steps"] < 500
+    assert run["of_steps"] == 1000
+    assert max(run["reported"]) <= 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", ensemble.MIXERS)
+def test_steps_of_a_graph_are_steps(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def curve() -> Any:
+        torch.manual_seed(0)
+        block = ensemble.Block(4, 32, 2, mixer, mlp=False)
+        model = torch.nn.Sequential(ensemble.Embedding(4, 4, 32), block, ensemble.Linear(4, 32, 4)).cuda()
+        run = ensemble.learn(model, copying(), [0, 1], [1e-3, 1e-2], batch=16, steps=20)
+        return torch.tensor([losses for _, losses in run["curve"]])
+
+    graphs = curve()
+    monkeypatch.setattr(ensemble, "_captured", lambda step, generators: step)
+    torch.testing.assert_close(graphs, curve(), atol=2e-3, rtol=0)
+    assert graphs[-1, 1] < graphs[0, 1]
+
+
+@pytest.mark.gpu
+def test_the_delta_rule_of_flash_linear_attention_is_the_formula() -> None:
+    pytest.importorskip("fla")
+    t = drawn("q", "k", "v", "beta")
+    t["k"], t["beta"] = torch.nn.functional.normalize(t["k"], dim=-1), t["beta"].sigmoid()
+    exact = mixers.delta_rule(**t)
+    o = mixers.delta_rule(**{name: x.float().cuda() for name, x in t.items()})
+    torch.testing.assert_close(o.cpu().double(), exact, atol=1e-4, rtol=1e-4)
 
 
 # A language model's run

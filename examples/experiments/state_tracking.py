@@ -12,6 +12,7 @@ leaves 59 of 60.
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 from itertools import permutations, product
 from pathlib import Path
@@ -32,11 +33,16 @@ WIDTH, HEADS, LAYERS = 64, 2, 4
 RATES = (1e-3, 3e-3)
 
 
+@functools.cache
+def tables(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What tokens are drawn of, and products: copied once, for a CUDA graph can hold no copy to the device."""
+    return KINDS[kind].to(device), PRODUCT.to(device)
+
+
 def draw(kind: str, sequences: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens and the product of all so far, (N, S) each."""
-    device = generator.device
-    among, products = KINDS[kind].to(device), PRODUCT.to(device)
-    tokens = among[torch.randint(len(among), (sequences, length), generator=generator, device=device)]
+    among, products = tables(kind, generator.device)
+    tokens = among[torch.randint(len(among), (sequences, length), generator=generator, device=generator.device)]
     states = [tokens[:, 0]]
     for token in tokens[:, 1:].unbind(1):
         states.append(products[states[-1], token])

@@ -298,12 +298,16 @@ def test_rates_are_searched_until_the_best_has_one_on_either_side() -> None:
 
 
 def test_an_arm_of_equal_time_takes_the_time_of_lla() -> None:
-    run = lambda arm, choice, seconds: {"arm": {**vars(arm)}, "seed": 0, "choice": choice, "seconds": seconds}
+    def run(arm: Arm, choice: float, seconds: float, step_ms: float) -> Any:
+        return {"arm": {**vars(arm)}, "seed": 0, "choice": choice, "seconds": seconds, "step_ms": step_ms}
+
     lla, softmax = Arm(lr=1e-3), Arm("softmax", lr=2e-3)
-    runs = {f"{arm.name()} seed=0": run(arm, 1.0, s) for arm, s in ((lla, 40.0), (softmax, 20.0))}
-    runs[f"{replace(lla, lr=4e-3).name()} seed=0"] = run(replace(lla, lr=4e-3), 2.0, 90.0)
-    found = language_model.resolve(Arm("softmax", as_lla=True), runs)
-    assert found == Arm("softmax", lr=2e-3, seconds=40.0, as_lla=True)
+    slower = replace(lla, lr=4e-3)
+    runs = {f"{lla.name()} seed=0": run(lla, 1.0, 40.0, 80.0), f"{slower.name()} seed=0": run(slower, 2.0, 90.0, 180.0)}
+    equal = Arm("softmax", as_lla=True)
+    assert language_model.resolve(replace(equal, lr=2e-3), runs) is None  # nothing tells what its step takes
+    runs[f"{softmax.name()} seed=0"] = run(softmax, 1.0, 21.0, 40.0)
+    assert language_model.resolve(equal, runs) == replace(equal, lr=2e-3, steps=1000)
     assert language_model.resolve(Arm("softmax", qk_norm=False), runs) is None
 
 

@@ -71,9 +71,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     for seed, arm in progress(wanted(options, runs), desc="runs", unit="run"):
         runs.read()
         if (resolved := resolve(arm, runs.all)) is None:
-            print(f"{arm.kind}: wants --lr, or runs of --study main; with --as-lla those of LLA", flush=True)
+            print(
+                f"{arm.kind}: wants --lr, or runs of --study main; --as-lla those of both for so many steps", flush=True
+            )
             continue
-        name = f"{replace(resolved, seconds=None if arm.as_lla else arm.seconds).name()} seed={seed}"
+        name = f"{replace(resolved, steps=arm.steps).name()} seed={seed}"
         if name in runs.all:
             continue
         began = time.monotonic()
@@ -132,19 +134,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def wanted(options: argparse.Namespace, runs: Runs) -> Iterator[tuple[int, Arm]]:
-    """Seeds and arms; of a search each after the one before has run."""
+    """Seeds and arms, a seed of all studies before the next; of a search each after the one before has run."""
     if not options.study:
         quick = [Arm(kind, lr=3e-3, steps=60) for kind in ("lla", "softmax")]
         one = [Arm(**{field.name: getattr(options, field.name) for field in fields(Arm)})]
         yield from product(options.seeds, quick if options.quick else one)
-    for study in options.study or []:
+    for seed, study in product(options.seeds, options.study or []):
         arms = [arm for arm in STUDIES[study] if options.only in (None, arm.kind)]
         for arm in arms if study in SEARCHES else []:
             tried = None
             while (lr := next_rate(rates(arm, runs.all))) not in (None, tried):  # it is not run where time is up
                 tried = lr
                 yield 0, replace(arm, lr=lr)
-        yield from product(options.seeds, arms)
+        yield from ((seed, arm) for arm in arms)
 
 
 def next_rate(losses: dict[float, float]) -> float | None:
@@ -156,7 +158,11 @@ def next_rate(losses: dict[float, float]) -> float | None:
 
 
 def resolve(arm: Arm, runs: dict[str, Run]) -> Arm | None:
-    """With the best learning rate of those tried, and the seconds of LLA's runs; None where there are none yet."""
+    """With the best learning rate of those tried, and as many steps as LLA's time allows; None where runs are wanting.
+
+    That is the time of LLA's runs, divided by the median step of softmax attention's, both of the records: so it does
+    not hang on what the machine does when this arm runs.
+    """
     if arm.lr is None:
         losses = rates(arm, runs)
         if not losses:
@@ -164,9 +170,12 @@ def resolve(arm: Arm, runs: dict[str, Run]) -> Arm | None:
         arm = replace(arm, lr=min(losses, key=lambda lr: losses[lr]))
     if not arm.as_lla:
         return arm
-    lla = resolve(replace(arm, kind="lla", lr=None, as_lla=False), runs)
-    some = by_arm(runs).get(lla.name(), []) if lla else []
-    return replace(arm, seconds=statistics.mean(run["seconds"] for run in some)) if some else None
+    own, lla = (resolve(replace(arm, kind=kind, lr=None, as_lla=False), runs) for kind in (arm.kind, "lla"))
+    mean = lambda some, key: statistics.mean(run[key] for run in by_arm(runs)[some.name()])
+    try:
+        return replace(arm, steps=round(1e3 * mean(lla, "seconds") / mean(own, "step_ms")))
+    except (AttributeError, KeyError):
+        return None
 
 
 def rates(arm: Arm, runs: dict[str, Run]) -> dict[float, float]:
@@ -221,7 +230,7 @@ def draw(runs: dict[str, Run], path: Path, arms: Sequence[Arm]) -> None:
         colour = "C0" if arm.kind == "lla" else "C2" if arm.as_lla else "C1"
         label = f"{'LLA' if arm.kind == 'lla' else 'softmax'}{', as long as LLA' * arm.as_lla}"
         label += ", no qk-norm" * (not arm.qk_norm) + ", Muon" * (arm.optimizer == "muon")
-        for run in by_arm(runs).get(replace(resolved, seconds=None).name(), []):
+        for run in by_arm(runs).get(replace(resolved, steps=arm.steps).name(), []):
             steps, seconds, losses = zip(*run["curve"])
             for axes, x in zip(panels, (steps, seconds)):
                 style = {"color": colour, "linestyle": "-" if arm.qk_norm else ":", "linewidth": 1.2}

@@ -122,9 +122,8 @@ def run(task: Recall, mixer: str, seeds: list[int], batch: int, steps: int) -> R
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Run]:
-    parser = parser_of(__file__, __doc__)
+    parser = parser_of(__file__, __doc__, MIXERS)
     parser.add_argument("--kinds", nargs="+", choices=RATES, default=list(RATES))
-    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
     parser.add_argument("--sequences", type=int, default=8 * EPOCH, help="to train on at most; default: %(default)s")
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--pairs", type=int, nargs="+", help="tasks of so many; default: all")

@@ -58,9 +58,8 @@ def run(function: str, mixer: str, seeds: list[int], length: int, batch: int, st
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Run]:
-    parser = parser_of(__file__, __doc__)
+    parser = parser_of(__file__, __doc__, MIXERS)
     parser.add_argument("--functions", nargs="+", choices=FUNCTIONS, default=list(FUNCTIONS))
-    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
     parser.add_argument("--batch", type=int, default=32, help="sequences a step")

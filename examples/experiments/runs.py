@@ -76,8 +76,8 @@ def sources() -> str:
     return digest.hexdigest()[:12]
 
 
-def parser_of(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """What all experiments are told by."""
+def parser_of(module: str, doc: str | None, mixers: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """What all experiments are told by, those that compare ``mixers`` by which of them."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     name = module.rpartition("/")[2].removesuffix(".py")
     parser.add_argument("--quick", action="store_true", help="a small form: under a minute on a CPU")
@@ -85,6 +85,8 @@ def parser_of(module: str, doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.json", help="default: %(default)s")
     parser.add_argument("--plot", type=Path, help="draw it here, as PNG")
     parser.add_argument("--within", type=float, default=float("inf"), help="seconds after which no run begins")
+    if mixers:
+        parser.add_argument("--mixers", nargs="+", choices=mixers, default=list(mixers))
     return parser
 
 

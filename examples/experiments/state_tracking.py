@@ -67,11 +67,10 @@ def run(kind: str, mixer: str, seeds: list[int], length: int, batch: int, steps:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Run]:
-    parser = parser_of(__file__, __doc__)
+    parser = parser_of(__file__, __doc__, MIXERS)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
     parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8, 16, 32], help="tokens a sequence")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 32], help="tokens a sequence")
     parser.add_argument("--batch", type=int, default=64, help="sequences a step")
     options = parser.parse_args(arguments)
     if options.quick:

@@ -425,7 +425,7 @@ def test_words_ask_for_what_stood_beside_each_key() -> None:
 
 
 def test_states_are_products_of_permutations() -> None:
-    tokens, states = state_tracking.draw("permutations", 4, 6, torch.Generator().manual_seed(0))
+    tokens, states = state_tracking.draw("permutations", 6, 4, torch.Generator().manual_seed(0))
     for row, told in zip(tokens.tolist(), states.tolist()):
         things = tuple(range(5))
         for token, state in zip(row, told):

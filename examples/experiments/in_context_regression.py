@@ -29,7 +29,7 @@ WIDTH, HEADS, LAYERS = 32, 2, 2
 RATES = (3e-3, 1e-2, 3e-2)
 
 
-def draw(function: str, sequences: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw(function: str, length: int, sequences: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens (N, S, 17) and the function's values (N, S)."""
     normal = lambda *shape: torch.randn(*shape, generator=generator, device=generator.device)
     x = F.normalize(normal(sequences, length, POINT), dim=-1)
@@ -49,7 +49,7 @@ def run(function: str, mixer: str, seeds: list[int], length: int, batch: int, st
     model = nn.Sequential(Linear(models, 2 * POINT + 1, WIDTH), *blocks, Norm(models, WIDTH), Linear(models, WIDTH, 1))
     squares = lambda model, tokens, y: (model(tokens).squeeze(-1) - y).square()  # (E, N, S)
     task = Task(
-        lambda sequences, generator: draw(function, sequences, length, generator),
+        partial(draw, function, length),
         losses=lambda *drawn: squares(*drawn).mean((1, 2)),
         errors=lambda *drawn: squares(*drawn).mean(1),
     )

@@ -39,7 +39,7 @@ def tables(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     return KINDS[kind].to(device), PRODUCT.to(device)
 
 
-def draw(kind: str, sequences: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw(kind: str, length: int, sequences: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens and the product of all so far, (N, S) each."""
     among, products = tables(kind, generator.device)
     tokens = among[torch.randint(len(among), (sequences, length), generator=generator, device=generator.device)]
@@ -56,7 +56,7 @@ def run(kind: str, mixer: str, seeds: list[int], length: int, batch: int, steps:
     enter, leave = Embedding(models, len(GROUP), WIDTH, length), Linear(models, WIDTH, len(GROUP))
     model = nn.Sequential(enter, *blocks, Norm(models, WIDTH), leave)
     task = Task(
-        lambda sequences, generator: draw(kind, sequences, length, generator),
+        partial(draw, kind, length),
         losses=lambda model, tokens, states: cross_entropies(model(tokens), states),
         errors=lambda model, tokens, states: (model(tokens).argmax(-1) != states).float().mean(1),
         first=length // 2,

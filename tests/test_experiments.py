@@ -154,6 +154,9 @@ def test_figures_of_the_readme_are_those_of_the_record() -> None:
     steps = f"{runs[longer][0]['steps']} steps" + f", {len(runs[longer])} seeds" * (len(runs[longer]) != 3)
     assert f"| softmax | {loss(softmax)} | {ms(softmax)} | {loss(longer)} ({steps}) |" in readme
     assert f"| LLA | {loss(lla)} | {ms(lla)} | {loss(lla)} |" in readme
+    long = [f"{runs[f'{kind} steps=5000 lr=0.002'][0]['reported']:.3f}" for kind in ("softmax", "lla")]
+    assert f"After 5000 steps, in one seed, softmax attention is at {long[0]} and LLA at {long[1]}" in readme
+    assert f"{ms(softmax)} ms with softmax attention and {ms(lla)} at the layer's default" in readme
     bare = [loss(f"{kind} qk_norm=False lr=0.001").split()[0] for kind in ("softmax", "lla")]
     assert f"Without that softmax attention is at {bare[0]} after 500 steps, LLA at {bare[1]}" in readme
 
@@ -238,6 +241,32 @@ def test_the_delta_rule_of_flash_linear_attention_is_the_formula() -> None:
     torch.testing.assert_close(o.cpu().double(), exact, atol=1e-4, rtol=1e-4)
 
 
+def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:
+    runs = language_model.by_arm(json.loads((RESULTS / "language_model.json").read_text())["runs"])
+    page = " ".join((Path(__file__).parents[1] / "docs" / "experiments.md").read_text().split())
+    loss = lambda arm: statistics.mean(run["reported"] for run in runs[arm])
+    ridges = lambda arm: [r for run in runs[arm] for layer in run["ridges"] for r in layer]
+    lla, softmax, bare = "lla lr=0.002", "softmax lr=0.002", "qk_norm=False lr=0.001"
+    equal = lambda arm: loss(arm) - loss(arm.replace("lla", "softmax").replace(" lr", " as_lla=True lr"))
+    apart = sorted(a["reported"] - b["reported"] for a, b in zip(runs[softmax], runs[lla]))
+    some = sorted(run["unconverged"][0] for name in (lla, f"lla {bare}") for run in runs[name])
+    (long,) = runs["lla steps=5000 lr=0.002"]
+    told = [
+        f"by {loss(softmax) - loss(lla):.3f} with normalised queries and keys, "
+        f"by {loss(f'softmax {bare}') - loss(f'lla {bare}'):.3f} without",
+        f"At equal time softmax attention is ahead by {equal(lla):.3f} "
+        f"(without normalised queries and keys by {equal(f'lla {bare}'):.3f}",
+        f"it makes {runs[lla][0]['step_ms'] / runs[softmax][0]['step_ms']:.1f} times as many",
+        f"Of {runs[lla][0]['unconverged'][1] // 10**6} million solves of a run {some[0]} to {some[-1]} did not",
+        f"Learned ridges went from 1 to between {min(ridges(lla)):.1f} and {max(ridges(lla)):.1f}",
+        f"by {loss('softmax steps=5000 lr=0.002') - long['reported']:.3f} where it was "
+        f"{apart[0]:.3f} to {apart[-1]:.3f} after 500",
+        f"Of {long['unconverged'][1] // 10**6} million solves {long['unconverged'][0]} did not",
+        f"went to between {min(map(min, long['ridges'])):.1f} and {max(map(max, long['ridges'])):.1f}",
+    ]
+    assert [phrase for phrase in told if phrase not in page] == []
+
+
 # A language model's run
 
 
@@ -298,17 +327,28 @@ def test_rates_are_searched_until_the_best_has_one_on_either_side() -> None:
 
 
 def test_an_arm_of_equal_time_takes_the_time_of_lla() -> None:
-    def run(arm: Arm, choice: float, seconds: float, step_ms: float) -> Any:
-        return {"arm": {**vars(arm)}, "seed": 0, "choice": choice, "seconds": seconds, "step_ms": step_ms}
+    def run(arm: Arm, choice: float, step_ms: float) -> Any:
+        return {"arm": {**vars(arm)}, "seed": 0, "choice": choice, "step_ms": step_ms}
 
     lla, softmax = Arm(lr=1e-3), Arm("softmax", lr=2e-3)
-    slower = replace(lla, lr=4e-3)
-    runs = {f"{lla.name()} seed=0": run(lla, 1.0, 40.0, 80.0), f"{slower.name()} seed=0": run(slower, 2.0, 90.0, 180.0)}
+    slower, disturbed = replace(lla, lr=4e-3), replace(softmax, steps=5000)
+    kept = [(lla, 1.0, 80.0), (slower, 2.0, 180.0), (disturbed, 0.5, 60.0)]
+    runs = {f"{arm.name()} seed=0": run(arm, *told) for arm, *told in kept}
     equal = Arm("softmax", as_lla=True)
-    assert language_model.resolve(replace(equal, lr=2e-3), runs) is None  # nothing tells what its step takes
-    runs[f"{softmax.name()} seed=0"] = run(softmax, 1.0, 21.0, 40.0)
+    assert language_model.resolve(equal, runs) is None  # no rate was chosen for 500 steps
+    runs[f"{softmax.name()} seed=0"] = run(softmax, 1.0, 40.0)
     assert language_model.resolve(equal, runs) == replace(equal, lr=2e-3, steps=1000)
+    assert language_model.resolve(replace(equal, steps=5000), runs) == replace(equal, lr=2e-3, steps=10000)
     assert language_model.resolve(Arm("softmax", qk_norm=False), runs) is None
+
+
+def test_times_of_a_busy_machine_are_not_told() -> None:
+    run = {"arm": vars(Arm(lr=1e-3)), "reported": 1.0, "choice": 2.0, "steps": 500, "step_ms": 40.0, "seconds": 20.0}
+    runs = {"lla lr=0.001 seed=0": run, "lla lr=0.001 seed=1": {**run, "step_ms": 10.0, "note": "others"}}
+    assert language_model.table(runs).endswith("| 500 | 40.0 | 20.0 |")
+    assert language_model.step_ms(Arm(lr=1e-3, steps=7), runs) == 40.0
+    del runs["lla lr=0.001 seed=0"]
+    assert language_model.table(runs).endswith("| 500 |  |  |")
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])

@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
         run, model = train(resolved, seed, read, setting)
         lasted = time.monotonic() - began
         speed[arm.kind] = lasted / run["steps"]
-        runs.add(name, run)
+        runs.add(name, {**run, "note": options.note} if options.note else run)
         keep_keys(options.keys, model, read, run, best)
         figures = f"{run['reported']:.4f} ({run['choice']:.4f}), {run['steps']} steps of {run['step_ms']:.1f} ms"
         print(f"{name}: {figures}; the run took {lasted:.0f} s", flush=True)
@@ -102,6 +102,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--study", nargs="+", choices=STUDIES)
     parser.add_argument("--only", choices=["lla", "softmax"], help="the arms of this kind of a study")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--note", help="what else the machine did: times of these runs are not told")
     parser.add_argument("--within", type=float, default=float("inf"), help="seconds after which no run begins")
     parser.add_argument("--results", type=Path, help="default: results/language_model[_small].json beside this file")
     parser.add_argument("--plot", type=Path, help="draw loss against steps and time, of the studies given, as PNG")
@@ -160,8 +161,9 @@ def next_rate(losses: dict[float, float]) -> float | None:
 def resolve(arm: Arm, runs: dict[str, Run]) -> Arm | None:
     """With the best learning rate of those tried, and as many steps as LLA's time allows; None where runs are wanting.
 
-    That is the time of LLA's runs, divided by the median step of softmax attention's, both of the records: so it does
-    not hang on what the machine does when this arm runs.
+    The time is reckoned from the medians of recorded steps, of softmax attention and of LLA, so that it does not hang
+    on what else the machine does. What a step takes does not hang on how many there are: of runs of any number that
+    of the fastest counts.
     """
     if arm.lr is None:
         losses = rates(arm, runs)
@@ -170,12 +172,17 @@ def resolve(arm: Arm, runs: dict[str, Run]) -> Arm | None:
         arm = replace(arm, lr=min(losses, key=lambda lr: losses[lr]))
     if not arm.as_lla:
         return arm
-    own, lla = (resolve(replace(arm, kind=kind, lr=None, as_lla=False), runs) for kind in (arm.kind, "lla"))
-    mean = lambda some, key: statistics.mean(run[key] for run in by_arm(runs)[some.name()])
-    try:
-        return replace(arm, steps=round(1e3 * mean(lla, "seconds") / mean(own, "step_ms")))
-    except (AttributeError, KeyError):
-        return None
+    lla = resolve(replace(arm, kind="lla", lr=None, as_lla=False), runs)
+    own_ms, lla_ms = (step_ms(alike, runs) for alike in (replace(arm, as_lla=False), lla))
+    return replace(arm, steps=round(arm.steps * lla_ms / own_ms)) if own_ms and lla_ms else None
+
+
+def step_ms(arm: Arm | None, runs: dict[str, Run]) -> float | None:
+    """Of the fastest run of this arm, of any number of steps."""
+    usual = lambda settings: {**settings, "steps": None, "seconds": None}
+    wanted = usual(asdict(arm)) if arm else None
+    alone = (run for run in runs.values() if "note" not in run)
+    return min((run["step_ms"] for run in alone if usual(run["arm"]) == wanted), default=None)
 
 
 def rates(arm: Arm, runs: dict[str, Run]) -> dict[float, float]:
@@ -208,17 +215,21 @@ def by_arm(runs: dict[str, Run]) -> dict[str, list[Run]]:
 
 
 def table(runs: dict[str, Run]) -> str:
-    """Markdown: a row for each arm, means over its seeds."""
+    """Markdown: a row for each arm, means over its seeds; times of those that had the machine to themselves."""
     rows = ["| arm | loss | on the set to choose by | steps | ms a step | seconds |", "|---|---|---|---|---|---|"]
     for name, some in by_arm(runs).items():
-        steps, ms, seconds = (statistics.mean(run[key] for run in some) for key in ("steps", "step_ms", "seconds"))
         loss, choice = (spread([run[key] for run in some]) for key in ("reported", "choice"))
-        rows.append(f"| {name} | {loss} | {choice} | {steps:.0f} | {ms:.1f} | {seconds:.1f} |")
+        steps = statistics.mean(run["steps"] for run in some)
+        alone = [run for run in some if "note" not in run]
+        ms, seconds = (
+            f"{statistics.mean(run[x] for run in alone):.1f}" if alone else "" for x in ("step_ms", "seconds")
+        )
+        rows.append(f"| {name} | {loss} | {choice} | {steps:.0f} | {ms} | {seconds} |")
     return "\n".join(rows)
 
 
 def draw(runs: dict[str, Run], path: Path, arms: Sequence[Arm]) -> None:
-    """Loss against steps and against seconds of training, of arms at their best rates; a line for each seed."""
+    """Loss against steps and against the seconds they take, of arms at their best rates; a line for each seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -231,8 +242,9 @@ def draw(runs: dict[str, Run], path: Path, arms: Sequence[Arm]) -> None:
         label = f"{'LLA' if arm.kind == 'lla' else 'softmax'}{', as long as LLA' * arm.as_lla}"
         label += ", no qk-norm" * (not arm.qk_norm) + ", Muon" * (arm.optimizer == "muon")
         for run in by_arm(runs).get(replace(resolved, steps=arm.steps).name(), []):
-            steps, seconds, losses = zip(*run["curve"])
-            for axes, x in zip(panels, (steps, seconds)):
+            steps, _, losses = zip(*run["curve"])
+            own_ms = step_ms(replace(resolved, as_lla=False), runs) or math.nan
+            for axes, x in zip(panels, (steps, [step * own_ms / 1e3 for step in steps])):
                 style = {"color": colour, "linestyle": "-" if arm.qk_norm else ":", "linewidth": 1.2}
                 (legend[label],) = axes.plot(x, losses, label=label, **style)
                 axes.plot(x[-1], losses[-1], "o", color=colour, markersize=4)

@@ -1,7 +1,7 @@
 """What a looser tolerance costs and buys, on the keys of a trained model.
 
     python -m examples.experiments.language_model --lr 2e-3 --keys keys      a model, and its keys
-    python -m examples.experiments.tolerance keys/lla.pt --results FILE      the table; times on a GPU
+    python -m examples.experiments.tolerance keys/lla.pt                     the table; times on a GPU
 
 Output and gradients at each tolerance beside those of a direct solve in float64, for a cotangent drawn from the normal
 distribution. A loose solve in the backward pass does not give the gradient of the loose forward pass; what it gives is
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from examples.experiments.runs import Run, Runs, progress
+from examples.experiments.runs import RESULTS, Run, Runs, progress
 from flashlla import lla_attention
 
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
@@ -61,7 +61,7 @@ def times(inputs: list[Tensor], cotangent: Tensor, tolerance: float) -> dict[str
 def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("keys", type=Path)
-    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--results", type=Path, default=RESULTS / "tolerance.json", help="default: %(default)s")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kept = torch.load(options.keys)
@@ -71,12 +71,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     o, grads, _ = gradients(wide, cotangent.double(), backend="chunked", solver="direct")
     copies = -(-192 // (inputs[0].shape[0] * inputs[0].shape[1]))
     many = [t.repeat(copies, 1, 1, 1) if t.dim() == 4 else t.repeat(copies, 1, 1) for t in [*inputs, cotangent]]
+    arm = json.JSONDecoder().raw_decode(kept["recipe"])[0]["arm"]
     runs = Runs(options.results, device)
     for tolerance in progress(TOLERANCES):
         run = compare(inputs, cotangent, tolerance, (o, grads))
         if device == "cuda":
             run |= times(many[:-1], many[-1], tolerance)
-        runs.add(f"{options.keys.stem} {tolerance:g}", {**run, "of_model": json.loads(kept["recipe"])["arm"]})
+        runs.add(f"{options.keys.stem} {tolerance:g}", {**run, "of_model": arm})
     print(table(runs.all))
     return runs.all
 

@@ -451,7 +451,7 @@ def test_the_ensembles_adamw_is_torchs() -> None:
 
 
 def test_words_ask_for_what_stood_beside_each_key() -> None:
-    task = associative_recall.Task("words", pairs=16, length=128, width=8)
+    task = associative_recall.Recall("words", pairs=16, length=128, width=8)
     tokens, where, values = associative_recall.words(task, 50, torch.Generator().manual_seed(0))
     keys = tokens[:, :32].view(50, 16, 2)
     assert ((keys[..., 0] >= 1) & (keys[..., 0] < 4096)).all()

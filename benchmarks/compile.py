@@ -108,8 +108,11 @@ def step_launches(
     head_dim: int, dtype: torch.dtype, architecture: int, precision: str, plain: bool = False
 ) -> list[Launch]:
     """One of each kind among the launches of a step, forward and backward, and of decoding; ``plain``: of the plain
-    call and the preconditioned ones, and of a cache without pages."""
+    call and the preconditioned ones, and of a cache without pages. With FLASHLLA_HOPPER=0 none of those in Gluon that
+    it turns off."""
     from flashlla.backends.triton import launch
+
+    allowed = os.environ.get("FLASHLLA_HOPPER", "1")
 
     with (
         recorded(carried_out=False) as found,
@@ -119,8 +122,8 @@ def step_launches(
         for problem, inputs, preconditioner in calls(head_dim, dtype, architecture):
             if plain and (problem.mask != Mask() or problem.group > 1):
                 continue
-            for resident in "10":  # the plain solve has what the resident one does not take
-                with mock.patch.dict(os.environ, FLASHLLA_RESIDENT=resident):
+            for resident, hopper in ("11", "01", "00"):  # each has what those before do not take
+                with mock.patch.dict(os.environ, FLASHLLA_RESIDENT=resident, FLASHLLA_HOPPER=min(hopper, allowed)):
                     launch.forward(problem, inputs, preconditioner)
                     rows = inputs.ridge_lambda
                     vectors = torch.empty(inputs.q.shape, device="meta")

@@ -14,10 +14,11 @@ import pytest
 pytest.importorskip("triton")
 
 
-def compiled(table: Path, *options: str) -> list[dict[str, Any]]:
-    """What `python -m benchmarks compile` finds with ``options``, which must be nothing amiss; no GPU takes part."""
+def compiled(table: Path, *options: str, **variables: str) -> list[dict[str, Any]]:
+    """What `python -m benchmarks compile` finds with ``options`` and in an environment with ``variables``, which must
+    be nothing amiss; no GPU takes part."""
     root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONPATH": str(root), **variables}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "benchmarks", "compile", "--dtypes", "bfloat16"]
     run = subprocess.run(
@@ -47,9 +48,16 @@ def test_every_kernel_compiles_for_three_architectures(tmp_path: Path) -> None:
 
     modules = [backward, decode_kernels, decode_share, decode_solve, forward, gram, prepare, solve]
     if hopper.without_gluon() is None:
-        from flashlla.backends.triton import decode_hopper, resident_kernels
+        from flashlla.backends.triton import (
+            backward_hopper,
+            decode_hopper,
+            dk_hopper,
+            forward_hopper,
+            resident_kernels,
+            solve_hopper,
+        )
 
-        modules += [decode_hopper, resident_kernels]
+        modules += [backward_hopper, decode_hopper, dk_hopper, forward_hopper, resident_kernels, solve_hopper]
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {k for k, _, _ in kernels} == written
     assert {(a, d) for _, a, d in kernels} == {(a, d) for a in (80, 90, 100) for d in (64, 128)}
@@ -60,7 +68,8 @@ def test_every_kernel_compiles_for_three_architectures(tmp_path: Path) -> None:
 
 
 def test_every_mask_compiles(tmp_path: Path) -> None:
-    lines = compiled(tmp_path / "kernels.json", "--architectures", "90", "--dims", "64")
+    """Of the plain kernels: those in Gluon take as long again, and a GPU runs them with every mask (test_hopper.py)."""
+    lines = compiled(tmp_path / "kernels.json", "--architectures", "90", "--dims", "64", FLASHLLA_HOPPER="0")
     assert {x["variant"] for x in lines} >= {
         "",
         "full",

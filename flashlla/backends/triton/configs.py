@@ -159,6 +159,45 @@ def resident_options(head_dim: int, k_tiles: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class HopperConfig(NamedTuple):
+    """Of a kernel in Gluon for Hopper: queries and keys a tile, tiles that are there or on their way, cap on registers
+    a thread, warps a program: one for 16 rows of its products."""
+
+    m: int
+    n: int
+    slots: int
+    registers: int | None = None
+    ones: bool = True
+    warps: int = 4
+
+    def options(self) -> dict[str, Any]:
+        """What Triton is told."""
+        options = {
+            "BLOCK_M": self.m, "BLOCK_N": self.n, "SLOTS": self.slots, "ONES": self.ones, "num_warps": self.warps,
+        }  # fmt: skip
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
+
+
+# Tables by head dim and pass, of those that Gluon has instead of _HALF's; docs/performance.md says what they gain.
+HOPPER: dict[int, dict[str, HopperConfig]] = {
+    64: {
+        "statistics": HopperConfig(64, 64, 4, 168),
+        "solve": HopperConfig(64, 64, 4, 168),
+        "moments": HopperConfig(64, 64, 3, 168),
+        "dq": HopperConfig(64, 64, 4, 255),
+        "dk": HopperConfig(32, 64, 3, 168),
+    },
+    128: {
+        "statistics": HopperConfig(64, 64, 4, 255, False),
+        "solve": HopperConfig(64, 64, 4, 255, False),
+        "output": HopperConfig(128, 64, 3, 255, False, 8),
+        "moments": HopperConfig(128, 64, 3, 255, False, 8),
+        "dq": HopperConfig(128, 64, 3, 255, False, 8),
+        "dk": HopperConfig(32, 64, 2),
+    },
+}
+
+
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Of the device; on the CPU, in Triton's interpreter, that of the architecture most configs were made for."""

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 
 import torch
 
 from flashlla.backends.triton import configs
+from flashlla.backends.triton.runtime import Kernel
+from flashlla.problem import Problem
 
 # Gluon moves from version to version: those that the kernels were compiled with.
 TRITON = ("3.6", "3.7")
+# Where the kernel of a pass is.
+MODULES = {
+    "statistics": "forward_hopper",
+    "solve": "solve_hopper",
+    "output": "forward_hopper",
+    "moments": "backward_hopper",
+    "dq": "backward_hopper",
+    "dk": "dk_hopper",
+}
 
 
 @functools.cache
@@ -37,3 +49,19 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float32:
         return "its operands are of 16 bits, and these of 32"
     return None
+
+
+def config(name: str, problem: Problem) -> configs.HopperConfig | None:
+    """That of pass ``name``, where a kernel in Gluon has it."""
+    if unsupported(problem.device, problem.dtype) is not None or problem.head_dim != problem.v_dim:
+        return None
+    return configs.HOPPER.get(problem.head_dim, {}).get(name)
+
+
+@functools.cache
+def kernel(name: str) -> Kernel:
+    """That of pass ``name``; not imported before, for it takes Gluon."""
+    found: Kernel = getattr(
+        importlib.import_module(f"flashlla.backends.triton.{MODULES[name]}"), f"{name}_hopper_kernel"
+    )
+    return found

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashlla import products
 from flashlla.backends.triton import backward as backward_kernels
-from flashlla.backends.triton import configs, prepare, resident
+from flashlla.backends.triton import configs, hopper, prepare, resident
 from flashlla.backends.triton import forward as forward_kernels
 from flashlla.backends.triton import gram as gram_kernels
 from flashlla.backends.triton.plan import Buffer, Layout, Memory, Plan, contiguous, layouts, of_buffers, planned
@@ -62,15 +62,17 @@ _INPUTS, _FORWARD, _ADJOINED, _GRADIENTS = Row(Inputs), Row(Forward), Row(Adjoin
 
 class Around(NamedTuple):
     """What a plan depends on beside the call: torch's setting of float32 products, whether configs are tuned, and
-    whether the resident solve may run."""
+    whether the resident solve and other kernels in Gluon may run."""
 
     full: bool
     tuned: bool
     resident: bool
+    hopper: bool
 
     @classmethod
     def now(cls, device: torch.device) -> Around:
-        switches = os.environ.get("FLASHLLA_AUTOTUNE") == "1", os.environ.get("FLASHLLA_RESIDENT") == "1"
+        get = os.environ.get
+        switches = get("FLASHLLA_AUTOTUNE") == "1", get("FLASHLLA_RESIDENT") == "1", get("FLASHLLA_HOPPER") != "0"
         return cls(products.allowed(device) == "ieee", *switches)
 
 
@@ -242,10 +244,11 @@ class Call:
 
     def launch_tiles(
         self, kernel: Kernel, name: str, *arguments: Any, over_keys: bool = False, tune: bool = True, done: int = 0,
-        **settings: Any,
+        gluon: bool = True, **settings: Any,
     ) -> None:  # fmt: skip
         """Launch ``kernel`` of pass ``name``, one program a tile of queries (``over_keys``: of keys) and head, with the
         table's config; where programs are few, that for few; ``tune``: with the one that FLASHLLA_AUTOTUNE=1 finds.
+        Where there is one in Gluon that has the pass, that one, if ``gluon``.
         ``done``: queries, from the first, that another launch has, in whole tiles of the table's config; not of packed
         sequences."""
         heads = self.problem.kv_heads if over_keys else self.problem.q_heads
@@ -253,10 +256,16 @@ class Call:
         key = name, widest, self.operand_dtype, configs.capability(self.device)
         usual, few = configs.config(*key), configs.config(*key, few=True)
 
-        def programs(c: configs.Config) -> int:
+        def programs(c: configs.Config | configs.HopperConfig) -> int:
             rows = c.n if over_keys else c.m
             return heads * (self.tiles(over_keys, rows) - self.problem.batch * (done // rows))
 
+        # Gluon has no layout for the search of `primitives.packed_tile`.
+        gluon = gluon and self.around.hopper and self.seqlens.slots is None
+        if gluon and (mine := hopper.config(name, self.problem)) is not None:
+            settings |= {"SHAPE": self.shape, **mine.options()}
+            self.plan.launch(hopper.kernel(name), name, (programs(mine),), *arguments, **settings)
+            return
         chosen = [usual]
         if few is not usual and programs(usual) <= configs.FEW * configs.processors(self.device):
             chosen = [few]
@@ -414,7 +423,7 @@ def solve(
                 call.q, call.k, call.units, call.origin, lse2, k_mean, of_ridge, b, made, x, adjoint, ended, *tail,
                 ADJOINT=adjoint is not None, PRECONDITIONER=which, SEGMENT=configs.SEGMENT,
                 tune=preconditioner != "gram",  # either may have no tile that is its own
-                done=done,
+                done=done, gluon=which == "none",
             )  # fmt: skip
 
 

@@ -1,0 +1,273 @@
+"""The plain solve of 16-bit inputs in Gluon for Hopper: what solve.py's kernel does.
+
+Directions stay in registers as operands of the products; the residual is in shared memory meanwhile, and the solution
+in device memory.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from flashlla.backends.triton.primitives import (
+    LOG2E,
+    NUMBERS,
+    WEIGHT,
+    WEIGHT_BITS,
+    inverse_or_zero,
+    inverse_power,
+    key_range,
+    keys_of,
+    keys_seen,
+    lift_of,
+    load_ridge,
+    outside,
+    place,
+    power_of_two,
+    ridge_in_units,
+    saturated,
+    sees_some,
+    shortening,
+    units_of,
+    visible,
+)
+from flashlla.backends.triton.resident_kernels import (
+    barrier,
+    finite_or_zero,
+    left_by_step,
+    operand,
+    packed,
+)
+from flashlla.backends.triton.solve import LAST_MARGIN, LAST_MOST, RIDGE_MOST
+from flashlla.backends.triton.sweep_hopper import (
+    add_sums,
+    begin,
+    fetch,
+    load_queries,
+    no_sums,
+    ones_for,
+    products,
+    ring_of,
+    sweep,
+    tiles_of,
+)
+
+
+@gluon.jit
+def matvec_body(
+    state, rows, rings, slot, before, coming, start, at, window, CUT: gl.constexpr, SHAPE: gl.constexpr,
+    ONES: gl.constexpr,
+):  # fmt: skip
+    """As `solve.matvec_body`."""
+    acc, totals, w = state
+    q, x, x_mean, shift, factor, ones, row, zero = rows
+    N: gl.constexpr = zero.shape[1]
+    SCORES: gl.constexpr = zero.type.layout
+    VECTORS: gl.constexpr = acc.type.layout
+    BESIDE: gl.constexpr = 2 if ONES else 1  # products issued after the first two
+    k = rings[0].index(slot).permute((1, 0))
+    s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+    c = warpgroup_mma(x, k, zero, use_acc=False, is_async=True)
+    acc = warpgroup_mma(operand(w, VECTORS), rings[0].index(before), acc, is_async=True)
+    totals = add_sums(totals, w, ones, ONES)
+    fetch(rings, coming, N)
+    s = warpgroup_mma_wait(BESIDE + 1, deps=(s,)) * factor - shift[:, None]
+    if CUT:
+        key = start + gl.arange(0, N, layout=gl.SliceLayout(0, SCORES))
+        s = gl.where(visible(row[:, None], key[None, :], at, window, SHAPE.CAUSAL), s, float("-inf"))
+    e = gl.exp2(s)
+    c, e = warpgroup_mma_wait(BESIDE, deps=(c, e))
+    e = e * (c - x_mean[:, None])
+    if ONES:
+        acc, totals, e = warpgroup_mma_wait(0, deps=(acc, totals, e))
+    else:
+        acc, e = warpgroup_mma_wait(0, deps=(acc, e))
+    return acc, totals, packed(e)
+
+
+@gluon.jit(do_not_specialize=[*NUMBERS, "max_iters", "segments"])
+def solve_hopper_kernel(
+    q_in, k_in, units, origin_ptr, lse2_ptr, k_mean_ptr, ridge_in, b_ptr, made_in, x_out, adjoint, ended_out,
+    seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
+    tolerances, max_iters, segments,
+    ADJOINT: gl.constexpr, PRECONDITIONER: gl.constexpr, SEGMENT: gl.constexpr, SLOTS: gl.constexpr,
+    ONES: gl.constexpr, SHAPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """What `solve.solve_kernel` does without a preconditioner. What was at b_ptr is lost if ADJOINT."""
+    at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False)
+    if outside(at, at.q_len, seqlens.cu_q):
+        return
+    if made_in is not None:
+        slot = at.q_head.to(gl.int64) * segments + at.start // SEGMENT
+        if gl.load(made_in.use + slot) > 0:
+            return
+    M: gl.constexpr = BLOCK_M
+    N: gl.constexpr = BLOCK_N
+    D: gl.constexpr = SHAPE.BLOCK_D
+    SCORES: gl.constexpr = products(M, N)
+    VECTORS: gl.constexpr = products(M, D)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, VECTORS)
+    SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    HALVES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], gl.float16)
+    SINGLES: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    q_unit, k_unit, _ = units_of(units, at, n_heads, group)
+    rings = (ring_of(N, D, SLOTS),)
+    ranges = tiles_of(key_range(at, window, SHAPE.CAUSAL, M, N), N)
+    sources = ((keys_of(k_in, at), k_in.stride_s),), at.k_stop
+    begin(rings, sources, ranges, N, SLOTS - 2)
+    row = at.start + gl.arange(0, M, layout=ROWS)
+    there = row < at.q_len
+    dim = gl.arange(0, D, layout=gl.SliceLayout(0, VECTORS))
+    vectors = (at.q_row + row)[:, None] * D + dim[None, :]  # (M, D), as x_out and all vectors of queries lie
+    q = load_queries(q_in, at, row, there, D, VECTORS)
+    k_mean = gl.load(k_mean_ptr + vectors, mask=there[:, None], other=0.0) * inverse_power(k_unit)
+    mean_shared = gl.allocate_shared_memory(gl.float16, [M, D], HALVES, k_mean.to(gl.float16))
+    some = sees_some(row, at, window, SHAPE.CAUSAL)
+    given_ridge = gl.where(some, load_ridge(ridge_in, row, at, 1.0), 1.0)  # (M,)
+    ridge = gl.minimum(ridge_in_units(given_ridge, k_unit), RIDGE_MOST)
+    if ADJOINT:
+        r = gl.load(b_ptr + vectors, mask=there[:, None], other=0.0)
+    else:
+        r = k_mean - q.to(gl.float32) * (q_unit * inverse_power(k_unit))
+    r = gl.where(some[:, None], r, 0.0) + (0.0 * given_ridge)[:, None]
+    b2 = gl.sum(r * r, 1)  # (M,), as every scalar of the recurrence
+    lowest = gl.full([M], float("inf"), gl.float32, ROWS)
+    highest = gl.zeros([M], gl.float32, ROWS)
+    solution = gl.zeros([M, D], gl.float32, VECTORS)
+    if not ADJOINT and b_ptr is not None:  # `solve.first_guess`
+        u = q.to(gl.float32) * shortening(q)[:, None]
+        image = gl.load(b_ptr + vectors, mask=there[:, None], other=0.0) + ridge[:, None] * u
+        u_image = gl.sum(u * image, 1)
+        guess = gl.where(u_image > 0, gl.sum(r * u, 1) / gl.where(u_image > 0, u_image, 1.0), 0.0)
+        highest = gl.where(u_image > 0, u_image * inverse_or_zero(gl.sum(u * u, 1)), 0.0)
+        lowest = gl.where(highest > 0, highest, lowest)
+        solution = guess[:, None] * u
+        r = r - guess[:, None] * image
+    # Where no program but this reads or writes: at the probe to be, or at b, which has been read.
+    far = (b_ptr if ADJOINT else x_out) + vectors
+    gl.store(far, solution, mask=there[:, None])
+    r2 = gl.sum(r * r, 1)
+    r_mean = gl.sum(r * k_mean, 1)
+    r_shared = gl.allocate_shared_memory(gl.float32, [M, D], SINGLES, r)
+    ones = ones_for(mean_shared, N, ONES)
+    q_operand = gl.convert_layout(q, OPERAND)
+    if D <= 64:  # wider, registers have room, and shared memory has not
+        q_operand = gl.allocate_shared_memory(gl.float16, [M, D], HALVES, q)
+
+    score_row = at.start + gl.arange(0, M, layout=SCORE_ROWS)
+    shift = gl.load(lse2_ptr + at.q_row + score_row, mask=score_row < at.q_len, other=0.0) - WEIGHT_BITS
+    factor = scale * LOG2E * q_unit * k_unit
+    atol, rtol, coarse = tolerances
+    if not ADJOINT:
+        atol = atol * inverse_power(k_unit) * inverse_power(k_unit)
+    many_keys = keys_seen(row, at, window, SHAPE.CAUSAL) > 2 * SHAPE.HEAD_DIM
+    rtol = gl.where(many_keys, gl.maximum(rtol, coarse), rtol)
+    threshold = gl.maximum(b2, atol) * rtol
+    size = gl.sqrt(r2)
+    inverse_size = inverse_or_zero(size)
+    x = (r * inverse_size[:, None]).to(gl.float16)
+    x_mean = r_mean * inverse_size
+    goal = threshold
+    excess = gl.where(r2 > goal, r2 / goal, 0.0)
+    iterations = gl.zeros([M], gl.int32, ROWS)
+    if ADJOINT:  # |solution|^2 and solution.x, of which the residual takes no part: it is at right angles to all before
+        solution2 = gl.zeros([M], gl.float32, ROWS)
+        solution_x = gl.zeros([M], gl.float32, ROWS)
+    last_size = gl.zeros([M], gl.float32, ROWS)
+    share_left = gl.where(excess > 1, 1.0, 0.0)
+    tells = gl.sum(((excess > 1) & many_keys).to(gl.int32), 0) >= M // 2
+    left = 1.0
+    most = gl.max(excess, 0)
+    fence_async_shared()
+    barrier()
+    zero = gl.zeros([M, N], gl.float32, SCORES)
+    sweeps = 0
+    nothing = packed(zero)
+    while (sweeps < max_iters) & (most * left > 1):
+        nought = sweeps >> 20  # 0, but no compiler knows: what is addressed with it is not kept through the loop
+        moves = excess * left > 1
+        unsolved = excess > 1
+        rows = (
+            q_operand, gl.convert_layout(x, OPERAND), gl.convert_layout(x_mean, SCORE_ROWS), shift, factor, ones,
+            score_row, zero,
+        )  # fmt: skip
+        state = gl.zeros([M, D], gl.float32, VECTORS), no_sums(nothing, ONES), nothing
+        state, last = sweep(
+            matvec_body, state, rows, rings, sources, ranges, at, window, SHAPE, N, SLOTS - 2, ONES
+        )  # fmt: skip
+        acc, total, w = state
+        acc = warpgroup_mma(operand(w, VECTORS), rings[0].index(last), acc, is_async=True)
+        total = add_sums(total, w, ones, ONES)
+        if ONES:
+            acc, total = warpgroup_mma_wait(0, deps=(acc, total))
+        else:
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+        barrier()  # all are done with the ring: the next sweep's first tiles may come
+        begin(rings, sources, ranges, N, SLOTS - 2)
+        total = gl.convert_layout(gl.sum(total, 1), ROWS)
+        x_wide = x.to(gl.float32)
+        k_mean = mean_shared.load(VECTORS).to(gl.float32)
+        image = (acc - k_mean * total[:, None]) * (1 / WEIGHT) + ridge[:, None] * x_wide  # A x
+        curvature = gl.sum(x_wide * image, 1)
+        square = gl.sum(image * image, 1)
+        unsolved = unsolved & ((curvature > 0) | ~moves)
+        moves = moves & unsolved
+        inverse_curvature = 1 / gl.where(moves, curvature, 1.0)
+        along = r2 * inverse_or_zero(size)  # r.x
+        step = gl.where(moves, along * inverse_curvature, 0.0)
+        r = r_shared.load(VECTORS) - step[:, None] * image
+        iterations += moves.to(gl.int32)
+        r2_next = gl.sum(r * r, 1)
+        r_mean = gl.sum(r * k_mean, 1)
+        turn = gl.where(moves, r2_next / gl.where(moves, r2, 1.0), 0.0) * size
+        r2 = r2_next
+        size = gl.sqrt(r2 + turn * turn)
+        inverse_size = inverse_or_zero(size)
+        turn *= inverse_size
+        x = (r * inverse_size[:, None] + turn[:, None] * x_wide).to(gl.float16)
+        x_mean = r_mean * inverse_size + turn * x_mean
+        if ADJOINT:
+            solution2 += step * (2 * solution_x + step)
+            solution_x = turn * (solution_x + step)
+            next_step = rtol * curvature * curvature * solution2
+            goal = gl.where(moves, gl.minimum(threshold, next_step), goal)
+        lowest = gl.where(moves, gl.minimum(lowest, curvature), lowest)
+        highest = gl.where(moves, gl.maximum(highest, curvature), highest)
+        share = left_by_step(square, inverse_curvature, lowest, highest)
+        share_left = gl.where(moves & many_keys, share, share_left)
+        last_size = gl.where(moves & many_keys, inverse_curvature, last_size)
+        excess = gl.where(unsolved & (r2 > goal), r2 / goal, 0.0)
+        most = gl.max(excess, 0)
+        rest = gl.max(share_left, 0) * (LAST_MARGIN * LAST_MARGIN)
+        left = gl.where((rest < LAST_MOST * LAST_MOST) & tells, rest, 1.0)
+        r_shared.store(r)
+        so_far = (b_ptr if ADJOINT else x_out) + (vectors + nought)
+        gl.store(so_far, gl.load(so_far, mask=there[:, None]) + step[:, None] * x_wide, mask=there[:, None])
+        sweeps += 1
+
+    async_copy.wait_group(0)  # what was fetched for no sweep
+    solution = gl.load(far, mask=there[:, None], other=0.0)
+    solution += gl.where(left < 1, last_size, 0.0)[:, None] * r_shared.load(VECTORS)
+    r2 *= gl.where(last_size > 0, left, 1.0)
+    solution += (0.0 * r2)[:, None]  # NaN where the right-hand side was
+    given_ridge = load_ridge(ridge_in, row, at, 1.0)
+    out_of_units = gl.where(ridge < RIDGE_MOST, inverse_power(k_unit), RIDGE_MOST * (k_unit / given_ridge))
+    numbers = at.q_row + row
+    if ADJOINT:
+        b_size = gl.load(adjoint.b_size + numbers, mask=there, other=0.0)
+        y = solution * (b_size * out_of_units)[:, None]
+        probe = gl.load(adjoint.probe + vectors, mask=there[:, None], other=0.0)
+        gl.store(adjoint.z_y + numbers, gl.sum(probe * y, 1), mask=there)
+        y = finite_or_zero(y)
+        y_unit = power_of_two(gl.max(gl.abs(y), 1))
+        gl.store(adjoint.y.ptr + vectors, (y * inverse_power(y_unit)[:, None]).to(gl.float16), mask=there[:, None])
+        gl.store(adjoint.y.unit + numbers, y_unit, mask=there)
+        lift = lift_of(adjoint.tops, at.k_head, q, D)
+        gl.store(x_out + vectors, saturated(y * (-k_unit * lift), q).to(gl.float16), mask=there[:, None])
+    else:
+        gl.store(x_out + vectors, solution * out_of_units[:, None], mask=there[:, None])
+        gl.store(ended_out.iterations + numbers, iterations, mask=there)
+        residual = gl.where(r2 == 0, 0.0, gl.sqrt(r2 / b2))
+        gl.store(ended_out.residual + numbers, residual, mask=there)
+        gl.store(ended_out.converged + numbers, r2 <= threshold, mask=there)

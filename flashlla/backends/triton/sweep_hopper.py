@@ -1,0 +1,163 @@
+"""What kernels in Gluon for Hopper are made of: a tile of queries and its sweep over tiles of keys.
+
+A tile's products are issued at once, and with them the last product of the tile before; each is waited for where it is
+needed. Keys, and values where a pass takes them, come ahead through a rings of tiles in shared memory.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+
+from flashlla.backends.triton.primitives import cut_tile, queries_of
+from flashlla.backends.triton.resident_kernels import barrier, operand, part_sums
+
+
+@gluon.constexpr_function
+def products(rows, columns):
+    """How threads have a product of so many rows: a warp 16 of them."""
+    return gl.NVMMADistributedLayout([3, 0], [rows // 16, 1], [16, columns, 16])
+
+
+@gluon.jit
+def fetch_rows(shared, base, stride, start, length):
+    """Begin to load rows ``start`` on of a (length, D) matrix, zero beyond it."""
+    ROWS: gl.constexpr = shared.shape[0]
+    D: gl.constexpr = shared.shape[1]
+    WARPS: gl.constexpr = gl.num_warps()
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
+    dim = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
+    pointers = base + start.to(gl.int64) * stride + (row[:, None] * stride + dim[None, :])
+    async_copy.async_copy_global_to_shared(shared, pointers, mask=(row < length - start)[:, None])
+
+
+@gluon.jit
+def ring_of(ROWS: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr):
+    """A ring of tiles in shared memory: one for each tensor, or Triton would wait for one's tile before the other's."""
+    return gl.allocate_shared_memory(
+        gl.float16, [SLOTS, ROWS, D], gl.NVMMASharedLayout.get_default_for([ROWS, D], gl.float16)
+    )
+
+
+@gluon.jit
+def tile_at(step, ranges, TILE: gl.constexpr):
+    """Where the ``step``-th tile of a sweep begins: those that the mask cuts come first, then those that are whole."""
+    first, whole, whole_stop, cut, _ = ranges
+    start = gl.where(step < cut, cut_tile(step * TILE, first, whole, whole_stop), whole + (step - cut) * TILE)
+    return gl.multiple_of(start, TILE)
+
+
+@gluon.jit
+def fetch(rings, coming, TILE: gl.constexpr):
+    """Begin to load a tile, to be called by a body once it has begun its products; of no step that there is, zeros."""
+    slot, step, sources, ranges = coming
+    places, stop = sources
+    start, stop = tile_at(step, ranges, TILE), gl.where(step < ranges[4], stop, 0)
+    for i in gl.static_range(len(rings)):
+        base, stride = places[i]
+        fetch_rows(rings[i].index(slot), base, stride, start, stop)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def tiles_of(ranges, TILE: gl.constexpr):
+    """Of `primitives.key_range` or `query_range`, less their ends, how many tiles the mask cuts, and how many there
+    are."""
+    first, whole, whole_stop, stop = ranges
+    cut = gl.cdiv(whole - first, TILE) + gl.cdiv(gl.maximum(stop - whole_stop, 0), TILE)
+    return first, whole, whole_stop, cut, cut + gl.cdiv(gl.maximum(whole_stop - whole, 0), TILE)
+
+
+@gluon.jit
+def begin(rings, sources, ranges, TILE: gl.constexpr, AHEAD: gl.constexpr):
+    """Begin to load the first tiles of a sweep."""
+    for n in gl.static_range(AHEAD):
+        fetch(rings, (n, ranges[4] * 0 + n, sources, ranges), TILE)
+
+
+@gluon.jit
+def sweep_part(
+    body: gl.constexpr, state, rows, steps_from, steps_to, rings, slot, before, sources, ranges, at, window,
+    CUT: gl.constexpr, SHAPE: gl.constexpr, TILE: gl.constexpr, AHEAD: gl.constexpr, OPTIONS: gl.constexpr,
+):  # fmt: skip
+    SLOTS: gl.constexpr = rings[0].shape[0]
+    for step in range(steps_from, steps_to):
+        # All warps have this tile, and are done with the one whose place the next to come takes.
+        async_copy.wait_group(AHEAD - 1)
+        barrier()
+        free = gl.where(slot + AHEAD < SLOTS, slot + AHEAD, slot + AHEAD - SLOTS)
+        coming = free, step + AHEAD, sources, ranges
+        start = tile_at(step, ranges, TILE)
+        state = body(state, rows, rings, slot, before, coming, start, at, window, CUT, SHAPE, OPTIONS)
+        before = slot
+        slot = gl.where(slot == SLOTS - 1, 0, slot + 1)
+    return state, slot, before
+
+
+@gluon.jit
+def sweep(
+    body: gl.constexpr, state, rows, rings, sources, ranges, at, window,
+    SHAPE: gl.constexpr, TILE: gl.constexpr, AHEAD: gl.constexpr, OPTIONS: gl.constexpr = None,
+):  # fmt: skip
+    """``state`` after ``body`` on each tile, of which `begin` has begun to load the first; and where in the rings the
+    last is. AHEAD: tiles on their way, of a ring's one less than it has room for beside those that products read."""
+    fence_async_shared()  # what ``rows`` has in shared memory
+    nought = ranges[4] * 0
+    cut, steps = ranges[3], ranges[4]
+    state, slot, before = sweep_part(
+        body, state, rows, nought, cut, rings, nought, nought, sources, ranges, at, window, True, SHAPE, TILE, AHEAD,
+        OPTIONS,
+    )  # fmt: skip
+    state, slot, before = sweep_part(
+        body, state, rows, cut, steps, rings, slot, before, sources, ranges, at, window, False, SHAPE, TILE, AHEAD,
+        OPTIONS,
+    )  # fmt: skip
+    async_copy.wait_group(0)  # what was fetched for no step
+    return state, before
+
+
+@gluon.jit
+def no_sums(w, ONES: gl.constexpr):
+    """Sums of what is packed like ``w``, before any."""
+    if ONES:
+        LAYOUT: gl.constexpr = products(w.shape[0], 8)
+        return gl.zeros([w.shape[0], 8], gl.float32, LAYOUT)
+    else:
+        return part_sums(w) * 0.0
+
+
+@gluon.jit
+def add_sums(totals, w, ones, ONES: gl.constexpr):
+    if not ONES:
+        return totals + part_sums(w)
+    else:
+        LAYOUT: gl.constexpr = totals.type.layout
+        return warpgroup_mma(operand(w, LAYOUT), ones, totals, is_async=True)
+
+
+@gluon.jit
+def ones_for(other, N: gl.constexpr, ONES: gl.constexpr):
+    if ONES:
+        LIKE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, 8], gl.float16)
+        WARPS: gl.constexpr = gl.num_warps()
+        WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [WARPS, 1], [1, 0])
+        return gl.allocate_shared_memory(gl.float16, [N, 8], LIKE, gl.full([N, 8], 1 / 8, gl.float16, WHOLE))
+    else:
+        return other
+
+
+@gluon.jit
+def load_queries(x, at, row, there, D: gl.constexpr, VECTORS: gl.constexpr):
+    """The program's rows of a `Strided` (B, Hq, Sq, D) tensor."""
+    dim = gl.arange(0, D, layout=gl.SliceLayout(0, VECTORS))
+    pointers = queries_of(x, at) + row.to(gl.int64)[:, None] * x.stride_s + dim[None, :]
+    return gl.load(pointers, mask=there[:, None], other=0.0)
+
+
+@gluon.jit
+def store_queries(x_out, at, row, there, x):
+    VECTORS: gl.constexpr = x.type.layout
+    dim = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, VECTORS))
+    pointers = queries_of(x_out, at) + row.to(gl.int64)[:, None] * x_out.stride_s + dim[None, :]
+    gl.store(pointers, x.to(x_out.ptr.dtype.element_ty), mask=there[:, None])

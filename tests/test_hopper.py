@@ -107,6 +107,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, problem: Problem, preconditioner: 
 def test_which_kernels_a_step_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     if hopper.without_gluon() is not None:
         pytest.skip("of another Triton")
+    monkeypatch.setenv("FLASHLLA_RESIDENT", "0")
     in_gluon = {name: f"{name}_hopper_kernel" for name in configs.HOPPER[64]}
     plain = {name: f"{name}_kernel" for name in hopper.MODULES}
     assert launched(monkeypatch, PLAIN) == {**plain, **in_gluon}

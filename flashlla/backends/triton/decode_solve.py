@@ -118,10 +118,11 @@ def store_merged(
 
 
 @triton.jit
-def along_columns(x, like):
-    """``x`` (D,) laid out as the columns of ``like`` (D, D) are, all of it in each warp, which so reduces it alone."""
-    dim = tl.arange(0, like.shape[0])
-    return tl.sum(tl.where(dim[:, None] == dim[None, :], x[None, :], 0.0), 0)
+def in_every_warp(pointers, W: tl.constexpr):
+    """Numbers (D,), laid out as the sum of a matrix's rows is: each of W warps has all of them, and adds up products of
+    such vectors alone. By a load of one number a thread Triton would lay out all that is made of it."""
+    first = tl.arange(0, W)[:, None] == 0
+    return tl.sum(tl.load(pointers[None, :] + tl.zeros([W, 1], tl.int32), mask=first, other=0.0), 0)
 
 
 @triton.jit
@@ -132,9 +133,8 @@ def conjugate_gradients(c, shift, b, TOLERANCE: tl.constexpr, ITERATIONS: tl.con
     Both products of directions that an iteration needs, r.r and r.A r, are those of one residual: so it waits for one
     sum over D, and not for two (Chronopoulos and Gear).
     """
-    r = along_columns(b, c)
+    r = b
     x, p, a_p = tl.zeros_like(r), tl.zeros_like(r), tl.zeros_like(r)
-    shift = shift + tl.zeros_like(r)
     a_r = tl.sum(c * r[:, None], 0) + shift * r
     r_2 = tl.sum(r * r, 0)
     stop = TOLERANCE * TOLERANCE * r_2
@@ -154,7 +154,10 @@ def conjugate_gradients(c, shift, b, TOLERANCE: tl.constexpr, ITERATIONS: tl.con
 
 
 @triton.jit
-def iterated(system, SHAPE: tl.constexpr, MERGED: tl.constexpr, TOLERANCE: tl.constexpr, ITERATIONS: tl.constexpr):
+def iterated(
+    system, SHAPE: tl.constexpr, MERGED: tl.constexpr, TOLERANCE: tl.constexpr, ITERATIONS: tl.constexpr,
+    WARPS: tl.constexpr,
+):  # fmt: skip
     """v_mean - Cov(v, k) z (V,), d.z, the residual (4.8), whether it may stand, and iterations.
 
     Of A with a diagonal of 1: z is sqrt(1 / diagonal) times what is solved for.
@@ -162,15 +165,15 @@ def iterated(system, SHAPE: tl.constexpr, MERGED: tl.constexpr, TOLERANCE: tl.co
     D: tl.constexpr = SHAPE.BLOCK_D
     dim, v_row = tl.arange(0, D), D + tl.arange(0, SHAPE.BLOCK_V)
     c = tl.load(system.moments + dim[:, None] * D + dim[None, :])  # (D, D)
-    variance = tl.load(system.moments + dim * (D + 1))  # (D,)
-    k_mean, v_mean = tl.load(system.sums + dim), tl.load(system.sums + v_row)  # (D,), (V,)
+    variance = in_every_warp(system.moments + dim * (D + 1), WARPS)  # (D,)
+    k_mean, v_mean = in_every_warp(system.sums + dim, WARPS), tl.load(system.sums + v_row)  # (D,), (V,)
     d, share = k_mean, 1.0
     if not MERGED:
         share = 1 / system.omega
         k_mean, v_mean = k_mean * share, v_mean * share
         c = c * share - k_mean[:, None] * k_mean[None, :]
         variance = variance * share - k_mean * k_mean
-        d = k_mean + tl.load(system.offset + dim) * inverse_power(system.k_unit)
+        d = k_mean + in_every_warp(system.offset + dim, WARPS) * inverse_power(system.k_unit)
     diagonal = variance + system.scaled_ridge
     root = tl.rsqrt(diagonal)
     c = c * (root[:, None] * root[None, :])
@@ -291,7 +294,7 @@ def decode_solve_kernel(
     )  # fmt: skip
     flaw = 0.0 * (omega + ridge)  # NaN where anything was not finite: of one value, of all
     if ITERATIONS > 0:
-        o, d_z, residual, done, iterations = iterated(one, SHAPE, MERGED, TOLERANCE, ITERATIONS)
+        o, d_z, residual, done, iterations = iterated(one, SHAPE, MERGED, TOLERANCE, ITERATIONS, WARPS)
         if done:
             guard = 1 / (1 + delta_eps * (1 + d_z) / omega)
             tl.store(o_ptrs, (o * (guard * v_unit) + flaw).to(o_out.ptr.dtype.element_ty), mask=there)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from tests.support.poison import poisoned
 
 triton = pytest.importorskip("triton")
 hopper = pytest.importorskip("flashlla.backends.triton.hopper")
+resident = pytest.importorskip("flashlla.backends.triton.resident")
 
 CUDA = torch.device("cuda")
 PLAIN = Problem(2, 6, 6, 512, 512, 64, 64, torch.bfloat16, CUDA, 0.3, 1e-12, CG())
@@ -44,6 +45,17 @@ def test_it_says_which_devices_dtypes_and_tritons(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(hopper, "without_gluon", lambda: None)
     assert reason() == "it runs"
     assert "its operands are of 16 bits" in reason(dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def sweeps_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No resident kernels, which have most calls as short as these."""
+    from flashlla.backends.triton import plan
+
+    monkeypatch.setattr(resident, "unsupported", lambda problem: "not here")
+    plan.forget()
+    yield
+    plan.forget()
 
 
 @pytest.fixture
@@ -107,7 +119,6 @@ def launched(monkeypatch: pytest.MonkeyPatch, problem: Problem, preconditioner: 
 def test_which_kernels_a_step_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     if hopper.without_gluon() is not None:
         pytest.skip("of another Triton")
-    monkeypatch.setenv("FLASHLLA_RESIDENT", "0")
     in_gluon = {name: f"{name}_hopper_kernel" for name in configs.HOPPER[64]}
     plain = {name: f"{name}_kernel" for name in hopper.MODULES}
     assert launched(monkeypatch, PLAIN) == {**plain, **in_gluon}

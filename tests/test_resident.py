@@ -42,10 +42,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"q_len": 8000, "k_len": 8000}, None),  # of the first queries
         ({"dtype": torch.float32}, "its operands are of 16 bits"),
         ({"head_dim": 80}, "it takes head dims of .*, and this one is 80"),
-        ({"q_len": 100, "k_len": 5000}, "as many queries as keys"),
-        ({"mask": Mask(causal=False)}, "causal masks alone"),
-        ({"mask": Mask(padded=True)}, "causal masks alone"),
-        ({"kv_heads": 2}, "no shared heads"),
+        ({"q_len": 100, "k_len": 5000}, f"see at most {64 * SOME} keys"),
+        ({"mask": Mask(causal=False)}, None),
+        ({"kv_heads": 2}, None),
         (
             {"batch": 1, "max_seqlen_q": 900, "max_seqlen_k": 900, "mask": Mask(packed=True)},
             f"see at most {64 * SOME} keys",
@@ -81,7 +80,24 @@ def test_it_says_why_it_does_not_run(changes: dict[str, Any], words: str | None)
     ],
 )  # fmt: skip
 def test_share(changes: dict[str, Any], share: Share | None) -> None:
-    assert resident.share(dataclasses.replace(PLAIN, **changes)) == share
+    assert resident.solves(dataclasses.replace(PLAIN, **changes)) == share
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [
+        ({}, Share(8, 8)),
+        ({"q_len": 4096, "k_len": 4096}, Share(8, 8)),
+        ({"q_len": 4096, "k_len": 4096, "mask": Mask(window=449)}, Share(64, 8)),
+        ({"q_len": 4096, "k_len": 4096, "mask": Mask(window=512)}, None),  # those after them are solved as they are
+        ({"batch": 1, "max_seqlen_q": 100, "max_seqlen_k": 512, "mask": Mask(packed=True)}, Share(2, 8)),
+        ({"v_dim": 128}, None),
+        ({"head_dim": 128, "v_dim": 128}, None),
+    ],
+)  # fmt: skip
+def test_share_of_the_whole_forward_pass(changes: dict[str, Any], share: Share | None) -> None:
+    assert resident.attends(dataclasses.replace(PLAIN, **changes)) == share
 
 
 @pytest.mark.quick
@@ -126,11 +142,12 @@ def called(case: str) -> tuple[list[Tensor], dict[str, Any], Callable[..., Tenso
 
 
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Fills with whether each solve that follows had a resident kernel."""
+    """Fills with whether each forward pass and each solve that follows had a resident kernel."""
     from flashlla.backends.triton import launch, plan
 
     found: list[bool] = []
-    solve = launch.solve_resident
+    share, solve = launch.resident_share, launch.solve_resident
+    monkeypatch.setattr(launch, "resident_share", lambda *a: (found.append((n := share(*a)) is not None), n)[1])
     monkeypatch.setattr(launch, "solve_resident", lambda *a: (found.append((n := solve(*a)) > 0), n)[1])
     plan.forget()
     return found
@@ -149,11 +166,11 @@ def test_it_gives_what_the_plain_solve_gives(monkeypatch: pytest.MonkeyPatch, ca
     want = step([t.double() for t in tensors], ridge, operator, backend="chunked", solver=solver, **exact)
     errors, iterations, used = {}, {}, ran(monkeypatch)
     for switch in "10":
-        monkeypatch.setenv("FLASHLLA_RESIDENT", switch)
+        monkeypatch.setenv("FLASHLLA_HOPPER", switch)
         used.clear()
         with poisoned():
             got = step(tensors, ridge, operator, backend="triton", **options)
-        assert used == [switch == "1"] * 2
+        assert sum(used) == 2 * (switch == "1")
         floor = {name: max(want[name].norm().item(), 1e-2 * want[name].numel() ** 0.5) for name in NAMES}
         errors[switch] = {name: (got[name].double() - want[name]).norm().item() / floor[name] for name in NAMES}
         info = operator(*tensors[:3], ridge_lambda=ridge, backend="triton", return_info=True, **options)[1]
@@ -172,7 +189,7 @@ def test_nan_stays_where_it_belongs(monkeypatch: pytest.MonkeyPatch, where: str)
     at[150] = float("nan")
     got = {}
     for switch in "10":
-        monkeypatch.setenv("FLASHLLA_RESIDENT", switch)
+        monkeypatch.setenv("FLASHLLA_HOPPER", switch)
         got[switch] = step(tensors, ridge[None], backend="triton")
     for name in NAMES:
         assert torch.equal(got["1"][name].isnan(), got["0"][name].isnan()), name

@@ -27,7 +27,7 @@ from flashlla.backends.triton.primitives import (
     units_of,
     visible,
 )
-from flashlla.backends.triton.resident_kernels import finite_or_zero, operand, packed
+from flashlla.backends.triton.resident_parts import finite_or_zero, operand, packed
 from flashlla.backends.triton.sweep_hopper import (
     add_sums,
     begin,

@@ -33,6 +33,9 @@ FEW_KEYS = 1024
 # warp, which eliminates in [square | 1].
 PANEL = 16
 
+# Rows of heads that one program casts, if it takes so many programs to fill the chip, and rows of a tile then.
+CAST_HEAD, CAST_HEAD_ROWS = 1024, 128
+
 
 def cast_chunks(tokens: int) -> int:
     """The same for sequences of so many ``tokens``, the mean of packed ones: none has much less than a tile."""
@@ -128,12 +131,14 @@ class Resident(NamedTuple):
     shared: int = 0  # tiles of weights in shared memory, the others being in registers
     far: bool = False  # the solution is in device memory, not in shared
     ahead: bool = False  # a tile's first product is begun before the last one's second
+    direct: bool = False  # directions are in registers, not in shared memory
 
 
 # Queries and keys a tile: what one warp group multiplies at once.
 RESIDENT_TILE = 64
 # By head dim. Two programs fit a processor: 113 KiB of shared memory each, 255 registers a thread.
 RESIDENT: dict[int, tuple[Resident, ...]] = {
+    **dict.fromkeys((16, 32), (Resident(4, 4, ahead=True), Resident(8, 8))),
     64: (
         Resident(2, 2, ahead=True),
         Resident(4, 4, ahead=True),
@@ -148,6 +153,8 @@ RESIDENT: dict[int, tuple[Resident, ...]] = {
         Resident(8, 3, far=True),
     ),
 }
+# By head dim, of how many tiles of keys all of the forward pass is one launch: of more its kernel has no registers.
+RESIDENT_FORWARD = {16: 8, 32: 8, 64: 8}
 
 
 def resident_options(head_dim: int, k_tiles: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from flashlla.backends.triton.primitives import (
     units_of,
     visible,
 )
-from flashlla.backends.triton.resident_kernels import barrier
+from flashlla.backends.triton.resident_parts import barrier
 from flashlla.backends.triton.sweep_hopper import begin, fetch, fetch_rows, products, ring_of, sweep, tiles_of
 
 

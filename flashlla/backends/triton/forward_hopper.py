@@ -24,7 +24,7 @@ from flashlla.backends.triton.primitives import (
     units_of,
     visible,
 )
-from flashlla.backends.triton.resident_kernels import operand, packed
+from flashlla.backends.triton.resident_parts import operand, packed
 from flashlla.backends.triton.sweep_hopper import (
     add_sums,
     begin,

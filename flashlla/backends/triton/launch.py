@@ -17,6 +17,7 @@ from flashlla.backends.triton import gram as gram_kernels
 from flashlla.backends.triton.plan import Buffer, Layout, Memory, Plan, contiguous, layouts, of_buffers, planned
 from flashlla.backends.triton.records import (
     Adjoint,
+    Attended,
     Ended,
     Flaws,
     HandedOn,
@@ -34,6 +35,7 @@ from flashlla.problem import (
     Forward,
     Gradients,
     Inputs,
+    Mask,
     Problem,
     Report,
     Residuals,
@@ -62,17 +64,15 @@ _INPUTS, _FORWARD, _ADJOINED, _GRADIENTS = Row(Inputs), Row(Forward), Row(Adjoin
 
 class Around(NamedTuple):
     """What a plan depends on beside the call: torch's setting of float32 products, whether configs are tuned, and
-    whether the resident solve and other kernels in Gluon may run."""
+    whether kernels in Gluon may run."""
 
     full: bool
     tuned: bool
-    resident: bool
     hopper: bool
 
     @classmethod
     def now(cls, device: torch.device) -> Around:
-        get = os.environ.get
-        switches = get("FLASHLLA_AUTOTUNE") == "1", get("FLASHLLA_RESIDENT") == "1", get("FLASHLLA_HOPPER") != "0"
+        switches = os.environ.get("FLASHLLA_AUTOTUNE") == "1", os.environ.get("FLASHLLA_HOPPER") != "0"
         return cls(products.allowed(device) == "ieee", *switches)
 
 
@@ -187,17 +187,23 @@ class Call:
     def cast(self, q: Buffer, k: Buffer, v: Buffer) -> tuple[Operands, Buffer, Flaws]:
         """q, k and v contiguous and finite, in the operands' dtype and in units of a head; these units; and which heads
         and which rows of q, k and v were not finite."""
-        tokens = max(self.problem.q_len, self.problem.k_len) // max(1, self.problem.sequences)  # of a sequence
-        chunks = configs.cast_chunks(tokens) if self.device.type == "cuda" else 1
         longest, slots = max(self.max_seqlens), self.n_heads + 2 * self.n_kv_heads
-        chunk = cdiv(cdiv(longest, chunks), configs.CAST_ROWS) * configs.CAST_ROWS
-        largest, flawed = self.scratch(slots, chunks), self.scratch(slots, chunks)
         units, flaws = self.scratch(slots), self.scratch(slots)
         of_operand = lambda t: self.scratch(*t.shape, dtype=self.operand_dtype)
         of_rows = lambda t: self.scratch(*t.shape[:3])
         outs = Operands(q=of_operand(q), k=of_operand(k), v=of_operand(v))
         found = Flaws(heads=flaws, q=of_rows(q), k=of_rows(k), v=of_rows(v))
         given = self.strided(q), self.strided(k), self.strided(v)
+        if longest <= configs.CAST_HEAD and slots >= configs.processors(self.device):
+            self.plan.launch(
+                prepare.cast_heads_kernel, "cast", (self.n_heads, 3), *given, self.k_most, self.origin, outs, units,
+                found, self.seqlens, *self.lengths, SHAPE=self.shape, BLOCK_M=configs.CAST_HEAD_ROWS,
+            )  # fmt: skip
+            return outs, units, found
+        tokens = max(self.problem.q_len, self.problem.k_len) // max(1, self.problem.sequences)  # of a sequence
+        chunks = configs.cast_chunks(tokens) if self.device.type == "cuda" else 1
+        largest, flawed = self.scratch(slots, chunks), self.scratch(slots, chunks)
+        chunk = cdiv(cdiv(longest, chunks), configs.CAST_ROWS) * configs.CAST_ROWS
         tiles = {"SHAPE": self.shape, "CHUNKS": chunks, "BLOCK_M": configs.CAST_ROWS}
         self.plan.launch(
             prepare.largest_kernel, "cast", (self.n_heads * chunks, 3), *given, self.k_most, largest, flawed,
@@ -241,6 +247,12 @@ class Call:
         sequences, block = self.problem.sequences, configs.CAST_ROWS
         longest = (sequences * cdiv(length, block) for length in self.max_seqlens)
         return sequences > 1 and all(2 * self.slots(bool(i), block) <= n for i, n in enumerate(longest))
+
+    def resident(self) -> bool:
+        """Whether resident kernels may run, as far as masks and dtypes go."""
+        # Gluon has no layout for the search of `primitives.packed_tile`.
+        packed = self.seqlens.slots is not None
+        return self.around.hopper and not packed and resident.unsupported(self.problem) is None
 
     def launch_tiles(
         self, kernel: Kernel, name: str, *arguments: Any, over_keys: bool = False, tune: bool = True, done: int = 0,
@@ -367,9 +379,6 @@ def _plan_forward(
     call = Call(problem, around, plan, _INPUTS.record(plan.given))
     q = call.inputs.q
     of_rows = q.shape[:3]
-    lse2, image = call.rows(), None
-    if preconditioner != "none" or call.origin is not None or call.keys_seen > configs.FEW_KEYS:
-        image = call.vectors(memory=call.until_solved)
     residuals = of_buffers(
         Residuals, lse=call.output(*of_rows), guard=call.output(*of_rows),
         probe=call.output(*q.shape), k_mean=call.output(*q.shape),
@@ -383,17 +392,30 @@ def _plan_forward(
     lse, k_mean = residuals.lse, residuals.k_mean
     if call.origin is not None:
         lse, k_mean = call.rows(), call.vectors()
-    call.launch_tiles(
-        forward_kernels.statistics_kernel, "statistics", call.q, call.k, call.units, call.flaws, lse, lse2, omega,
-        k_mean, image, *call.sight, problem.scale, FLIP=problem.scale < 0,
-    )  # fmt: skip
-    solve(call, call.inputs.ridge_lambda, lse2, k_mean, image, residuals.probe, preconditioner, ended=ended)
+    made, done = None, 0
+    if (share := resident_share(call, preconditioner)) is not None:
+        made, done = call.output_like(q, problem.v_dim), share.q_tiles * configs.RESIDENT_TILE
+        attend_resident(call, share, residuals, omega, call.strided(made[1]), ended)
+    plain = done < call.max_seqlens[0]  # there are queries left
+    if plain:
+        lse2, image = call.rows(), None
+        if preconditioner != "none" or call.origin is not None or call.keys_seen > configs.FEW_KEYS:
+            image = call.vectors(memory=call.until_solved)
+        call.launch_tiles(
+            forward_kernels.statistics_kernel, "statistics", call.q, call.k, call.units, call.flaws, lse, lse2, omega,
+            k_mean, image, *call.sight, problem.scale, FLIP=problem.scale < 0, done=done,
+        )  # fmt: skip
+        solve(
+            call, call.inputs.ridge_lambda, lse2, k_mean, image, residuals.probe, preconditioner, ended=ended, done=done
+        )  # fmt: skip
     plan.drop(call.until_solved)
-    o, o_rows = call.output_like(q, problem.v_dim)
-    call.launch_tiles(
-        forward_kernels.output_kernel, "output", call.q, call.k, call.v, call.units, call.origin, lse2, omega, k_mean,
-        residuals.probe, residuals.guard, call.strided(o_rows), *call.sight, problem.scale, problem.delta_eps,
-    )  # fmt: skip
+    o, o_rows = made or call.output_like(q, problem.v_dim)
+    if plain:
+        call.launch_tiles(
+            forward_kernels.output_kernel, "output", call.q, call.k, call.v, call.units, call.origin, lse2, omega,
+            k_mean, residuals.probe, residuals.guard, call.strided(o_rows), *call.sight, problem.scale,
+            problem.delta_eps, done=done,
+        )  # fmt: skip
     if o_rows is not o:
         plan.compute(Tensor.copy_, o, o_rows)
     if call.origin is not None:
@@ -402,11 +424,40 @@ def _plan_forward(
     return plan.finished(_FORWARD.flat(of_buffers(Forward, o=o, residuals=residuals, report=report)))
 
 
+def resident_share(call: Call, preconditioner: str) -> resident.Share | None:
+    """Of which queries all of the forward pass is one launch, none of which the ``preconditioner`` is for."""
+    share = resident.attends(call.problem) if call.resident() and preconditioner != "jacobi" else None
+    if share is None or preconditioner == "none":
+        return share
+    # Of gram causal queries of the first segment have none.
+    if call.problem.mask != Mask() or call.problem.q_len != call.problem.k_len:
+        return None
+    tiles = min(share.q_tiles, configs.SEGMENT // configs.RESIDENT_TILE)
+    return resident.Share(tiles, min(share.k_tiles, tiles))
+
+
+def attend_resident(
+    call: Call, share: resident.Share, residuals: Any, omega: Buffer, o: Strided, ended: Ended
+) -> None:  # fmt: skip
+    """Launch the forward pass of queries that see few keys."""
+    # Not before: it takes Gluon.
+    from flashlla.backends.triton.resident_kernels import resident_forward_kernel
+
+    outs = Attended(**residuals._asdict(), omega=omega, o=o)
+    call.plan.launch(
+        resident_forward_kernel, "forward", (call.n_heads * share.q_tiles,), call.q, call.k, call.v, call.units,
+        call.flaws, call.strided(call.inputs.ridge_lambda), outs, ended, *call.sight, call.problem.scale,
+        call.problem.delta_eps, *tolerances(call.problem, False), share.q_tiles,
+        LAST=True, SHAPE=call.shape, **configs.resident_options(call.problem.head_dim, share.k_tiles),
+    )  # fmt: skip
+
+
 def solve(
     call: Call, ridge: Buffer, lse2: Buffer, k_mean: Buffer, b: Buffer | None, x: Buffer, preconditioner: str, *,
-    ended: Ended | None = None, adjoint: Adjoint | None = None,
+    ended: Ended | None = None, adjoint: Adjoint | None = None, done: int = 0,
 ) -> None:  # fmt: skip
-    """Launch the one solve kernel: for the probe, filling ``ended``, or for the ``adjoint`` probe."""
+    """Launch the one solve kernel: for the probe, filling ``ended``, or for the ``adjoint`` probe; but for the first
+    ``done`` queries."""
     of_ridge, segments = call.strided(ridge), cdiv(call.problem.q_len, configs.SEGMENT)
     made = None
     if preconditioner == "gram":
@@ -414,16 +465,16 @@ def solve(
         made = gram(call, of_ridge, k_mean, b, None if adjoint is None else adjoint.probe, segments)
     tail = *call.sight, call.problem.scale, *tolerances(call.problem, adjoint is not None), segments
     for which in ("none", "gram") if preconditioner == "gram" else (preconditioner,):
-        done = 0
-        if which == "none":
-            done = solve_resident(call, lse2, k_mean, of_ridge, b, made, x, adjoint, ended, *tail)
-        if done < call.max_seqlens[0]:
+        others = done
+        if which == "none" and not done:
+            others = solve_resident(call, lse2, k_mean, of_ridge, b, made, x, adjoint, ended, *tail)
+        if others < call.max_seqlens[0]:
             call.launch_tiles(
                 solve_kernel, "solve_gram" if which == "gram" else "solve",
                 call.q, call.k, call.units, call.origin, lse2, k_mean, of_ridge, b, made, x, adjoint, ended, *tail,
                 ADJOINT=adjoint is not None, PRECONDITIONER=which, SEGMENT=configs.SEGMENT,
                 tune=preconditioner != "gram",  # either may have no tile that is its own
-                done=done, gluon=which == "none",
+                done=others, gluon=which == "none",
             )  # fmt: skip
 
 
@@ -432,16 +483,11 @@ def solve_resident(
     adjoint: Adjoint | None, ended: Ended | None, *tail: Any,
 ) -> int:  # fmt: skip
     """Launch the resident solve if it can run; how many queries it has, from the first."""
-    if not call.around.resident or resident.unsupported(call.problem) is not None:
+    share = resident.solves(call.problem) if call.resident() else None
+    if share is None:
         return 0
-    if call.seqlens.slots is not None:  # Gluon has no layout for the search of `primitives.packed_tile`
-        return 0
-    # Not before: it takes Gluon.
     from flashlla.backends.triton.resident_kernels import resident_solve_kernel
 
-    share = resident.share(call.problem)
-    assert share is not None  # or it were unsupported
-    b = call.vectors(memory=call.until_solved) if b is None else b
     call.plan.launch(
         resident_solve_kernel, "solve", (call.n_heads * share.q_tiles,), call.q, call.k, call.units, lse2, k_mean,
         ridge, b, made, x, adjoint, ended, *tail, share.q_tiles,

@@ -1,8 +1,4 @@
-"""Where the resident solve (resident_kernels.py) runs, and where not, in words.
-
-It runs only where FLASHLLA_RESIDENT=1 asks for it: its solutions have been compared with float64 on an H100, its times
-with the plain solve's have not (docs/performance.md).
-"""
+"""Where the resident kernels (resident_kernels.py) run, and where not, in words. FLASHLLA_HOPPER=0: nowhere."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from flashlla.problem import Problem
 
 
 class Share(NamedTuple):
-    """What of a solve is the resident kernel's."""
+    """What of a solve, or of a forward pass, is a resident kernel's."""
 
     q_tiles: int  # tiles of queries, from the first
     k_tiles: int  # tiles of keys that any of them sees, at most
@@ -27,18 +23,30 @@ def unsupported(problem: Problem) -> str | None:
     if problem.head_dim not in configs.RESIDENT:
         widths = ", ".join(map(str, configs.RESIDENT))
         return f"it takes head dims of {widths}, and this one is {problem.head_dim}"
-    if not problem.mask.causal or problem.mask.padded or problem.group > 1 or problem.q_len != problem.k_len:
-        return "it has been tried with causal masks alone, as many queries as keys, and no shared heads"
-    if share(problem) is None:
+    if solves(problem) is None:
         most = configs.RESIDENT[problem.head_dim][-1].tiles * configs.RESIDENT_TILE
         return f"it takes queries that see at most {most} keys, and none of these is known to"
     return None
 
 
-def share(problem: Problem) -> Share | None:
-    """Of the queries, those that see few enough keys; None if there are none."""
-    tile, most = configs.RESIDENT_TILE, configs.RESIDENT[problem.head_dim][-1].tiles
-    mask = problem.mask
+def solves(problem: Problem) -> Share | None:
+    """The share of the solve alone."""
+    return share(problem, configs.RESIDENT[problem.head_dim][-1].tiles)
+
+
+def attends(problem: Problem) -> Share | None:
+    """The share of the whole forward pass."""
+    found = share(problem, configs.RESIDENT_FORWARD.get(problem.head_dim, 0))
+    # With other masks its kernel is out of registers, and waits for every single product.
+    if found is None or problem.v_dim != problem.head_dim or problem.mask.padded or not problem.mask.causal:
+        return None
+    # With a window later queries see no more keys than the last of these: better to solve all of them alike.
+    return None if problem.mask.window and found.q_tiles < cdiv(problem.q_len, configs.RESIDENT_TILE) else found
+
+
+def share(problem: Problem, most: int) -> Share | None:
+    """Of the queries, those that see up to ``most`` tiles of keys; None if there are none."""
+    tile, mask = configs.RESIDENT_TILE, problem.mask
     if mask.packed:  # where a sequence's diagonal lies only the device knows
         window = mask.window or problem.max_seqlen_k
         seen = cdiv(min(problem.max_seqlen_k, window + tile - 1), tile)

@@ -31,7 +31,7 @@ from flashlla.backends.triton.primitives import (
     units_of,
     visible,
 )
-from flashlla.backends.triton.resident_kernels import (
+from flashlla.backends.triton.resident_parts import (
     barrier,
     finite_or_zero,
     left_by_step,

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
 from flashlla.backends.triton.primitives import cut_tile, queries_of
-from flashlla.backends.triton.resident_kernels import barrier, operand, part_sums
+from flashlla.backends.triton.resident_parts import barrier, operand, part_sums
 
 
 @gluon.constexpr_function

@@ -28,8 +28,9 @@ from benchmarks import keys as trained
 from benchmarks import needs, record
 from benchmarks.data import TRAINED, learned_ridge, make
 from benchmarks.exact import relative
-from flashlla import CG, lla_attention, lla_attention_varlen, lla_decode
+from flashlla import lla_attention, lla_attention_varlen, lla_decode
 from flashlla.distributed import (
+    collectives,
     lla_attention_cp,
     lla_attention_varlen_cp,
     lla_decode_cp,
@@ -37,11 +38,11 @@ from flashlla.distributed import (
     sum_gradients,
     unshard_sequence,
 )
+from flashlla.distributed.groups import Ranks
 from flashlla.distributed.sharding import Order, Shards
 from flashlla.nn import LocalLinearAttention
 
 RIDGE = 1.0
-EXACT = CG(atol=0.0, rtol=1e-24, max_iters=2000)
 SHORT = 32768  # tokens; what is compiled for so many serves longer sequences
 LONG = 131072  # tokens; of more, a call takes so long that it is timed once, and not on one GPU
 FOR_FOUR = 524288  # tokens that want four GPUs at least
@@ -126,17 +127,17 @@ def accuracy(world: World, options: argparse.Namespace) -> list[Line]:
     edges = torch.tensor([0, 300, 300, 1500, length], dtype=torch.int32, device=world.device)
     packed: dict[str, Any] = {"cu_seqlens": edges, "max_seqlen": 1200}
     cases: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-        "all_gather": (lla_attention, lla_attention_cp, {}),
+        "all_gather": (lla_attention, lla_attention_cp, {"key_heads_at_once": 1}),
         "all_to_all": (lla_attention, lla_attention_cp, {"method": "all_to_all"}),
-        "window": (lla_attention, lla_attention_cp, {"window": 300}),
-        "packed": (lla_attention_varlen, lla_attention_varlen_cp, packed),
+        "window": (lla_attention, lla_attention_cp, {"window": 300, "key_heads_at_once": 1}),
+        "packed": (lla_attention_varlen, lla_attention_varlen_cp, {**packed, "key_heads_at_once": 1}),
     }
     lines = []
     for name, (one, across, keywords) in cases.items():
-        whole = {key: value for key, value in keywords.items() if key != "method"}
+        whole = {key: value for key, value in keywords.items() if key not in ("method", "key_heads_at_once")}
         results = {}
         for which, dtype, call in (
-            ("float64", torch.float64, lambda q, k, v, lam: one(q, k, v, ridge_lambda=lam, solver=EXACT, **whole)),
+            ("float64", torch.float64, lambda q, k, v, lam: one(q, k, v, ridge_lambda=lam, solver="direct", **whole)),
             ("alone", options.dtype, lambda q, k, v, lam: one(q, k, v, ridge_lambda=lam, **whole)),
         ):
             given = [t.to(dtype).requires_grad_() for t in tensors[:3]] + [ridge.clone().requires_grad_()]
@@ -256,6 +257,25 @@ def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
         else:
             found.append((start, stop))
     return found
+
+
+def bandwidth(world: World, options: argparse.Namespace) -> list[Line]:
+    """What a rank receives in a second, in GB, of the keys and values of SHORT tokens, and of their gradients, while
+    nothing else runs."""
+    if world.size == 1:
+        return []
+    ranks, columns = Ranks(world.group, world.rank, world.size), (options.heads, 2 * options.dim)
+    own = torch.zeros(SHORT // world.size, *columns, dtype=options.dtype, device=world.device)
+    sums = torch.zeros(SHORT, *columns, device=world.device)
+    line: Line = {"gpus": world.size}
+    for name, carry, bytes_of_all in (
+        ("gather", lambda: collectives.gather(own, ranks), own.nbytes * world.size),
+        ("reduce_scatter", lambda: collectives.reduce_scatter(sums, ranks), sums.nbytes),
+    ):
+        seconds = world.cost(lambda: carry().wait(), calls=20).seconds
+        line[f"{name}_gb_s"] = 1e-9 * bytes_of_all * (1 - 1 / world.size) / seconds
+    world.say("bandwidth", _told(line))
+    return [line]
 
 
 def decode(world: World, options: argparse.Namespace) -> list[Line]:
@@ -384,7 +404,14 @@ def _most_by_mean(work: Tensor, ranks: int, order: Order) -> float:
     return max(each) * ranks / sum(each)
 
 
-KINDS = {"accuracy": accuracy, "speed": speed, "decode": decode, "training": training, "balance": balance}
+KINDS = {
+    "accuracy": accuracy,
+    "speed": speed,
+    "bandwidth": bandwidth,
+    "decode": decode,
+    "training": training,
+    "balance": balance,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -441,6 +468,8 @@ def with_efficiencies(lines: list[Line]) -> list[Line]:
     for line in lines:
         alone = one.get(line.get("length"), {})
         if line.get("gpus", 1) > 1:
-            for took in {"forward_s", "step_s", "us"} & line.keys() & alone.keys():
-                line[f"{took.rpartition('_')[0]}_efficiency".lstrip("_")] = alone[took] / (line["gpus"] * line[took])
+            for took in {"forward_s", "step_s", "us"} & alone.keys():
+                for way in {"", "all_to_all_"} if f"all_to_all_{took}" in line else {""}:
+                    name = f"{way}{took.rpartition('_')[0]}_efficiency".lstrip("_")
+                    line[name] = alone[took] / (line["gpus"] * line[f"{way}{took}"])
     return lines

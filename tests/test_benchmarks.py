@@ -503,9 +503,10 @@ def test_a_group_of_one_is_as_exact_as_the_call_itself(tmp_path: Path, monkeypat
 
 def test_efficiency_is_beside_one_gpu_at_the_same_length():
     one = {"gpus": 1, "length": 64, "forward_s": 8.0, "step_s": 24.0}
-    two = {"gpus": 2, "length": 64, "forward_s": 5.0, "step_s": 12.0, "all_to_all_step_s": 11.0}
+    two = {"gpus": 2, "length": 64, "forward_s": 5.0, "step_s": 12.0, "all_to_all_step_s": 10.0}
     _, found, longer = distributed.with_efficiencies([one, two, {**two, "length": 128}])
     assert (found["forward_efficiency"], found["step_efficiency"]) == (0.8, 1.0)
+    assert found["all_to_all_step_efficiency"] == 1.2
     assert "step_efficiency" not in longer
     assert distributed.with_efficiencies([{"gpus": 1, "us": 8.0}, {"gpus": 4, "us": 2.5}])[1]["efficiency"] == 0.8
 

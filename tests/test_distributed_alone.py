@@ -38,16 +38,15 @@ def test_shards_make_up_the_sequence(order: Any, size: int) -> None:
 
 
 @pytest.mark.quick
-def test_few_heads_are_gathered_at_once_where_queries_are_many() -> None:
+def test_heads_are_gathered_as_far_as_they_fit() -> None:
     def heads(tokens: int, size: int, kv_heads: int = 16) -> int:
         q, k = (torch.empty(1, n, tokens // size, 128, dtype=torch.bfloat16, device="meta") for n in (16, kv_heads))
-        shards = Shards(tokens // size, size, "head_tail")
-        return heads_at_once(Inputs(q, k, k, q[..., 0]), shards)
+        return heads_at_once(Inputs(q, k, k, q[..., 0]), Shards(tokens // size, size, "head_tail"))
 
-    assert [heads(32768, size) for size in (2, 4, 8)] == [4, 8, 16]
-    assert [heads(131072, size) for size in (2, 4, 8)] == [1, 2, 4]
-    assert heads(32768, 4, kv_heads=4) == 2  # of four query heads each
-    assert heads(10 * 2**20, 1024) == 1  # of 5 GB
+    assert heads(32768, 2) == heads(32768, 4) == 16  # of 16 MiB each
+    assert heads(131072, 4) == 4
+    assert heads(8192, 2, kv_heads=4) == 4
+    assert heads(10 * 2**20, 1024) == 1  # of 5 GiB
 
 
 def test_without_process_groups() -> None:

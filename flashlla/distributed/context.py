@@ -16,10 +16,7 @@ from flashlla.distributed.keys import Bringing, Part, bringing, parts_of
 from flashlla.distributed.sharding import Shards
 from flashlla.problem import Arguments, Inputs, Report, Residuals, Settings, empty_output, empty_report
 
-# Unless the caller says how many heads' keys are gathered at once: those of so many queries of a part, counted for each
-# head, which keep a GPU busy for two waves of programs; but of keys and values no more than so many bytes. The fewer
-# they are, the less of a call waits for its first keys and for its last gradients.
-BUSY = 32768
+# Bytes of keys and values that are gathered at once, unless the caller says how many heads.
 GATHERED = 256 * 2**20
 
 
@@ -141,10 +138,8 @@ class Shared:
 
 def heads_at_once(inputs: Inputs, shards: Shards) -> int:
     """How many heads' keys are gathered at once where the caller does not say."""
-    batch, kv_heads, _, head_dim = inputs.k.shape
-    queries = batch * shards.chunk * inputs.q.shape[1] // max(1, kv_heads)  # of a part and key head
-    size = batch * shards.total * (head_dim + inputs.v.shape[-1]) * inputs.k.element_size()
-    return max(1, min(-(-BUSY // max(1, queries)), GATHERED // max(1, size)))
+    size = inputs.k.shape[0] * shards.total * (inputs.k.shape[-1] + inputs.v.shape[-1]) * inputs.k.element_size()
+    return max(1, min(inputs.k.shape[1], GATHERED // max(1, size)))
 
 
 class _Attend(torch.autograd.Function):

@@ -1,15 +1,75 @@
 """Decoding: from the moments of pieces of a cache to those of all its keys, for who merges several caches.
 
-Letters as in decode_solve.py.
+Letters as in decode_solve.py, whose own sum is unrolled over pieces. Shares of a cache are long and have many: so that
+it takes a minute to compile.
 """
 
 import triton
 import triton.language as tl
 
 from flashlla.backends.triton.decode_kernels import SCALARS, key_offsets, key_span, of_head, piece_of, store_scalars
-from flashlla.backends.triton.decode_solve import store_merged
+from flashlla.backends.triton.primitives import inverse_power
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def store_sum(
+    parts, merged_out, system, block, pieces, active, SHAPE: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr,
+    PIECES: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """M rows of C and of Cov(v, k), (systems, D + V, D), and of d and v_mean, (systems, D + V), in units that fit all
+    pieces: scalars (systems, 4) as those of a piece. They are of keys alone or of values alone.
+
+    With p_i the share of piece i of the weights, C_i its covariance and c_i its mean from the query, d = sum p_i c_i
+    and C = sum p_i (C_i + (c_i - d) (c_i - d)^T); Cov(v, k) likewise.
+    """
+    D: tl.constexpr = SHAPE.BLOCK_D
+    R: tl.constexpr = D + SHAPE.BLOCK_V
+    is_key = block * M < D
+    # Every slice has the m, omega and unit of the keys; each has a unit of its values, whose rows start where its do.
+    owner = tl.where(is_key, 0, (block * M - D) // SLICE)
+    scalars_ptr = parts.scalars + system * pieces * SLICES * SCALARS
+    index = tl.arange(0, PIECES)  # those from ``active`` on are no pieces
+    there = index < active
+    piece_ptrs = scalars_ptr + index * SLICES * SCALARS
+    m_all = tl.load(piece_ptrs, mask=there, other=float("-inf"))  # (I,)
+    omega_all = tl.load(piece_ptrs + 1, mask=there, other=1.0)  # (I,)
+    k_units = tl.load(piece_ptrs + 2, mask=there, other=0.0)
+    every = tl.arange(0, PIECES * SLICES)
+    v_unit = tl.max(tl.load(scalars_ptr + every * SCALARS + 3, mask=every < active * SLICES, other=0.0), 0)
+    m, k_unit = tl.max(m_all, 0), tl.max(k_units, 0)
+    weight = omega_all * tl.exp2(m_all - m)  # (I,)
+    omega = tl.sum(weight, 0)
+    weight, inverse = weight / omega, 1 / omega_all
+    k_scale, v_scale = inverse_power(k_unit), inverse_power(v_unit)
+
+    row, dim = block * M + tl.arange(0, M), tl.arange(0, D)
+    sums_ptr, offset_ptr = parts.sums + system * pieces * R, parts.offset + system * pieces * D
+    k_units *= k_scale
+    means = tl.load(sums_ptr + index[:, None] * R + dim[None, :], mask=there[:, None], other=0.0)  # (I, D)
+    means *= (k_units * inverse)[:, None]
+    offsets = tl.load(offset_ptr + index[:, None] * D + dim[None, :], mask=there[:, None], other=0.0)
+    centres = means + offsets * k_scale
+    d = tl.sum(centres * weight[:, None], 0)  # (D,)
+    # The same of this program's rows; those of the values have a unit of their own, and no offset.
+    unit_slot, row_scale = tl.where(is_key, 2, 3), tl.where(is_key, k_scale, v_scale)
+    row_units = tl.load(piece_ptrs + owner * SCALARS + unit_slot, mask=there, other=0.0) * row_scale * inverse  # (I,)
+    row_means = tl.load(sums_ptr + index[:, None] * R + row[None, :], mask=there[:, None], other=0.0)  # (I, M)
+    row_means *= row_units[:, None]
+    away = tl.load(offset_ptr + index[:, None] * D + row[None, :], mask=there[:, None] & is_key, other=0.0)
+    row_centres = row_means + away * k_scale
+    row_d = tl.sum(row_centres * weight[:, None], 0)  # (M,)
+
+    place = (index[:, None] * R + row[None, :])[:, :, None] * D + dim[None, None, :]
+    tiles = tl.load(parts.moments + system * pieces * R * D + place, mask=there[:, None, None], other=0.0)  # (I, M, D)
+    tiles = tiles * (k_units * row_units)[:, None, None] - row_means[:, :, None] * means[:, None, :]
+    tiles += (row_centres - row_d[None, :])[:, :, None] * (centres - d[None, :])[:, None, :]
+    place = system * R + row
+    tl.store(merged_out.moments + place[:, None] * D + dim[None, :], tl.sum(tiles * weight[:, None, None], 0))
+    tl.store(merged_out.sums + place, row_d)
+    if block == 0:
+        store_scalars(merged_out.scalars + system * SCALARS, m, omega, k_unit, v_unit)
 
 
 @triton.jit(do_not_specialize=["kv_heads", "group", "q_len", "k_len", "window", "pieces", "pages"])
@@ -43,7 +103,7 @@ def decode_share_kernel(
             store_scalars(scalars_ptr, float("-inf"), 0.0, 1.0, 1.0)
         return
     _, _, active = piece_of(start, stop, pieces, BLOCK_T)
-    store_merged(parts, share_out, system, block, pieces, active, SHAPE, SLICES, SLICE, PIECES, BLOCK_M)
+    store_sum(parts, share_out, system, block, pieces, active, SHAPE, SLICES, SLICE, PIECES, BLOCK_M)
     every = tl.arange(0, PIECES * SLICES)
     units_ptrs = parts.scalars + (system * pieces * SLICES + every) * SCALARS + 2
     there = every < active * SLICES

@@ -1,8 +1,9 @@
-"""The tables of README.md and docs/performance.md that hold recorded figures: ``python docs/speed_tables.py`` writes
-them anew, from the records in benchmarks/results."""
+"""The tables of README.md, docs/performance.md and docs/distributed.md that hold recorded figures: ``python
+docs/speed_tables.py`` writes them anew, from the records in benchmarks/results."""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "distributed.md")
 BLOCK = re.compile(r"(<!-- table (\S+), written by docs/speed_tables\.py -->\n).*?(<!-- end -->\n)", re.DOTALL)
 KEYS = {"trained_qknorm": "trained, with qk-norm", "trained": "trained", "power_law": "power law with an offset"}
 KEYS["sharp"] = "sharp softmax"
@@ -179,6 +180,49 @@ def decode() -> str:
     return table([*headings, "moments, solve", "error"], rows())
 
 
+def distributed(name: str = "distributed_h100") -> str:
+    """Forward passes and steps of one sequence over several GPUs: seconds, efficiencies and GiB at the peak."""
+    of_method = {
+        "forward": ("forward_s", "{:.4f}"), "efficiency": ("forward_efficiency", "{:.0%}"),
+        "step": ("step_s", "{:.4f}"), "of the step": ("step_efficiency", "{:.0%}"), "GiB": ("peak_gib", "{:.1f}"),
+        "NCCL": ("nccl_s", "{:.4f}"), "exposed": ("nccl_exposed_s", "{:.4f}"), "imbalance": ("imbalance", "{:.3f}"),
+    }  # fmt: skip
+
+    def rows() -> Iterator[list[str]]:
+        for line in sorted(record(name)["speed"], key=lambda line: (line["length"], line["gpus"])):
+            for prefix, method in {"": "all_gather" if line["gpus"] > 1 else "", "all_to_all_": "all_to_all"}.items():
+                if f"{prefix}step_s" in line:
+                    cells = ((line.get(prefix + name), form) for name, form in of_method.values())
+                    told = ("" if x is None else form.format(x) for x, form in cells)
+                    yield [str(line["length"]), str(line["gpus"]), method, *told]
+
+    return table(["S", "GPUs", "method", *of_method], rows())
+
+
+def distributed_decode() -> str:
+    """A new token against a cache that lies on several GPUs: microseconds."""
+
+    def rows() -> Iterator[list[str]]:
+        for line in record("distributed_h100")["decode"]:
+            parts = (f"{line[name]:.0f}" for name in ("us", "pass_us", "other_us"))
+            yield [str(line["gpus"]), *parts, f"{100 * line['efficiency']:.0f} %" if "efficiency" in line else ""]
+
+    return table(["GPUs", "a token", "the pass over the cache", "other kernels, but NCCL's", "efficiency"], rows())
+
+
+def distributed_balance() -> str:
+    """The most that a rank computes beside the mean, by iterations."""
+
+    def rows() -> Iterator[list[str]]:
+        for line in record("distributed_h100")["balance"]:
+            keys = f"{KEYS.get(line['data'], line['data'])}, D = {line['dim']}, {line['tokens']} tokens"
+            most = (f"{x:.3f}" for order in ("head_tail", "contiguous") for x in line[order].values())
+            yield [keys, line["ridge"], f"{line['iterations']:.1f}", *most]
+
+    ranks = [f"{order}, {n}" for order in ("head-tail", "contiguous") for n in (2, 4, 8)]
+    return table(["keys", "ridge", "iterations", *ranks], rows())
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "host": host,
     "decode": decode,
@@ -187,6 +231,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "windows": windows,
     "model": model,
     "first": first,
+    "distributed": distributed,
+    "distributed_one_call": functools.partial(distributed, "distributed_one_call_h100"),
+    "distributed_decode": distributed_decode,
+    "distributed_balance": distributed_balance,
 }
 
 

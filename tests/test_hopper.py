@@ -121,10 +121,10 @@ def test_which_kernels_a_step_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("of another Triton")
     in_gluon = {name: f"{name}_hopper_kernel" for name in configs.HOPPER[64]}
     plain = {name: f"{name}_kernel" for name in hopper.MODULES}
+    monkeypatch.delenv("FLASHLLA_HOPPER", raising=False)
+    assert launched(monkeypatch, PLAIN) == plain
+    monkeypatch.setenv("FLASHLLA_HOPPER", "1")
     assert launched(monkeypatch, PLAIN) == {**plain, **in_gluon}
-    with monkeypatch.context() as patch:
-        patch.setenv("FLASHLLA_HOPPER", "0")
-        assert launched(patch, PLAIN) == plain
     jacobi = {**plain, **in_gluon, "solve": "solve_kernel"}
     assert launched(monkeypatch, dataclasses.replace(PLAIN, solver=PCG()), "jacobi") == jacobi
 

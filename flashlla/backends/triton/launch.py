@@ -64,7 +64,7 @@ _INPUTS, _FORWARD, _ADJOINED, _GRADIENTS = Row(Inputs), Row(Forward), Row(Adjoin
 
 class Around(NamedTuple):
     """What a plan depends on beside the call: torch's setting of float32 products, whether configs are tuned, and
-    whether kernels in Gluon may run."""
+    whether the training kernels in Gluon are asked for."""
 
     full: bool
     tuned: bool
@@ -72,7 +72,7 @@ class Around(NamedTuple):
 
     @classmethod
     def now(cls, device: torch.device) -> Around:
-        switches = os.environ.get("FLASHLLA_AUTOTUNE") == "1", os.environ.get("FLASHLLA_HOPPER") != "0"
+        switches = os.environ.get("FLASHLLA_AUTOTUNE") == "1", os.environ.get("FLASHLLA_HOPPER") == "1"
         return cls(products.allowed(device) == "ieee", *switches)
 
 

@@ -1,4 +1,5 @@
-"""Where the resident kernels (resident_kernels.py) run, and where not, in words. FLASHLLA_HOPPER=0: nowhere."""
+"""Where the resident kernels (resident_kernels.py) run, and where not, in words. They run where
+FLASHLLA_HOPPER=1 asks for them."""
 
 from __future__ import annotations
 

@@ -226,7 +226,7 @@ def test_steps_of_a_graph_are_steps(mixer: str, monkeypatch: pytest.MonkeyPatch)
         return torch.tensor([losses for _, losses in run["curve"]])
 
     graphs = curve()
-    monkeypatch.setattr(ensemble, "_captured", lambda step, generators: step)
+    monkeypatch.setattr(ensemble, "captured", lambda step, generators: step)
     torch.testing.assert_close(graphs, curve(), atol=2e-3, rtol=0)
     assert graphs[-1, 1] < graphs[0, 1]
 

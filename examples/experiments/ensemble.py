@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from examples.experiments.mixers import delta_rule, ridge_regression, softmax_attention
 from examples.experiments.runs import Run, chosen, progress
-from examples.experiments.training import rate
+from examples.experiments.training import captured, rate
 from flashlla import lla_attention
 from flashlla.nn.groups import RIDGE_RATE
 
 MIXERS = ("softmax", "LLA", "delta rule", "gated delta rule", "ridge regression")
-WARM = 3  # steps before one is captured
 JUDGED = 64  # sequences of a batch that is judged by
 
 
@@ -240,7 +239,7 @@ def fit(
         optimizer.step(factor)
         return losses.detach()
 
-    take = _captured(step, generators) if rates.device.type == "cuda" else step
+    take = captured(step, generators) if rates.device.type == "cuda" else step
     for done in progress(range(1, steps + 1), desc="steps", unit="step"):
         factor.fill_(rate(done / steps, 0.1))
         losses = take()
@@ -249,28 +248,3 @@ def fit(
             if enough():
                 break
     return curve
-
-
-def _captured(step: Callable[[], Tensor], generators: Sequence[torch.Generator]) -> Callable[[], Tensor]:
-    """Steps of a few kernels each wait for their launches: after a few as they are, a CUDA graph of one."""
-    stream, taken, graph = torch.cuda.Stream(), 0, torch.cuda.CUDAGraph()
-    losses = torch.empty(0)
-    for generator in generators:
-        graph.register_generator_state(generator)
-
-    def take() -> Tensor:
-        nonlocal taken, losses
-        taken += 1
-        if taken > WARM:
-            graph.replay()
-            return losses
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            told = step()
-        torch.cuda.current_stream().wait_stream(stream)
-        if taken == WARM:
-            with torch.cuda.graph(graph, stream=stream):
-                losses = step()
-        return told
-
-    return take

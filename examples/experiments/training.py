@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from flashlla import ConvergenceCounter
 from flashlla.nn import LocalLinearAttention, param_groups
 
 WARM, TIMED = 5, 10  # steps by which a step's time is measured before a run
+EAGER = 3  # steps before one is captured
 POINTS, APART = 8, 250  # of the loss curve, at least, and how many steps they lie apart, at most
 CURVE_BATCHES, LAST_BATCHES = 4, 16  # that a validation loss is the mean of, on the way and at the end
 
@@ -49,6 +50,7 @@ class Setting:
     size: Size
     device: str
     compiled: bool = False
+    graphs: bool = False  # steps from a CUDA graph, which does not wait for a busy host; with AdamW alone
     checkpoints: Path | None = None  # long runs save here at each validation, and go on from there
     long: int = 1000  # steps
 
@@ -87,19 +89,33 @@ class Learner:
         self.optimizers = _optimizers(self.model, arm, setting.device)
         self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self._how: dict[str, Any] = {"apply": _compiled_block()} if setting.compiled else {}
+        self._batch: tuple[Tensor, ...] = ()
+        self._take = captured(self._step, ()) if setting.graphs else self._step
+        for group in self.optimizers[0].param_groups if setting.graphs else []:
+            group["capturable"], group["lr"] = True, torch.tensor(group["lr"], device=setting.device)
 
     def step(self, batch: tuple[Tensor, Tensor], progress: float, warmup: float) -> Tensor:
         """One step of training, at ``progress`` from 0 to 1; the loss."""
         factor = rate(progress, warmup)
         for optimizer, rates in zip(self.optimizers, self._rates):
             for group, lr in zip(optimizer.param_groups, rates):
-                group["lr"] = factor * lr
-        loss = loss_of(self.model, *batch, **self._how)
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(factor * lr)
+                else:
+                    group["lr"] = factor * lr
+        if not self._batch:
+            self._batch = tuple(t.clone() for t in batch)
+        for mine, new in zip(self._batch, batch):
+            mine.copy_(new)
+        return self._take().clone()
+
+    def _step(self) -> Tensor:
+        self.model.zero_grad(set_to_none=True)
+        loss = loss_of(self.model, *self._batch, **self._how)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     @torch.no_grad()
@@ -116,6 +132,35 @@ class Learner:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
+
+
+def captured(step: Callable[[], Tensor], generators: Sequence[torch.Generator]) -> Callable[[], Tensor]:
+    """Steps of a few kernels each wait for their launches: after a few as they are, a CUDA graph of one."""
+    stream, taken, graph = torch.cuda.Stream(), 0, torch.cuda.CUDAGraph()
+    losses, failed = torch.empty(0), False
+    for generator in generators:
+        graph.register_generator_state(generator)
+
+    def take() -> Tensor:
+        nonlocal taken, losses, failed
+        taken += 1
+        if taken > EAGER and not failed:
+            graph.replay()
+            return losses
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            told = step()
+        torch.cuda.current_stream().wait_stream(stream)
+        if taken == EAGER:
+            try:
+                with torch.cuda.graph(graph, stream=stream):
+                    losses = step()
+            except RuntimeError as error:
+                print("NOT CAPTURED", error, flush=True)
+                failed = True
+        return told
+
+    return take
 
 
 def rate(progress: float, warmup: float) -> float:

@@ -45,7 +45,7 @@ STUDIES = {
     "hybrid": [Arm(every=3)],
     "window": [Arm(kind, window=256) for kind in ("lla", "softmax")],
     "muon": [Arm(kind, optimizer="muon") for kind in ("lla", "softmax")],
-    "long": [Arm(kind, steps=5000) for kind in ("lla", "softmax")],
+    "long": [*(Arm(kind, steps=5000) for kind in ("lla", "softmax")), Arm("softmax", steps=7000)],
     "long_time": [Arm("softmax", steps=5000, as_lla=True)],
 }
 DRAWN = ("main", "time")
@@ -236,11 +236,13 @@ def draw(runs: dict[str, Run], path: Path, arms: Sequence[Arm]) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     legend: dict[str, Any] = {}
+    colours: dict[Any, str] = {}
     for arm in arms:
         if (resolved := resolve(arm, runs)) is None:
             continue
-        colour = "C0" if arm.kind == "lla" else "C2" if arm.as_lla else "C1"
+        colour = colours.setdefault((arm.kind, arm.as_lla, arm.steps), f"C{len(colours)}")
         label = f"{'LLA' if arm.kind == 'lla' else 'softmax'}{', as long as LLA' * arm.as_lla}"
+        label += f", {arm.steps} steps" * (arm.steps != Arm.steps)
         label += ", no qk-norm" * (not arm.qk_norm) + ", Muon" * (arm.optimizer == "muon")
         for run in by_arm(runs).get(replace(resolved, steps=arm.steps).name(), []):
             steps, _, losses = zip(*run["curve"])

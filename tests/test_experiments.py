@@ -258,6 +258,7 @@ def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:
     loss = lambda arm: statistics.mean(run["reported"] for run in runs[arm])
     ridges = lambda arm: [r for run in runs[arm] for layer in run["ridges"] for r in layer]
     lla, softmax, bare = "lla lr=0.002", "softmax lr=0.002", "qk_norm=False lr=0.001"
+    first = lambda arm: runs[arm][0]["reported"]
     equal = lambda arm: loss(arm) - loss(arm.replace("lla", "softmax").replace(" lr", " as_lla=True lr"))
     apart = sorted(a["reported"] - b["reported"] for a, b in zip(runs[softmax], runs[lla]))
     some = sorted(run["unconverged"][0] for name in (lla, f"lla {bare}") for run in runs[name])
@@ -272,6 +273,9 @@ def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:
         f"Learned ridges went from 1 to between {min(ridges(lla)):.1f} and {max(ridges(lla)):.1f}",
         f"by {loss('softmax steps=5000 lr=0.002') - long['reported']:.3f} where it was "
         f"{apart[0]:.3f} to {apart[-1]:.3f} after 500",
+        f"same seed by {first(softmax) - first('lla every=3 lr=0.002'):.3f}, "
+        f"where LLA in all layers is by {first(softmax) - first(lla):.3f}",
+        f"A window of 256 makes LLA worse by {first('lla window=256 lr=0.002') - first(lla):.3f}",
         f"ahead by {long['reported'] - loss('softmax steps=7000 lr=0.002'):.3f} after 7000 steps, "
         f"for which it needs {part_of_time()} of the time of LLA's 5000",
         f"Of {long['unconverged'][1] // 10**6} million solves {long['unconverged'][0]} did not",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -104,8 +104,7 @@ def sdpa(case: Case) -> tuple[float, str]:
     return times[fastest], fastest
 
 
-def speed(rate: float) -> list[dict[str, Any]]:
-    lines = []
+def speed(rate: float) -> Iterator[dict[str, Any]]:
     for shape in CASES:
         case = Case(*shape)
         error = case.error()
@@ -117,17 +116,16 @@ def speed(rate: float) -> list[dict[str, Any]]:
             "us": ours, "kernels_us": parts, "sdpa_us": torchs, "sdpa_backend": backend, "ideal_us": ideal,
             "error": error,
         }  # fmt: skip
-        lines.append(line)
         print(
             f"{case.label}  {ours:8.1f} us  ideal {ideal:7.1f} ({ours / ideal:5.2f}x)  sdpa {torchs:7.1f} {backend:<9}"
             f" ({ours / torchs:4.2f}x)  error {error:.1e}  " + " ".join(f"{n} {t:.1f}" for n, t in parts.items()),
             flush=True,
         )
+        yield line
         del case
-    return lines
 
 
-def variants(rate: float) -> list[dict[str, Any]]:
+def variants(rate: float) -> Iterator[dict[str, Any]]:
     """One kernel timed under each of a few settings, the others as they are."""
     from flashlla.backends.triton.configs import decode_config
 
@@ -160,7 +158,8 @@ def variants(rate: float) -> list[dict[str, Any]]:
         for warps in SOLVES:
             show(case, "solve", usual._replace(solve_warps=warps))
         del case
-    return lines
+        yield from lines
+        lines.clear()
 
 
 KINDS = {"speed": speed, "variants": variants}
@@ -178,7 +177,9 @@ def main(options: argparse.Namespace) -> int:
     rate = kept.figures["copy_bytes_per_s"] = copy_bandwidth()
     print(kept.figures)
     for kind in options.only:
-        kept.figures[kind] = KINDS[kind](rate)
-        kept.write()
+        lines = kept.figures[kind] = []
+        for line in KINDS[kind](rate):
+            lines.append(line)
+            kept.write()
     kept.end()
     return 0

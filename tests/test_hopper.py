@@ -161,6 +161,27 @@ def called(case: str, dim: int, dtype: torch.dtype) -> tuple[list[Tensor], Calla
     return [q, k, v, grad], operator, {**options, **lists}
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("switch", "10")
+def test_decoding_has_a_kernel_of_its_own_unless_told_not_to(monkeypatch: pytest.MonkeyPatch, switch: str) -> None:
+    if (without := hopper.without_gluon()) is not None:
+        pytest.skip(without)
+    from benchmarks.launches import recorded
+    from flashlla.backends.triton.decode import decode
+    from flashlla.problem import Inputs, Mask
+
+    monkeypatch.setattr(configs, "capability", lambda device: (9, 0))
+    monkeypatch.setenv("FLASHLLA_HOPPER", switch)
+    meta = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")
+    q, cache, lengths = meta(2, 6, 1, 64), meta(2, 6, 512, 64), meta(2, dtype=torch.int32)
+    mask = Mask(padded=True, at_lengths=True)
+    problem = dataclasses.replace(PLAIN, q_len=1, mask=mask, device=q.device, solver_demanded=False)
+    with recorded(carried_out=False) as found:
+        decode(problem, Inputs(q, cache, cache, meta(2, 6, 1, dtype=torch.float32), lengths), q)
+    kernel = "decode_moments_hopper_kernel" if switch == "1" else "decode_moments_kernel"
+    assert [launch.kernel.__name__ for launch in found] == [kernel, "decode_solve_kernel"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 128])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def decode(
     """
     full = products.allowed(problem.device) == "ieee"
     given = _GIVEN.flat(Given(inputs, out, report or _NO_REPORT))
-    _plan(problem, config, full, True, layouts(given)).run(given)
+    _plan(problem, config, full, _own(), True, layouts(given)).run(given)
     return out
 
 
@@ -68,7 +69,12 @@ def share(problem: Problem, inputs: Inputs, config: DecodeConfig | None = None) 
     """The moments of each system of the same call."""
     full = products.allowed(problem.device) == "ieee"
     given = _GIVEN.flat(Given(inputs, inputs.q, _NO_REPORT))  # nothing is written to q
-    return Share(*_plan(problem, config, full, False, layouts(given)).run(given))
+    return Share(*_plan(problem, config, full, _own(), False, layouts(given)).run(given))
+
+
+def _own() -> bool:
+    """Whether a GPU's own kernel may run."""
+    return os.environ.get("FLASHLLA_HOPPER") != "0"
 
 
 def _streams(problem: Problem, config: DecodeConfig | None, k: Buffer, v: Buffer) -> bool:
@@ -82,9 +88,11 @@ def _streams(problem: Problem, config: DecodeConfig | None, k: Buffer, v: Buffer
 
 @planned
 def _plan(
-    problem: Problem, config: DecodeConfig | None, full: bool, solved: bool, given_layouts: tuple[Layout | None, ...]
+    problem: Problem, config: DecodeConfig | None, full: bool, own: bool, solved: bool,
+    given_layouts: tuple[Layout | None, ...],
 ) -> Plan:  # fmt: skip
-    """``full``: torch lets no device round products of float32. ``solved``: write the output; else give the `Share`."""
+    """``full``: torch lets no device round products of float32. ``own``: a GPU's own kernels may run. ``solved``: write
+    the output; else give the `Share`."""
     plan, device = Plan(problem.device, given_layouts), problem.device
     memory, given = plan.memory(), _GIVEN.record(plan.given)
     inputs, out = given.inputs, given.out
@@ -101,7 +109,7 @@ def _plan(
 
     k, v = dense(inputs.k), dense(inputs.v)
     d, v_block = configs.padded(problem.head_dim), configs.padded(problem.v_dim)
-    half, streams = problem.dtype != torch.float32, _streams(problem, config, k, v)
+    half, streams = problem.dtype != torch.float32, own and _streams(problem, config, k, v)
     large = configs.large(configs.capability(device))
     config = config or configs.decode_config(d, v_block, half, full, large)
     shape = Shape(
@@ -149,14 +157,14 @@ def _plan(
         table = BlockTable(inputs.block_table, *inputs.block_table.steps())
     ridge, o_out = Strided(inputs.ridge_lambda, *inputs.ridge_lambda.steps()), Columns(out, *out.steps())
     moments_kernel, page = decode_moments_kernel, problem.page_size or 0
-    own = {
+    options = {
         "FAR": FAR if half or not full else FAR_FULL, "SLICES": slices, "OPERAND": tl.float16 if half else tl.float32,
         "SLICE": rows_of_slice, "ROWS": config.thread_rows(d, half), "num_stages": config.stages,
     }  # fmt: skip
     if streams:
         from flashlla.backends.triton.decode_hopper import decode_moments_hopper_kernel
 
-        moments_kernel, own = decode_moments_hopper_kernel, {"FAR": FAR, "STAGES": configs.DECODE_HOPPER_STAGES}
+        moments_kernel, options = decode_moments_hopper_kernel, {"FAR": FAR, "STAGES": configs.DECODE_HOPPER_STAGES}
     for first in range(0, pairs, at_once):
         programs = min(at_once, pairs - first) * members
         sight = first, problem.kv_heads, problem.group, problem.q_len, problem.k_len, window
@@ -164,7 +172,7 @@ def _plan(
             moments_kernel, "decode", (programs * pieces * slices,),
             Columns(q, *q.steps()), Strided(k, *k.steps()[:3]), Strided(v, *v.steps()[:3]), caches, table, ridge, parts,
             *sight, pieces, k.shape[0], problem.scale,
-            SHAPE=shape, PAGE=page, BLOCK_T=config.tile, num_warps=config.warps, **own,
+            SHAPE=shape, PAGE=page, BLOCK_T=config.tile, num_warps=config.warps, **options,
         )  # fmt: skip
         if not solved:
             plan.launch(

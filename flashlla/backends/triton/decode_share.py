@@ -1,7 +1,6 @@
 """Decoding: from the moments of pieces of a cache to those of all its keys, for who merges several caches.
 
-Letters as in decode_solve.py, whose own sum is unrolled over pieces. Shares of a cache are long and have many: so that
-it takes a minute to compile.
+Letters as in decode_solve.py, which adds up many pieces in the same way.
 """
 
 import triton

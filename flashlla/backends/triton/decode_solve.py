@@ -15,12 +15,15 @@ import triton.language as tl
 
 from flashlla.backends.triton.cholesky import PANEL, factored_panel, panel_of
 from flashlla.backends.triton.decode_kernels import SCALARS, key_span, load_query_ridge, piece_of, store_scalars
+from flashlla.backends.triton.decode_share import store_sum
 from flashlla.backends.triton.primitives import inverse_power, ridge_in_units
 from flashlla.solvers import base as solvers
 
 # What of a product with A rounding may put off, beside A's trace, (4.8): float32's, a few times.
 ROUNDING: tl.constexpr = tl.constexpr(2.0**-22)
 SOUND: tl.constexpr = tl.constexpr(solvers.SOUND)
+# Pieces that are added up one after the other, unrolled: more take long to compile, and registers.
+UNROLLED: tl.constexpr = tl.constexpr(8)
 
 
 class System(NamedTuple):
@@ -58,12 +61,7 @@ def store_merged(
     parts, merged_out, system, block, pieces, active, SHAPE: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr,
     PIECES: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """M rows of C and of Cov(v, k), (systems, D + V, D), and of d and v_mean, (systems, D + V), in units that fit all
-    pieces: scalars (systems, 4) as those of a piece. They are of keys alone or of values alone.
-
-    With p_i the share of piece i of the weights, C_i its covariance and c_i its mean from the query, d = sum p_i c_i
-    and C = sum p_i (C_i + (c_i - d) (c_i - d)^T); Cov(v, k) likewise.
-    """
+    """`decode_share.store_sum` of few pieces: each thread adds up its own numbers of all of them."""
     D: tl.constexpr = SHAPE.BLOCK_D
     R: tl.constexpr = D + SHAPE.BLOCK_V
     row, dim = block * M + tl.arange(0, M), tl.arange(0, D)
@@ -280,7 +278,10 @@ def decode_solve_kernel(
     if MERGED:
         found = merged
         _, _, active = piece_of(start, stop, pieces, BLOCK_T)
-        store_merged(parts, merged, system, block, pieces, active, SHAPE, SLICES, SLICE, PIECES, BLOCK_M)
+        if PIECES > UNROLLED:
+            store_sum(parts, merged, system, block, pieces, active, SHAPE, SLICES, SLICE, PIECES, BLOCK_M)
+        else:
+            store_merged(parts, merged, system, block, pieces, active, SHAPE, SLICES, SLICE, PIECES, BLOCK_M)
         tl.debug_barrier()
         if tl.atomic_add(parts.arrivals + system, 1) % BLOCKS < BLOCKS - 1:
             return

@@ -33,9 +33,6 @@ FEW_KEYS = 1024
 # warp, which eliminates in [square | 1].
 PANEL = 16
 
-# Rows of heads that one program casts, if it takes so many programs to fill the chip, and rows of a tile then.
-CAST_HEAD, CAST_HEAD_ROWS = 1024, 128
-
 
 def cast_chunks(tokens: int) -> int:
     """The same for sequences of so many ``tokens``, the mean of packed ones: none has much less than a tile."""
@@ -131,7 +128,6 @@ class Resident(NamedTuple):
     shared: int = 0  # tiles of weights in shared memory, the others being in registers
     far: bool = False  # the solution is in device memory, not in shared
     ahead: bool = False  # a tile's first product is begun before the last one's second
-    direct: bool = False  # directions are in registers, not in shared memory
 
 
 # Queries and keys a tile: what one warp group multiplies at once.
@@ -154,7 +150,7 @@ RESIDENT: dict[int, tuple[Resident, ...]] = {
     ),
 }
 # By head dim, of how many tiles of keys all of the forward pass is one launch: of more its kernel has no registers.
-RESIDENT_FORWARD = {16: 8, 32: 8, 64: 8}
+RESIDENT_FORWARD = {16: 4, 32: 4, 64: 8}
 
 
 def resident_options(head_dim: int, k_tiles: int) -> dict[str, Any]:

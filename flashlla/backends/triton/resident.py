@@ -1,5 +1,8 @@
-"""Where the resident kernels (resident_kernels.py) run, and where not, in words. They run where
-FLASHLLA_HOPPER=1 asks for them."""
+"""Where the resident kernels (resident_kernels.py) run, and where not, in words.
+
+They run only where FLASHLLA_HOPPER=1 asks for them: they are right, and slower where they were timed
+(docs/performance.md).
+"""
 
 from __future__ import annotations
 

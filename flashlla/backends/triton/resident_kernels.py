@@ -39,13 +39,12 @@ from flashlla.backends.triton.resident_parts import (
     barrier,
     fetch,
     finite_or_zero,
+    itself,
     largest_of,
     left_by_step,
-    put,
     room_on_chip,
     rows_layout,
     sweep,
-    taken,
     tops,
     values_weighed,
     weighed_keys,
@@ -72,13 +71,6 @@ def at_once(plan):
 
 
 @gluon.jit
-def itself(x):
-    """An integer that no compiler knows: what is made of it is made here, not once for several branches, whose
-    registers it would take."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def load_q(q_in, at, row, dim):
     """The queries ``row``: (M, D)."""
     pointers = queries_of(q_in, at) + row.to(gl.int64)[:, None] * q_in.stride_s + dim[None, :]
@@ -87,16 +79,15 @@ def load_q(q_in, at, row, dim):
 
 @gluon.jit
 def iterate(
-    at, row, chip, ws, source, slot, b, k_mean, share, given_ridge, k_unit, far, window, tolerances, max_iters,
+    at, row, chip, ws, source, slot, b, k_mean, weight, given_ridge, k_unit, far, window, tolerances, max_iters,
     ADJOINT: gl.constexpr, LAST: gl.constexpr, PLAN: gl.constexpr, SHAPE: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
     """The loop of `solve.solve_kernel` with right-hand sides b (M, D), which are in chip.r too. Returns the solutions
     in units of the keys, their products with b, iterations, |r|^2, |b|^2, what it was to come down to, and ``slot``.
 
-    ``share``: (M,) what a weight is to be multiplied by to be a probability. ``far``: where in device memory PLAN.far
-    has the solution.
+    ``weight``: (M,) what the weights of a query sum up to. ``far``: where in device memory PLAN.far has the solution.
     """
-    M: gl.constexpr = chip.k_mean.shape[0]
+    M: gl.constexpr = chip.r.shape[0]
     N: gl.constexpr = chip.keys.shape[1]
     D: gl.constexpr = chip.keys.shape[2]
     VECTORS: gl.constexpr = b.type.layout
@@ -116,7 +107,8 @@ def iterate(
     many_keys = keys_seen(row, at, window, SHAPE.CAUSAL) > 2 * SHAPE.HEAD_DIM
     rtol = gl.where(many_keys, gl.maximum(rtol, coarse), rtol)
     threshold = gl.maximum(b2, atol) * rtol
-    ridge = gl.minimum(ridge_in_units(given_ridge, k_unit), RIDGE_MOST)
+    # Curvatures and images are those of the weights: ``weight`` times too large.
+    ridge = gl.minimum(ridge_in_units(given_ridge, k_unit), RIDGE_MOST) * weight
     r2 = b2
     size = gl.sqrt(r2)
     inverse_size = inverse_or_zero(size)
@@ -135,7 +127,7 @@ def iterate(
         share_left = gl.where(excess > 1, 1.0, 0.0)
         tells = gl.sum(((excess > 1) & many_keys).to(gl.int32), 0) >= M // 2
     left = 1.0
-    x = put(chip, b * inverse_size[:, None], PLAN.direct)
+    chip.x.store((b * inverse_size[:, None]).to(gl.float16))
     chip.told.store(excess)
     fence_async_shared()
     barrier()
@@ -147,12 +139,12 @@ def iterate(
         moves = excess * left > 1
         unsolved = excess > 1
         acc, total, slot = sweep(
-            chip, x, gl.convert_layout(x_mean, SCORE_ROWS), ws, source, slot, nought, zero, VECTORS, PLAN.tiles,
-            PLAN.ahead, PLAN.shared, PLAN.direct,
+            chip, gl.convert_layout(x_mean, SCORE_ROWS), ws, source, slot, nought, zero, VECTORS, PLAN.tiles,
+            PLAN.ahead, PLAN.shared,
         )  # fmt: skip
-        x_wide = taken(chip, x, PLAN.direct, VECTORS)
+        x_wide = chip.x.load(VECTORS).to(gl.float32)
         k_mean = chip.k_mean.load(VECTORS).to(gl.float32)
-        image = (acc - k_mean * total[:, None]) * share[:, None] + ridge[:, None] * x_wide  # A x
+        image = acc - k_mean * total[:, None] + ridge[:, None] * x_wide  # A x
         curvature = gl.sum(x_wide * image, 1)
         if LAST:
             square = gl.sum(image * image, 1)
@@ -161,8 +153,9 @@ def iterate(
         inverse_curvature = 1 / gl.where(moves, curvature, 1.0)
         along = r2 * inverse_or_zero(size)  # r.x
         step = gl.where(moves, along * inverse_curvature, 0.0)
-        b_solution += step * along
         r = chip.r.load(VECTORS) - step[:, None] * image
+        step *= weight
+        b_solution += step * along
         iterations += moves.to(gl.int32)
         r2_next = gl.sum(r * r, 1)
         r_mean = gl.sum(r * k_mean, 1)
@@ -171,19 +164,19 @@ def iterate(
         size = gl.sqrt(r2 + turn * turn)
         inverse_size = inverse_or_zero(size)
         turn *= inverse_size
-        x = put(chip, r * inverse_size[:, None] + turn[:, None] * x_wide, PLAN.direct)
+        chip.x.store((r * inverse_size[:, None] + turn[:, None] * x_wide).to(gl.float16))
         x_mean = r_mean * inverse_size + turn * x_mean
         if ADJOINT:
             solution2 += step * (2 * solution_x + step)
             solution_x = turn * (solution_x + step)
-            next_step = rtol * curvature * curvature * solution2
+            next_step = rtol * (curvature / weight) * (curvature / weight) * solution2
             goal = gl.where(moves, gl.minimum(threshold, next_step), goal)
         if LAST:
             lowest = gl.where(moves, gl.minimum(lowest, curvature), lowest)
             highest = gl.where(moves, gl.maximum(highest, curvature), highest)
             found = left_by_step(square, inverse_curvature, lowest, highest)
             share_left = gl.where(moves & many_keys, found, share_left)
-            last_size = gl.where(moves & many_keys, inverse_curvature, last_size)
+            last_size = gl.where(moves & many_keys, inverse_curvature * weight, last_size)
             chip.told_left.store(share_left)
         excess = gl.where(unsolved & (r2 > goal), r2 / goal, 0.0)
         chip.told.store(excess)
@@ -263,18 +256,18 @@ def solve_tile(
     else:
         b = k_mean - q.to(gl.float32) * (q_unit * inverse_power(k_unit))
     b = gl.where(some[:, None], b, 0.0) + (0.0 * given_ridge)[:, None]
-    x = put(chip, q.to(gl.float32), PLAN.direct)
+    chip.x.store(q)
     chip.k_mean.store(k_mean.to(gl.float16))
     chip.r.store(b)
     score_row = at.start + gl.arange(0, M, layout=gl.SliceLayout(1, SCORES))
     shift = gl.load(lse2_ptr + at.q_row + score_row, mask=score_row < at.q_len, other=0.0) - WEIGHT_BITS
     ws, _, _ = weighed_keys(
-        chip, x, source, score_row, shift, scale * LOG2E * q_unit * k_unit, at, window, SHAPE.CAUSAL, PLAN.tiles,
-        PLAN.shared, 0, False, PLAN.direct, SCORES, VECTORS,
+        chip, source, score_row, shift, scale * LOG2E * q_unit * k_unit, at, window, SHAPE.CAUSAL, PLAN.tiles,
+        PLAN.shared, 0, False, SCORES, VECTORS,
     )  # fmt: skip
-    share = gl.full([M], 1 / WEIGHT, gl.float32, gl.SliceLayout(1, VECTORS))
+    weight = gl.full([M], WEIGHT, gl.float32, gl.SliceLayout(1, VECTORS))
     solution, _, iterations, r2, b2, threshold, _ = iterate(
-        at, row, chip, ws, source, PLAN.tiles % PLAN.slots, b, k_mean, share, given_ridge, k_unit, far + vectors,
+        at, row, chip, ws, source, PLAN.tiles % PLAN.slots, b, k_mean, weight, given_ridge, k_unit, far + vectors,
         window, tolerances, max_iters, ADJOINT, LAST, PLAN, SHAPE, SCORES,
     )  # fmt: skip
     if PLAN.slots < PLAN.tiles:
@@ -343,17 +336,17 @@ def attend_tile(
     dim = gl.arange(0, D, layout=gl.SliceLayout(0, VECTORS))
     vectors = (at.q_row + row)[:, None] * D + dim[None, :]  # (M, D)
     numbers = at.q_row + row
-    x = put(chip, load_q(q_in, at, row, dim).to(gl.float32), PLAN.direct)
+    chip.x.store(load_q(q_in, at, row, dim))
     found = flaws_seen(
         flaws, at, score_row, first, stop, cu_seqlens_k, window, n_heads, group, k_total, SHAPE.CAUSAL, N, SCORES
     )  # fmt: skip
 
     factor = scale * LOG2E * q_unit * k_unit
-    top = tops(chip, x, source, score_row, factor, at, window, SHAPE.CAUSAL, PLAN.tiles, PLAN.direct, SCORES)  # (M,)
+    top = tops(chip, source, score_row, factor, at, window, SHAPE.CAUSAL, PLAN.tiles, SCORES)  # (M,)
     top = gl.where(top == float("-inf"), 0.0, top)  # of queries that see nothing
     ws, acc, total = weighed_keys(
-        chip, x, source, score_row, top - WEIGHT_BITS, factor, at, window, SHAPE.CAUSAL, PLAN.tiles,
-        PLAN.shared, 1, True, PLAN.direct, SCORES, VECTORS,
+        chip, source, score_row, top - WEIGHT_BITS, factor, at, window, SHAPE.CAUSAL, PLAN.tiles,
+        PLAN.shared, 1, True, SCORES, VECTORS,
     )  # fmt: skip
     some = sees_some(row, at, window, SHAPE.CAUSAL)
     total += gl.where(some, gl.convert_layout(found, ROWS), 0.0)
@@ -361,16 +354,15 @@ def attend_tile(
     gl.store(outs.lse + numbers, lse, mask=there)
     gl.store(outs.omega + numbers, total * (1 / WEIGHT), mask=there)
     total = gl.where(some, total, 1.0)  # the sums of a query that sees nothing are 0
-    share = 1 / total
     k_mean = acc / total[:, None]  # (M, D)
     gl.store(outs.k_mean + vectors, k_mean * k_unit, mask=there[:, None])
     given_ridge = ridge_of(ridge_in, row, at, window, SHAPE.CAUSAL)  # (M,)
-    b = k_mean - taken(chip, x, PLAN.direct, VECTORS) * (q_unit * inverse_power(k_unit))
+    b = k_mean - chip.x.load(VECTORS).to(gl.float32) * (q_unit * inverse_power(k_unit))
     b = gl.where(some[:, None], b, 0.0) + (0.0 * given_ridge)[:, None]
     chip.k_mean.store(k_mean.to(gl.float16))
     chip.r.store(b)
     solution, d_z, iterations, r2, b2, threshold, slot = iterate(
-        at, row, chip, ws, source, 2 * PLAN.tiles % PLAN.slots, b, k_mean, share, given_ridge, k_unit,
+        at, row, chip, ws, source, 2 * PLAN.tiles % PLAN.slots, b, k_mean, total, given_ridge, k_unit,
         outs.probe + vectors, window, tolerances, max_iters, False, LAST, PLAN, SHAPE, SCORES,
     )  # fmt: skip
     store_ended(ended_out, numbers, there, iterations, r2, b2, threshold)
@@ -384,9 +376,10 @@ def attend_tile(
     probe = solution * (size * k_unit)[:, None]
     d_z *= size * k_unit  # (M,) d.z, which is also z.A z
     z_size = gl.sqrt(gl.sum(probe * probe, 1))
-    z = put(chip, probe * inverse_or_zero(z_size)[:, None], PLAN.direct)  # (M, D) of unit length
+    z = (probe * inverse_or_zero(z_size)[:, None]).to(gl.float16)  # (M, D) of unit length
+    chip.x.store(z)
     k_mean = gl.load(outs.k_mean + vectors, mask=there[:, None], other=0.0) * inverse_power(k_unit)
-    rest = 1 + z_size * gl.sum(taken(chip, z, PLAN.direct, VECTORS) * k_mean, 1)  # 1 + z.k_mean
+    rest = 1 + z_size * gl.sum(z.to(gl.float32) * k_mean, 1)  # 1 + z.k_mean
     # p a^2 sums to z.C z <= d.z, so |p (1 - a)| <= 1 + sqrt(d.z), and a weight is p ``total``: the largest scale of
     # weights that cannot overflow.
     bound = (1 + gl.sqrt(gl.maximum(d_z, 0.0))) * total
@@ -398,11 +391,11 @@ def attend_tile(
     fence_async_shared()
     barrier()
     acc = values_weighed(
-        chip, z, gl.convert_layout(-z_size * gain, SCORE_ROWS), gl.convert_layout(rest * gain, SCORE_ROWS), ws, source,
+        chip, gl.convert_layout(-z_size * gain, SCORE_ROWS), gl.convert_layout(rest * gain, SCORE_ROWS), ws, source,
         (keys_of(v_in, at), v_in.stride_s, first, at.k_stop), slot, nought, gl.zeros([M, N], gl.float32, SCORES),
-        VECTORS, PLAN.tiles, PLAN.shared, PLAN.direct,
+        VECTORS, PLAN.tiles, PLAN.shared,
     )  # fmt: skip
-    o = acc * (guard * v_unit * share * inverse_power(gain))[:, None]
+    o = acc * (guard * v_unit * inverse_power(gain) / total)[:, None]
     # In rows of whole sectors.
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o = gl.convert_layout(o.to(outs.o.ptr.dtype.element_ty), WIDE)

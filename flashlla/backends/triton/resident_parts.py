@@ -33,7 +33,7 @@ class Chip(NamedTuple):
     """What a program has in shared memory; where it has none of the kind, ``told``."""
 
     keys: Any  # (slots, N, D)
-    x: Any  # (M, D)   the queries, then directions; unless PLAN.direct
+    x: Any  # (M, D)   the queries, then directions
     k_mean: Any  # (M, D)   float16: an error of it is of second order
     r: Any  # (M, D)
     solution: Any  # (M, D)
@@ -51,13 +51,12 @@ def room_on_chip(PLAN: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.con
     TOLD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, D], gl.float16)
     keys = gl.allocate_shared_memory(gl.float16, [PLAN.slots, N, D], KEYS)
+    x = gl.allocate_shared_memory(gl.float16, [M, D], HALVES)
     k_mean = gl.allocate_shared_memory(gl.float16, [M, D], HALVES)
     r = gl.allocate_shared_memory(gl.float32, [M, D], SINGLES)
     told = gl.allocate_shared_memory(gl.float32, [M], TOLD)
     told_left = gl.allocate_shared_memory(gl.float32, [M], TOLD)
-    x, solution, weights, ones = told, told, told, told
-    if not PLAN.direct:
-        x = gl.allocate_shared_memory(gl.float16, [M, D], HALVES)
+    solution, weights, ones = told, told, told
     if not PLAN.far:
         solution = gl.allocate_shared_memory(gl.float32, [M, D], SINGLES)
     if PLAN.shared > 0:
@@ -68,6 +67,13 @@ def room_on_chip(PLAN: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.con
         ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, 8], gl.float16)
         ones = gl.allocate_shared_memory(gl.float16, [N, 8], ONES, gl.full([N, 8], 1 / 8, gl.float16, WHOLE))
     return Chip(keys, x, k_mean, r, solution, weights, ones, told, told_left)
+
+
+@gluon.jit
+def itself(x):
+    """An integer that no compiler knows: what is made of it is made here, not once for several branches, whose
+    registers it would take."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -114,44 +120,6 @@ def operand(w, OUT: gl.constexpr):
     )
     wide = gl.reshape(gl.join(even, odd), [w.shape[0], 2 * w.shape[1]])
     return gl.convert_layout(wide, gl.DotOperandLayout(0, OUT, 2))
-
-
-@gluon.jit
-def unpacked(w, LAYOUT: gl.constexpr):
-    """Packed w (M, N / 2) in float32: (M, N)."""
-    even, odd = gl.inline_asm_elementwise(
-        "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }",
-        "=f,=f,r", [w], dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
-    )  # fmt: skip
-    return gl.convert_layout(gl.reshape(gl.join(even, odd), [w.shape[0], 2 * w.shape[1]]), LAYOUT)
-
-
-@gluon.jit
-def put(chip, x, DIRECT: gl.constexpr):
-    """x (M, D) as the left operand of products: packed, or in shared memory."""
-    if DIRECT:
-        return packed(x)
-    else:
-        chip.x.store(x.to(gl.float16))
-        return gl.to_tensor(0)
-
-
-@gluon.jit
-def left(chip, x, DIRECT: gl.constexpr, SCORES: gl.constexpr):
-    """What `put` has put."""
-    if DIRECT:
-        return operand(x, SCORES)
-    else:
-        return chip.x
-
-
-@gluon.jit
-def taken(chip, x, DIRECT: gl.constexpr, VECTORS: gl.constexpr):
-    """The same in float32."""
-    if DIRECT:
-        return unpacked(x, VECTORS)
-    else:
-        return chip.x.load(VECTORS).to(gl.float32)
 
 
 @gluon.jit
@@ -205,27 +173,27 @@ def logits(s, n: gl.constexpr, row, factor, first, at, window, CAUSAL: gl.conste
     """Products s (M, N) of tile n times ``factor``, -inf where not seen. Tiles that are seen whole have a mask, too:
     without it the assembler finds too few registers, and waits for every single product."""
     LAYOUT: gl.constexpr = s.type.layout
-    key = first + n * s.shape[1] + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    key = itself(first) + n * s.shape[1] + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     return gl.where(visible(row[:, None], key[None, :], at, window, CAUSAL), s * factor, float("-inf"))
 
 
 @gluon.jit
 def tops(
-    chip, x, source, row, factor, at, window, CAUSAL: gl.constexpr, TILES: gl.constexpr, DIRECT: gl.constexpr,
+    chip, source, row, factor, at, window, CAUSAL: gl.constexpr, TILES: gl.constexpr,
     SCORES: gl.constexpr,
 ):  # fmt: skip
-    """The largest logits of the queries x: (M,). The first round."""
-    M: gl.constexpr = chip.k_mean.shape[0]
+    """The largest logits of the queries in chip.x: (M,). The first round."""
+    M: gl.constexpr = chip.r.shape[0]
     N: gl.constexpr = chip.keys.shape[1]
     zero = gl.zeros([M, N], gl.float32, SCORES)
     found = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     k = in_turn(chip.keys, source, 0, TILES)
-    s = warpgroup_mma(left(chip, x, DIRECT, SCORES), k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma(chip.x, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     for n in gl.static_range(TILES):
         s_now = warpgroup_mma_wait(0, deps=(s,))
         if n + 1 < TILES:
             k = in_turn(chip.keys, source, n + 1, TILES)
-            s = warpgroup_mma(left(chip, x, DIRECT, SCORES), k.permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma(chip.x, k.permute((1, 0)), zero, use_acc=False, is_async=True)
         s_now = logits(s_now, n, row, factor, source[2], at, window, CAUSAL)
         found = gl.maximum(found, gl.max(s_now, 1))
     return found
@@ -233,13 +201,13 @@ def tops(
 
 @gluon.jit
 def weighed_keys(
-    chip, x, source, row, shift, factor, at, window, CAUSAL: gl.constexpr, TILES: gl.constexpr,
-    SHARED: gl.constexpr, ROUND: gl.constexpr, SUMS: gl.constexpr, DIRECT: gl.constexpr, SCORES: gl.constexpr,
+    chip, source, row, shift, factor, at, window, CAUSAL: gl.constexpr, TILES: gl.constexpr,
+    SHARED: gl.constexpr, ROUND: gl.constexpr, SUMS: gl.constexpr, SCORES: gl.constexpr,
     VECTORS: gl.constexpr,
 ):  # fmt: skip
-    """The weights 2**(logits - shift) of the queries x, packed: TILES of (M, N / 2). And, if SUMS, the sums of
+    """The weights 2**(logits - shift) of the queries in chip.x, packed: TILES of (M, N / 2). And, if SUMS, the sums of
     the keys that they weigh, (M, D), and of themselves, (M,). ROUND: how many rounds there were before."""
-    M: gl.constexpr = chip.k_mean.shape[0]
+    M: gl.constexpr = chip.r.shape[0]
     N: gl.constexpr = chip.keys.shape[1]
     D: gl.constexpr = chip.keys.shape[2]
     ADDS: gl.constexpr = adds(D)
@@ -249,7 +217,7 @@ def weighed_keys(
     ws = gl.tuple(())
     for n in gl.static_range(TILES):
         k = in_turn(chip.keys, source, ROUND * TILES + n, TILES)
-        s = warpgroup_mma(left(chip, x, DIRECT, SCORES), k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma(chip.x, k.permute((1, 0)), zero, use_acc=False, is_async=True)
         if SUMS and n > 0:
             if ADDS:
                 s, acc = warpgroup_mma_wait(0, deps=(s, acc))
@@ -317,32 +285,29 @@ def next_slot(slot, SLOTS: gl.constexpr):
 
 @gluon.jit
 def sweep(
-    chip, x, x_mean, ws, source, slot, nought, zero, VECTORS: gl.constexpr, TILES: gl.constexpr, AHEAD: gl.constexpr,
-    SHARED: gl.constexpr, DIRECT: gl.constexpr,
+    chip, x_mean, ws, source, slot, nought, zero, VECTORS: gl.constexpr, TILES: gl.constexpr, AHEAD: gl.constexpr,
+    SHARED: gl.constexpr,
 ):  # fmt: skip
-    """sum_j w_ij c_ij k_j (M, D) and sum_j w_ij c_ij (M,), c_ij = x_i.k_j - x_mean_i, of the directions x.
+    """sum_j w_ij c_ij k_j (M, D) and sum_j w_ij c_ij (M,), c_ij = x_i.k_j - x_mean_i, of the directions in chip.x.
 
     AHEAD: the next tile's first product is under way while this one's second is; it takes the registers of a tile.
     Keys that are not all there come one tile ahead, the first into ``slot``.
     """
-    M: gl.constexpr = chip.k_mean.shape[0]
+    M: gl.constexpr = chip.r.shape[0]
     N: gl.constexpr = chip.keys.shape[1]
     D: gl.constexpr = chip.keys.shape[2]
     SLOTS: gl.constexpr = chip.keys.shape[0]
     LIKE: gl.constexpr = packed(zero).type.layout
     ADDS: gl.constexpr = adds(D)
-    SCORES: gl.constexpr = rows_layout(N)
     acc = gl.zeros([M, D], gl.float32, VECTORS)
     totals = no_totals(M, zero, ADDS)
     if AHEAD:
-        c = warpgroup_mma(
-            left(chip, x, DIRECT, SCORES), chip.keys.index(0).permute((1, 0)), zero, use_acc=False, is_async=True
-        )
+        c = warpgroup_mma(chip.x, chip.keys.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
         c = warpgroup_mma_wait(0, deps=(c,))
         for n in gl.static_range(TILES):
             if n + 1 < TILES:
                 k = chip.keys.index(n + 1).permute((1, 0))
-                c_next = warpgroup_mma(left(chip, x, DIRECT, SCORES), k, zero, use_acc=False, is_async=True)
+                c_next = warpgroup_mma(chip.x, k, zero, use_acc=False, is_async=True)
             w = weighed(tile_of(ws, chip.weights, n, nought, SHARED, LIKE), c - x_mean[:, None])
             acc = warpgroup_mma(operand(w, VECTORS), chip.keys.index(n), acc, is_async=True)
             totals = totalled(w, chip.ones, totals, ADDS)
@@ -357,7 +322,7 @@ def sweep(
                 fetch(chip.keys, slot, source, (n + 1) % TILES, N)
             else:
                 k = chip.keys.index(n)
-            c = warpgroup_mma(left(chip, x, DIRECT, SCORES), k.permute((1, 0)), zero, use_acc=False, is_async=True)
+            c = warpgroup_mma(chip.x, k.permute((1, 0)), zero, use_acc=False, is_async=True)
             if n == 0:
                 c = warpgroup_mma_wait(0, deps=(c,))
             elif ADDS:
@@ -373,16 +338,15 @@ def sweep(
 
 @gluon.jit
 def values_weighed(
-    chip, x, minus, rest, ws, source, v_source, slot, nought, zero, VECTORS: gl.constexpr, TILES: gl.constexpr,
-    SHARED: gl.constexpr, DIRECT: gl.constexpr,
+    chip, minus, rest, ws, source, v_source, slot, nought, zero, VECTORS: gl.constexpr, TILES: gl.constexpr,
+    SHARED: gl.constexpr,
 ):  # fmt: skip
-    """sum_j w_ij (rest_i + minus_i x_i.k_j) v_j (M, V) of the directions x. Values take the places of keys."""
-    M: gl.constexpr = chip.k_mean.shape[0]
+    """sum_j w_ij (rest_i + minus_i x_i.k_j) v_j (M, V) of the directions in chip.x. Values take the places of keys."""
+    M: gl.constexpr = chip.r.shape[0]
     N: gl.constexpr = chip.keys.shape[1]
     V: gl.constexpr = chip.keys.shape[2]
     SLOTS: gl.constexpr = chip.keys.shape[0]
     LIKE: gl.constexpr = packed(zero).type.layout
-    SCORES: gl.constexpr = rows_layout(N)
     us = gl.tuple(())
     for n in gl.static_range(TILES):
         if SLOTS < TILES:
@@ -392,7 +356,7 @@ def values_weighed(
             fetch(chip.keys, slot, source if n + 1 < TILES else v_source, (n + 1) % TILES, N)
         else:
             k = chip.keys.index(n)
-        c = warpgroup_mma(left(chip, x, DIRECT, SCORES), k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        c = warpgroup_mma(chip.x, k.permute((1, 0)), zero, use_acc=False, is_async=True)
         c = warpgroup_mma_wait(0, deps=(c,)) * minus[:, None] + rest[:, None]
         if SLOTS == TILES:
             barrier()  # all have read it

@@ -113,8 +113,7 @@ def step_launches(
     head_dim: int, dtype: torch.dtype, architecture: int, precision: str, plain: bool = False
 ) -> list[Launch]:
     """One of each kind among the launches of a step, forward and backward, and of decoding; ``plain``: of the plain
-    call and the preconditioned ones, and of a cache without pages. With FLASHLLA_HOPPER=0 none of those in Gluon that
-    it turns off."""
+    call and the preconditioned ones, and of a cache without pages. With FLASHLLA_HOPPER=0 none of those in Gluon."""
     from flashlla.backends.triton import launch
 
     allowed = os.environ.get("FLASHLLA_HOPPER", "1")
@@ -133,7 +132,9 @@ def step_launches(
                     rows = inputs.ridge_lambda
                     vectors = torch.empty(inputs.q.shape, device="meta")
                     launch.backward(problem, inputs, Residuals(rows, rows, vectors, vectors), inputs.q, preconditioner)
-        decodings(head_dim, dtype, plain)
+        for hopper in "10":
+            with mock.patch.dict(os.environ, FLASHLLA_HOPPER=min(hopper, allowed)):
+                decodings(head_dim, dtype, plain)
     return list({(x.kernel.__name__, _absent(x.arguments), str(sorted(x.settings.items()))): x for x in found}.values())
 
 

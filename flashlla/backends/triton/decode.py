@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +60,7 @@ def decode(
     """
     full = products.allowed(problem.device) == "ieee"
     given = _GIVEN.flat(Given(inputs, out, report or _NO_REPORT))
-    _plan(problem, config, full, _own(), True, layouts(given)).run(given)
+    _plan(problem, config, full, hopper.asked(), True, layouts(given)).run(given)
     return out
 
 
@@ -69,12 +68,7 @@ def share(problem: Problem, inputs: Inputs, config: DecodeConfig | None = None) 
     """The moments of each system of the same call."""
     full = products.allowed(problem.device) == "ieee"
     given = _GIVEN.flat(Given(inputs, inputs.q, _NO_REPORT))  # nothing is written to q
-    return Share(*_plan(problem, config, full, _own(), False, layouts(given)).run(given))
-
-
-def _own() -> bool:
-    """Whether a GPU's own kernel may run."""
-    return os.environ.get("FLASHLLA_HOPPER") != "0"
+    return Share(*_plan(problem, config, full, hopper.asked(), False, layouts(given)).run(given))
 
 
 def _streams(problem: Problem, config: DecodeConfig | None, k: Buffer, v: Buffer) -> bool:
@@ -88,10 +82,10 @@ def _streams(problem: Problem, config: DecodeConfig | None, k: Buffer, v: Buffer
 
 @planned
 def _plan(
-    problem: Problem, config: DecodeConfig | None, full: bool, own: bool, solved: bool,
+    problem: Problem, config: DecodeConfig | None, full: bool, asked: bool, solved: bool,
     given_layouts: tuple[Layout | None, ...],
 ) -> Plan:  # fmt: skip
-    """``full``: torch lets no device round products of float32. ``own``: a GPU's own kernels may run. ``solved``: write
+    """``full``: torch lets no device round products of float32. ``asked``: for kernels in Gluon. ``solved``: write
     the output; else give the `Share`."""
     plan, device = Plan(problem.device, given_layouts), problem.device
     memory, given = plan.memory(), _GIVEN.record(plan.given)
@@ -109,7 +103,7 @@ def _plan(
 
     k, v = dense(inputs.k), dense(inputs.v)
     d, v_block = configs.padded(problem.head_dim), configs.padded(problem.v_dim)
-    half, streams = problem.dtype != torch.float32, own and _streams(problem, config, k, v)
+    half, streams = problem.dtype != torch.float32, asked and _streams(problem, config, k, v)
     large = configs.large(configs.capability(device))
     config = config or configs.decode_config(d, v_block, half, full, large)
     shape = Shape(

@@ -72,7 +72,7 @@ class Around(NamedTuple):
 
     @classmethod
     def now(cls, device: torch.device) -> Around:
-        switches = os.environ.get("FLASHLLA_AUTOTUNE") == "1", os.environ.get("FLASHLLA_HOPPER") == "1"
+        switches = os.environ.get("FLASHLLA_AUTOTUNE") == "1", hopper.asked()
         return cls(products.allowed(device) == "ieee", *switches)
 
 

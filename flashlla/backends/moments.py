@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashlla import linalg
 from flashlla.covariance import dot
 from flashlla.problem import Inputs, Moments, Problem, accumulator
 from flashlla.products import add_product, product
@@ -96,7 +97,7 @@ def solved(problem: Problem, found: Moments, ridge_lambda: Tensor) -> Tensor:
     a, slopes = found.second.split([problem.head_dim, problem.v_dim], -2)
     a = a.clone()
     a.diagonal(dim1=-2, dim2=-1).add_(ridge_lambda.unsqueeze(-1))
-    factor, info = torch.linalg.cholesky_ex(a)
+    factor, info = linalg.cholesky(a)
     z = torch.cholesky_solve(d.unsqueeze(-1), factor)  # (..., D, 1)
     omega = found.omega.unsqueeze(-1)
     guard = 1 / (1 + problem.delta_eps * (1 + dot(d, z.squeeze(-1))) / omega.clamp(min=1))  # (2.5)

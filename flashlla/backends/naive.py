@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashlla import linalg
 from flashlla.backends import dense
 from flashlla.backends.frame import Framed
 from flashlla.covariance import Systems, dot
@@ -74,7 +75,7 @@ def covariate(x: Tensor, k: Tensor, k_mean: Tensor) -> Tensor:
 
 def solve(systems: Systems, b: Tensor) -> Tensor:
     x: Tensor
-    x, info = torch.linalg.solve_ex(systems.dense(), b.unsqueeze(-1))
+    x, info = linalg.solve(systems.dense(), b.unsqueeze(-1))
     if (info != 0).any():
         index = tuple(int(i) for i in (info != 0).nonzero()[0])
         raise systems.not_definite(index, "backend 'naive'", "backend='chunked'")

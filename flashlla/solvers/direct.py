@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from flashlla import linalg
 from flashlla.covariance import Systems
 from flashlla.solvers.base import SOUND, Solution, Solver, Spelling
 
@@ -43,7 +44,7 @@ class Direct(Solver):
         # A row that holds NaN or inf is answered with NaN; it must not stop the others.
         usable = a.isfinite().all(-1).all(-1)  # (..., M)
         a = torch.where(usable[..., None, None], a, torch.eye(a.shape[-1], dtype=a.dtype, device=a.device))
-        factor, info = torch.linalg.cholesky_ex(a)
+        factor, info = linalg.cholesky(a)
         if (info != 0).any():
             index = tuple(int(i) for i in (info != 0).nonzero()[0])
             raise systems.not_definite(index, "solver 'direct'", "solver='cg'")

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from flashlla import linalg
 from flashlla.covariance import Systems, dot
 from flashlla.products import product
 
@@ -74,7 +75,7 @@ class Gram(Preconditioner):
         count = seen.sum(-2, keepdim=True).clamp(min=1)
         mean = (systems.k * seen).sum(-2, keepdim=True) / count  # (..., 1, D)
         centred = (systems.k - mean) * seen
-        variances, axes = torch.linalg.eigh(product(centred.mT, centred) / count)  # (..., D), (..., D, D)
+        variances, axes = linalg.eigh(product(centred.mT, centred) / count)  # (..., D), (..., D, D)
         # No smaller than there are digits of: a preconditioner need not be exact.
         least = variances.amax(-1)[..., None, None] * torch.finfo(variances.dtype).eps ** 0.5
         shifted = variances.clamp(min=0).unsqueeze(-2) + systems.ridge.unsqueeze(-1).maximum(least)  # (..., M, D)

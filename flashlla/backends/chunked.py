@@ -94,15 +94,19 @@ class Chunked(Framed):
             y = solution.x
             early.append(solution.residual[~solution.converged])
             e = add_product(g, y, k_j.mT, alpha=-1).add_(dot(y, k_mean))  # (3.2)
+            # Weighted they add up to zero, but for rounding, which where one key has nearly all the weight is all that
+            # is left of its e, and the same for all queries. Taken out, an error in a mean counts to second order only.
+            e.sub_(dot(p, e))
             pa = linear_weights(p, z, k_j, k_mean)
             z_y = dot(z, y)  # (3.6)
             dl = (pa * e).addcmul_(p, ridge_i.unsqueeze(-1) * z_y)
             block.put_rows(dridge, z_y)
             block.put_rows(dq, dense.about_mean(dl, k_j, k_mean).mul_(problem.scale).add_(y))  # (3.3)
             dk_j, dv_j = block.keys_of(dk), block.keys_of(dv)
-            add_product(dk_j, dl.mT, q_i, alpha=problem.scale)  # (3.4), and the next two
-            add_product(dk_j, e.mul_(p).mT, z, alpha=-1)
-            add_product(dk_j, pa.mT, y, alpha=-1)
-            add_product(dv_j, pa.mT, do)  # (3.5)
+            # Each sum by itself: begun at what is there already, each of its terms would be rounded to that size.
+            dk_j.add_(product(dl.mT, q_i), alpha=problem.scale)  # (3.4), and the next two
+            dk_j.sub_(product(e.mul_(p).mT, z))
+            dk_j.sub_(product(pa.mT, y))
+            dv_j.add_(product(pa.mT, do))  # (3.5)
         warn_unconverged(problem.solver, torch.cat(early), dridge.numel(), " in the backward pass")
         return dense.as_gradients(problem, inputs, dq, dk, dv, dridge)

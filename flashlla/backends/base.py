@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -24,6 +25,15 @@ from flashlla.problem import (
     keyless_forward,
 )
 from flashlla.solvers.base import warn_unconverged
+
+_HERE: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within it ``device`` is the current one: not every operator of torch sees to that (torch.ldexp does not)."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
 
 
 class Backend(ABC):
@@ -62,7 +72,9 @@ class Backend(ABC):
 
     def forward_checked(self, problem: Problem, inputs: Inputs) -> Forward:
         """:meth:`forward`, and an error that names this backend where what it returns is not what was asked for."""
-        found, q = self.forward(problem, inputs), inputs.q
+        q = inputs.q
+        with on(q.device):
+            found = self.forward(problem, inputs)
         check = _Check(f"backend {self.name!r}: what forward returns", q.device)
         check.record("", found, Forward)
         check.record(".residuals", found.residuals, Residuals)
@@ -82,7 +94,8 @@ class Backend(ABC):
 
     def backward_checked(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
         """The same of :meth:`backward`."""
-        found = self.backward(problem, inputs, residuals, grad_o)
+        with on(inputs.q.device):
+            found = self.backward(problem, inputs, residuals, grad_o)
         check = _Check(f"backend {self.name!r}: what backward returns", inputs.q.device)
         check.record("", found, Gradients)
         of_keys = problem.key_gradients
@@ -94,7 +107,9 @@ class Backend(ABC):
 
     def decode_checked(self, problem: Problem, inputs: Inputs, out: Tensor, report: Report | None) -> None:
         """The same of :meth:`decode`."""
-        if (found := self.decode(problem, inputs, out, report)) is not out:
+        with on(inputs.q.device):
+            found = self.decode(problem, inputs, out, report)
+        if found is not out:
             what = type(found).__name__ if not isinstance(found, Tensor) else "another tensor"
             raise TypeError(f"backend {self.name!r}: decode returned {what}, wanted out, with the result written to it")
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from flashlla.backends.base import on
 from flashlla.backends.triton import configs, runtime
 from flashlla.backends.triton.runtime import Compiled, Kernel, cdiv
 
@@ -326,7 +327,7 @@ class Plan:
         """The outputs. Nothing here waits for the device."""
         if not self.compiles:
             self.compile()
-        with runtime.on(self.device):
+        with on(self.device):
             memories: list[Any] = list(given)
             values = list(self.values)
             call = Running(memories, values, runtime.stream(self.device))

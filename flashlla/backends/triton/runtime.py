@@ -17,7 +17,6 @@ from flashlla.backends.triton import configs
 
 # Without fused multiply-adds, which Triton means to stop using by default, every sweep takes a third more instructions.
 COMPILER = {"enable_fp_fusion": True}
-_HERE: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 # By what a config is looked up by: what FLASHLLA_AUTOTUNE=1 has found.
 tuned: dict[tuple[Any, ...], configs.Config] = {}
 # By kernel, device, settings and kinds of arguments (`plan.kinds`): what Triton has compiled, or is compiling; None of
@@ -58,13 +57,6 @@ class Kernel(Protocol):
 def cdiv(a: int, b: int) -> int:
     """Triton's takes microseconds."""
     return -(-a // b)
-
-
-def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Within it ``device`` is the current one."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(device)
 
 
 def stream(device: torch.device) -> int | None:

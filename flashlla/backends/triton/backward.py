@@ -159,7 +159,7 @@ def dq_kernel(
     seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq by (3.3) and dlambda by (3.6); and what dk and dv need of each query, rows_out (5, B Hq, rows_len): whole
+    """dq by (3.3) and dlambda by (3.6); and what dk and dv need of each query, rows_out (5 or 6, B Hq, rows_len): whole
     tiles, queries beyond the last with a weight of 0; and the second of ``tops``, what bounds their weights."""
     at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False)
     if outside(at, at.q_len, seqlens.cu_q):
@@ -195,6 +195,8 @@ def dq_kernel(
     e_top = room(V) * tl.sqrt(tl.sum(do_wide * do_wide, 1))  # >= p |e|, as room(V) >= |v|
     dl_top = spread * e_top + tl.abs(push)
     gain = tl.minimum(power_of_two((1 / (dl_top + 1e-30)) * TOP), WEIGHT * WEIGHT)
+    if q.dtype == tl.float32:  # which holds them as they are; and lse2 less than another number has fewer digits
+        gain = tl.zeros_like(gain) + 1
 
     factor = scale * LOG2E * q_unit * k_unit
     nothing = tl.zeros([BLOCK_M], tl.float32)
@@ -208,32 +210,39 @@ def dq_kernel(
     k_mean = load_vectors(k_mean_ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
     k_mean = k_mean * inverse_power(k_unit)
     if y_in is None:
-        y = -load_vectors(y_neg_ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D)
+        y = load_vectors(y_neg_ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D) * -inverse_power(k_unit)
     else:
         y = load_vectors(y_in.ptr, at, SHAPE.HEAD_DIM, BLOCK_M, D).to(tl.float32)
         y *= load_numbers(y_in.unit, at, BLOCK_M, 0.0)[:, None]
-    dq = (acc - k_mean * total[:, None]) * (scale * k_unit * inverse_power(gain))[:, None] + y
+    # What the sum of the weights is to be over what it is: of float32, whose large logits lse2 holds with fewer digits.
+    share = 1.0
+    if q.dtype == tl.float32:
+        share = tl.where(whole > 0, 1 / tl.where(whole > 0, whole, 1.0), 1.0)  # (M,)
+    dq = (acc - k_mean * total[:, None]) * (scale * k_unit * inverse_power(gain) * share)[:, None] + y
     unit = do_unit * v_unit
     some = sees_some(row, at, window, SHAPE.CAUSAL)  # what sees nothing need not be finite
     store_queries(dq_out, at, tl.where(some[:, None], dq * unit[:, None], 0.0), SHAPE.HEAD_DIM)
     store_numbers(dridge_out, at, tl.where(some, unit * z_y, 0.0))
 
     if q.dtype == tl.float32:  # weights times 1 - a sum to 1 (output_kernel)
-        a_mean -= tl.where(whole > 0, answers / tl.where(whole > 0, whole, 1.0) - 1, 0.0)
+        a_mean -= tl.where(whole > 0, answers * share - 1, 0.0)
     kappa = tl.abs(scale * q_unit * k_unit)
     lift = lift_of(tops, at.k_head, q, D)
     z_size, a_mean, push = z_size * lift, a_mean * lift, push * lift
     top = do_unit * tl.maximum(tl.maximum(dl_top * kappa * lift, e_top * z_size), spread)
     top = tl.where(top < float("inf"), top, 0.0)  # a row of NaN must not decide for the others
     # Any NaN of this query must reach the weights of dk_kernel's products, where keys see it; and no others.
-    shift = lse2 - tl.log2(do_unit) + 0.0 * (a_mean + e_mean + push + z_size)
-    shift = tl.where(some, shift, float("inf"))
+    flaw = 0.0 * (do_unit + a_mean + e_mean + push + z_size)
+    # do_unit goes with the weights: into lse2, or, of float32, where that would cost lse2 digits, beside it.
+    shift = lse2 if q.dtype == tl.float32 else lse2 - tl.log2(do_unit)
     base = handed_on(rows_out.ptr, at, at.q_head, heads, rows_len, seqlens.cu_q)
-    store_rows(base, i, rows_len, shift)
+    store_rows(base, i, rows_len, tl.where(some, shift + flaw, float("inf")))
     store_rows(base + rows_out.stride, i, rows_len, finite_or_zero(z_size))
     store_rows(base + 2 * rows_out.stride, i, rows_len, finite_or_zero(1 + a_mean))
     store_rows(base + 3 * rows_out.stride, i, rows_len, finite_or_zero(e_mean))
     store_rows(base + 4 * rows_out.stride, i, rows_len, finite_or_zero(push * (scale * q_unit * k_unit)))
+    if q.dtype == tl.float32:
+        store_rows(base + 5 * rows_out.stride, i, rows_len, finite_or_zero(do_unit * share))
     # The largest of several numbers is the same in any order.
     tl.atomic_max(tops + n_heads // group + at.k_head, tl.max(tl.where(some, top, 0.0), 0))
 
@@ -257,6 +266,8 @@ def dk_body(
     e_mean = tl.load(row_ptrs + 3 * rows_stride)
     push = tl.load(row_ptrs + 4 * rows_stride)
     w = tl.exp2(dot(k, tl.trans(q), zeros(k, tl.trans(q)), SHAPE.TF32) * factor - shift[None, :])  # (N, M)
+    if k.dtype == tl.float32:
+        w *= tl.load(row_ptrs + 5 * rows_stride)[None, :]
     if CUT:
         w = tl.where(seen, w, 0.0)
     # 1 - a of (2.2)
@@ -281,7 +292,8 @@ def one_head(
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``state`` (dk, dv) of a tile of keys after the queries of one head, the ``member``-th of its group."""
-    kappa = scale * tl.load(units + at.q_head + member) * k_unit
+    q_unit = tl.load(units + at.q_head + member)
+    kappa, factor = scale * q_unit * k_unit, scale * LOG2E * q_unit * k_unit  # rounded as in the passes that made lse2
     q_base = q_in.ptr + at.sequence.to(tl.int64) * q_in.stride_b + (at.head + member).to(tl.int64) * q_in.stride_h
     q_base += at.q_first.to(tl.int64) * q_in.stride_s
     row = at.q_row + member * q_len.to(tl.int64)
@@ -291,7 +303,7 @@ def one_head(
         handed_on(rows_in.ptr, at, at.q_head + member, heads, rows_len, seqlens.cu_q), rows_in.stride,
     )  # fmt: skip
     return sweep_queries(
-        dk_body, state, (k, v, kappa * LOG2E, kappa * lift, tl.log2(gain)), rows, at, window, SHAPE, BLOCK_M, BLOCK_N,
+        dk_body, state, (k, v, factor, kappa * lift, tl.log2(gain)), rows, at, window, SHAPE, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -319,6 +331,8 @@ def dk_kernel(
     # As large as the weights of these heads' queries can be without overflow.
     top = tl.load(tops + n_heads // group + at.k_head)
     gain = power_of_two((1 / tl.maximum(top, 1e-30)) * TOP)
+    if k.dtype == tl.float32:
+        gain = tl.full([], 1.0, tl.float32)
     lift = lift_of(tops, at.k_head, k, D)
     state = tl.zeros([BLOCK_N, D], tl.float32), tl.zeros([BLOCK_N, V], tl.float32)
     if GROUP == 1:

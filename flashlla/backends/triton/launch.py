@@ -117,7 +117,8 @@ class Call:
         if not half:
             self.origin = self.scratch(self.n_kv_heads, problem.head_dim)
             first = functools.partial(_first_keys, problem, self.k_most)
-            self.plan.compute(first, self.origin, inputs.k, inputs.cu_seqlens_k, inputs.seqstarts_k)
+            lengths = inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqlens_k, inputs.seqstarts_k
+            self.plan.compute(first, self.origin, inputs.k, *lengths)
         self.operands, self.units, self.flaws = self.cast(
             self.with_unit_stride(inputs.q), self.with_unit_stride(inputs.k), self.with_unit_stride(inputs.v)
         )
@@ -182,7 +183,7 @@ class Call:
         """lse and k_mean of keys as they came, for keys as the kernels have them; ``back``: the other way."""
         move = functools.partial(_move, self.problem, -1 if back else 1)
         for out, x in ((to_lse, lse), (to_k_mean, k_mean)):
-            self.plan.compute(move, out, x, self.origin, self.inputs.cu_seqlens_q, self.operands.q)
+            self.plan.compute(move, out, x, self.origin, self.inputs.cu_seqlens_q, self.inputs.q)
 
     def cast(self, q: Buffer, k: Buffer, v: Buffer) -> tuple[Operands, Buffer, Flaws]:
         """q, k and v contiguous and finite, in the operands' dtype and in units of a head; these units; and which heads
@@ -303,17 +304,25 @@ def _near(t: Buffer) -> bool:
 
 
 def _first_keys(
-    problem: Problem, most: float, out: Tensor, k: Tensor, cu_seqlens_k: Tensor | None, seqstarts_k: Tensor | None
+    problem: Problem, most: float, out: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    seqlens_k: Tensor | None, seqstarts_k: Tensor | None,
 ) -> None:  # fmt: skip
-    """The first key of every sequence, (sequences Hkv, D); 0 where it is not finite."""
-    if cu_seqlens_k is not None:
-        first, _ = sequence_bounds(cu_seqlens_k, problem.k_len, problem.max_seqlen_k)
-        found = k[0].index_select(1, first.clamp(max=problem.k_len - 1)).transpose(0, 1)  # (sequences, Hkv, D)
-    elif seqstarts_k is not None:
-        first = seqstarts_k.long().clamp(0, problem.k_len - 1)[:, None, None, None]
-        found = k.gather(2, first.expand(*k.shape[:2], 1, k.shape[3])).squeeze(2)
+    """The first key that a query sees of every sequence, (sequences Hkv, D); 0 where it is not finite."""
+    window, last = problem.mask.window, problem.k_len - 1
+    if cu_k is not None:
+        first, stop = sequence_bounds(cu_k, problem.k_len, problem.max_seqlen_k)
+        if window is not None:
+            q_first, q_stop = sequence_bounds(cu_q, problem.q_len, problem.max_seqlen_q)
+            first = torch.maximum(first, (stop - (q_stop - q_first) + 1 - window).minimum(stop - 1))
+        found = k[0].index_select(1, first.clamp(0, last)).transpose(0, 1)  # (sequences, Hkv, D)
     else:
-        found = k[:, :, 0]
+        end: Any = seqlens_k.long() if problem.mask.at_lengths and seqlens_k is not None else problem.k_len
+        begin = 0 if window is None else end - problem.q_len + 1 - window
+        begin = begin if seqstarts_k is None else seqstarts_k.long().clamp(min=begin)
+        if isinstance(begin, int):
+            found = k[:, :, min(max(begin, 0), last)]
+        else:
+            found = k.gather(2, begin.clamp(0, last)[:, None, None, None].expand(*k.shape[:2], 1, k.shape[3]))[:, :, 0]
     out.copy_(torch.where(found.abs() <= most, found, 0).flatten(0, 1))
 
 
@@ -323,7 +332,7 @@ def _move(
     """``x``, lse or k_mean, less ``sign`` times what the keys' ``origin`` makes of it."""
     origin = _of_queries(problem, origin, cu_seqlens_q).repeat_interleave(problem.group, 1)
     if x.dim() == 3:
-        origin = problem.scale * (q * origin).sum(-1)
+        origin = problem.scale * (q.where(q.isfinite(), 0) * origin).sum(-1)
     torch.sub(x, sign * origin, out=out)
 
 
@@ -393,7 +402,8 @@ def _plan_forward(
     plain = done < call.max_seqlens[0]  # there are queries left
     if plain:
         lse2, image = call.rows(), None
-        if preconditioner != "none" or call.origin is not None or call.keys_seen > configs.FEW_KEYS:
+        many_keys = call.keys_seen > configs.FEW_KEYS
+        if preconditioner == "gram" or (call.origin is None and (preconditioner != "none" or many_keys)):
             image = call.vectors(memory=call.until_solved)
         call.launch_tiles(
             forward_kernels.statistics_kernel, "statistics", call.q, call.k, call.units, call.flaws, lse, lse2, omega,
@@ -458,6 +468,9 @@ def solve(
         assert b is not None
         made = gram(call, of_ridge, k_mean, b, None if adjoint is None else adjoint.probe, segments)
     tail = *call.sight, call.problem.scale, *tolerances(call.problem, adjoint is not None), segments
+    # Of float32 no first guess is made: what its C u is rounded by, the solution keeps, and a weak ridge magnifies.
+    if adjoint is None and call.origin is not None:
+        b = None
     for which in ("none", "gram") if preconditioner == "gram" else (preconditioner,):
         others = done
         if which == "none" and not done:
@@ -563,7 +576,7 @@ def _plan_backward(
     # What queries hand on to keys: whole tiles of queries, a sequence's apart from the next one's.
     tiles = cdiv(problem.q_len, configs.ROWS_PAD) + (problem.sequences if problem.mask.packed else 0)
     rows_len = tiles * configs.ROWS_PAD
-    handed = call.scratch(5, problem.batch * problem.q_heads, rows_len)
+    handed = call.scratch(5 if half else 6, problem.batch * problem.q_heads, rows_len)
     handed_on = HandedOn(handed, handed.stride()[0])
     call.launch_tiles(
         backward_kernels.dq_kernel, "dq", q, k, v, do, y_neg, z, call.units, call.origin, z_y, lse2, k_mean,

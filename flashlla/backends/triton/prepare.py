@@ -1,7 +1,7 @@
 """Operands: one pass before the kernels instead of work for each tile that they load.
 
-q, k and v become contiguous and finite, for 16-bit inputs in float16, divided by a power of two a head; grad_o, times
-the guard, by a power of two a row; the probe by its length. All of it is decided on the device.
+q, k and v become contiguous and finite, divided by a power of two a head, of 16 bits in float16; grad_o, times the
+guard, by a power of two a row; the probe by its length. All of it is decided on the device.
 """
 
 import triton
@@ -126,8 +126,8 @@ def cast_kernel(
     seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
     SHAPE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """q, k and v divided by their heads' units, contiguous, 0 for what is not finite; and these units, of float16
-    powers of two under the largest, else 1. k from its heads' origins (sequences Hkv, D), if there are any.
+    """q, k and v divided by their heads' units, contiguous, 0 for what is not finite; and these units, the powers
+    of two under the largest. k from its heads' origins (sequences Hkv, D), if there are any.
 
     What was not finite goes to ``flaws``, rows of heads that have such numbers alone. Rows that no sequence has are not
     written.
@@ -142,10 +142,8 @@ def cast_kernel(
             WIDTH: tl.constexpr = SHAPE.V_DIM if which == 2 else SHAPE.HEAD_DIM
             COLUMNS: tl.constexpr = SHAPE.BLOCK_V if which == 2 else SHAPE.BLOCK_D
             slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_kv_heads) + program
-            unit = tl.full([], 1.0, tl.float32)
-            if outs[which].dtype.element_ty == tl.float16:
-                top = tl.max(tl.load(largest + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
-                unit = tl.where(top > 0, tl.maximum(power_of_two(top), LEAST_UNIT), 1.0)
+            top = tl.max(tl.load(largest + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
+            unit = tl.where(top > 0, tl.maximum(power_of_two(top), LEAST_UNIT), 1.0)
             flaw = tl.max(tl.load(flawed + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
             tl.store(units + slot, unit, mask=i == 0)
             tl.store(flaws.heads + slot, flaw, mask=i == 0)

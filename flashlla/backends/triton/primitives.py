@@ -4,9 +4,9 @@ Letters of the shape comments: M = BLOCK_M queries, N = BLOCK_N keys, D = BLOCK_
 values rounded up to a power of two of at least 16. Operands of products are float16 or float32; all else is float32.
 
 Units. Operands come divided by powers of two, one for each head and tensor (prepare.py's), so that their largest number
-lies in [1, 2): nothing finite overflows float16, and nothing that matters falls under it. The kernels compute in the
-units of the keys, where keys, k_mean and d are smaller by k_unit, probes larger by it, and ridges smaller by its
-square: the equations of docs/math.md hold as they stand.
+lies in [1, 2): nothing finite overflows float16, nor its squares float32, and nothing that matters falls under. The
+kernels compute in the units of the keys, where keys, k_mean and d are smaller by k_unit, probes larger by it, and
+ridges smaller by its square: the equations of docs/math.md hold as they stand.
 
 Numbers that are not finite. A hidden row of an operand meets a weight of 0, and 0 NaN is NaN: so operands hold 0 in
 place of what is not finite, and every query that sees some of it has an lse of NaN, hence NaN in all its weights.
@@ -525,5 +525,6 @@ def query_in_units(q, q_unit, k_unit, origin_ptr, at, HEAD_DIM: tl.constexpr):
     x = q.to(tl.float32) * (q_unit * inverse_power(k_unit))
     if origin_ptr is not None:
         dim = tl.arange(0, q.shape[1])
-        x -= tl.load(origin_ptr + at.k_head.to(tl.int64) * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)[None, :]
+        origin = tl.load(origin_ptr + at.k_head.to(tl.int64) * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
+        x -= (origin * inverse_power(k_unit))[None, :]
     return x

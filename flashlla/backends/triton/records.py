@@ -121,7 +121,7 @@ class Tolerances(NamedTuple):
 
 
 class HandedOn(NamedTuple):
-    """Five numbers a query that dq hands on to dk, (5, B Hq, rows_len)."""
+    """Five numbers a query that dq hands on to dk, of float32 six, (5 or 6, B Hq, rows_len)."""
 
     ptr: Buffer
     stride: int

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import record
 from flashlla.backends.chunked import Chunked
 from flashlla.problem import Forward, Gradients
 from tests.fuzz import Call, Fault, check
 from tests.fuzz.__main__ import main
-from tests.fuzz.calls import draw, pasted
-from tests.fuzz.campaign import Campaign
+from tests.fuzz.calls import INTERPRETED, USUAL, Sizes, draw, pasted
+from tests.fuzz.campaign import Campaign, Series, one_by_one, row
+from tests.fuzz.processes import side_by_side
 from tests.fuzz.shrink import shrink
 from tests.support import kernels
 from tests.support.cases import Case
@@ -25,9 +30,126 @@ IN_PYTORCH = ("chunked", "naive")
 PLAIN = Case("fuzz_plain", batch=2, heads=4, key_heads=2, length=9, dim=4, window=5)
 
 
-def run(first: int, many: int, backends: tuple[str, ...], small: bool = False) -> Campaign:
+# What campaigns have found, each as small as it could be made.
+FOUND: dict[str, Call] = {
+    "terms added to a sum of another size": Call(
+        Case(
+            name="fuzz_11_3077",
+            batch=2,
+            heads=3,
+            length=23,
+            dim=1,
+            data="correlated",
+            ridge_lambda=44.0,
+            layout="sliced",
+            key_heads=1,
+            value_dim=2,
+        ),
+        torch.float32,
+        "chunked",
+    ),
+    "one key with nearly all the weight": Call(
+        Case(
+            name="fuzz_11_4253",
+            heads=4,
+            length=31,
+            dim=1,
+            data="offset",
+            ridge="per_head_and_token",
+            delta_eps=1.0,
+            key_heads=2,
+            keys=80,
+            packed=(18, 13),
+            packed_keys=(20, 60),
+        ),
+        torch.float32,
+        "chunked",
+    ),
+    "many rows for each key": Call(
+        Case(
+            name="fuzz_11_9740",
+            batch=2,
+            heads=6,
+            length=30,
+            dim=3,
+            ridge_lambda=12.0,
+            ridge="per_head",
+            delta_eps=0.001,
+            expanded_grad=True,
+            key_heads=2,
+            value_dim=1,
+            causal=False,
+        ),
+        torch.float32,
+        "chunked",
+        {"solver": "direct"},
+    ),
+    "a gradient that is the same for all": Call(
+        Case("fuzz_12_5651", length=77, expanded_grad=True, causal=False, seqstarts=(76,)), torch.float32, "chunked"
+    ),
+    "an output beyond float16": Call(
+        Case("fuzz_12_982", length=2, dim=1, ridge_lambda=0.0035, scale=-0.00028, sizes=(1000.0, 1.0, 100.0, 0.01)),
+        torch.float16,
+        "chunked",
+    ),
+}
+
+
+FOUND_IN_KERNELS: dict[str, Call] = {
+    "a ridge beyond 2^60 beside keys as large": Call(
+        Case("fuzz_large_keys", length=2, dim=1, sizes=(1.0, 1e10, 1.0, 1.0), scale=1e-10, ridge_lambda=1.3e20),
+        torch.float32,
+        "triton",
+    ),
+    "large keys, a ridge a head": Call(
+        Case("big", length=17, dim=3, sizes=(1.0, 1e13, 1.0, 1.0), scale=1e-13, ridge_lambda=1.3e24, ridge="per_head"),
+        torch.float32,
+        "triton_pcg",
+        {"solver": "pcg_gram"},
+    ),
+    "a rounded first guess, magnified by a weak ridge": Call(
+        Case(
+            "fuzz_21_38",
+            length=128,
+            dim=8,
+            data="offset",
+            ridge_lambda=0.027,
+            ridge="scalar",
+            delta_eps=0.0,
+            layout="thd",
+            key_heads=1,
+            causal=False,
+            packed=(99,),
+        ),
+        torch.float32,
+        "triton_pcg",
+    ),
+    "the same of queries far from keys": Call(
+        Case("fuzz_21_169", length=50, dim=8, ridge_lambda=0.049, ridge="scalar", scale=5.2, layout="transposed"),
+        torch.float32,
+        "triton",
+    ),
+    "one key with nearly all the weight, and a large logit": Call(
+        Case("fuzz_21_231", length=2, dim=24, data="offset", ridge_lambda=54.0, scale=2.4), torch.float32, "triton_pcg"
+    ),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_is_right(name: str) -> None:
+    assert check(FOUND[name]) == ("loose" if "beyond float16" in name else "right")
+
+
+@kernels.interpreted
+@pytest.mark.parametrize("name", FOUND_IN_KERNELS)
+def test_what_was_found_in_kernels_is_right(name: str) -> None:
+    assert check(dataclasses.replace(FOUND_IN_KERNELS[name], twice=False)) == "right"
+
+
+def run(first: int, many: int, backends: tuple[str, ...], sizes: Sizes = USUAL) -> Campaign:
     campaign = Campaign()
-    campaign.run(0, range(first, first + many), backends, "cpu", small, say=False)
+    campaign.add(one_by_one(Series(0, backends, sizes=sizes), range(first, first + many)))
     assert not campaign.faults, campaign.faults[0]["call"]
     return campaign
 
@@ -40,21 +162,21 @@ def test_random_calls(first: int) -> None:
 
 @kernels.interpreted
 def test_random_calls_of_kernels() -> None:
-    run(0, 12, ("triton", "triton_pcg"), small=True)
+    run(0, 12, ("triton", "triton_pcg"), sizes=INTERPRETED)
 
 
 @pytest.mark.quick
 def test_the_same_number_is_the_same_call() -> None:
     for number in range(50):
-        assert pasted(draw(1, number, IN_PYTORCH, False)) == pasted(draw(1, number, IN_PYTORCH, False))
-    assert len({pasted(draw(1, number, IN_PYTORCH, False)) for number in range(50)}) == 50
+        assert pasted(draw(1, number, IN_PYTORCH)) == pasted(draw(1, number, IN_PYTORCH))
+    assert len({pasted(draw(1, number, IN_PYTORCH)) for number in range(50)}) == 50
 
 
 @pytest.mark.quick
 def test_what_is_printed_is_the_call() -> None:
     seen = 0
     for number in range(40):
-        call = draw(2, number, IN_PYTORCH, False)
+        call = draw(2, number, IN_PYTORCH)
         scope: dict[str, Any] = {}
         *imports, line = pasted(call).splitlines()
         exec("\n".join(imports), scope)
@@ -151,6 +273,32 @@ def test_the_smallest_call_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert smallest.case == Decoding("", lengths=(6,), room=6, heads=1, key_heads=1, dim=1, value_dim=1)
 
 
+class Deadly(Series):
+    """Number 2 ends the process that makes the call."""
+
+    def draw(self, number: int) -> Call:
+        if number == 2 and multiprocessing.parent_process():
+            os._exit(7)
+        return super().draw(number)
+
+
+def test_processes_give_what_one_gives() -> None:
+    series, alone, together = Series(3, IN_PYTORCH), Campaign(), Campaign()
+    alone.add(one_by_one(series, range(20)))
+    together.add(side_by_side(2, series, range(20), seconds=math.inf))
+    assert together.table() == alone.table()
+    assert not together.faults
+    assert not list(side_by_side(2, series, range(20), seconds=-1))
+
+
+def test_a_call_that_its_process_does_not_outlive_is_told() -> None:
+    """And the others are judged all the same."""
+    campaign = Campaign()
+    campaign.add(side_by_side(1, Deadly(3, IN_PYTORCH), range(6), seconds=math.inf))
+    (fault,) = campaign.faults
+    assert (campaign.calls, fault["number"], fault["seen"]) == (6, "2", "died: its process ended with 7")
+
+
 @pytest.mark.quick
 def test_a_campaign_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -164,3 +312,12 @@ def test_a_campaign_is_kept(
     spoil(monkeypatch, forward=a_little_off)
     assert main([*arguments, "--calls", "12"]) == 1
     assert "check(Call(case=" in capsys.readouterr().out
+
+
+@pytest.mark.quick
+def test_the_page_tells_of_every_campaign() -> None:
+    page = (record.RESULTS.parents[1] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    kept = {path.stem: json.loads(path.read_text()) for path in sorted(record.RESULTS.glob("fuzz_*.json"))}
+    assert kept
+    for name, campaign in kept.items():
+        assert row(campaign, name) in page, row(campaign, name)

@@ -121,6 +121,23 @@ def test_threads_on_streams_of_their_own() -> None:
     in_threads(*(lambda name=name: work(name) for name in [*wanted, *wanted]))
 
 
+@on_gpu
+def test_threads_that_are_the_first_to_factorise() -> None:
+    """Of a process of their own, since torch loads what it needs for that but once."""
+    script = """
+        import torch, flashlla
+        from tests.support.helpers import qkv
+        from tests.test_races import in_threads
+
+        q, k, v = (t.cuda() for t in qkv(1, 2, 30, 8))
+        solvers = [{"solver": "direct"}, {"solver": "pcg_gram"}, {"solver": "direct"}]
+        work = lambda options: flashlla.lla_attention(q, k, v, backend="chunked", **options)
+        in_threads(*(lambda options=options: work(options) for options in solvers * 2))
+        print("right")
+    """
+    assert python(script).split() == ["right"]
+
+
 # Streams and devices
 
 

@@ -7,7 +7,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -97,15 +97,41 @@ def pasted(call: Call) -> str:
     ).replace("\n\n", "\n")
 
 
-def draw(seed: int, number: int, backends: Sequence[str], small: bool) -> Call:
-    """The call of that number; always the same. small: fit for Triton's interpreter."""
+class Sizes(NamedTuple):
+    """What tensors may be like. few: for who takes a second for what takes others a millisecond.
+
+    alike: values have the dimension of keys, or the next one of ``dims``: kernels are compiled for each pair.
+    """
+
+    lengths: tuple[int, ...]
+    dims: tuple[int, ...]
+    rooms: tuple[int, ...]
+    pages: int
+    few: bool = False
+    alike: bool = False
+
+
+USUAL = Sizes(
+    lengths=(1, 1, 2, 3, 5, 8, 15, 16, 17, 24, 31, 33, 47, 63, 64, 65, 80, 100, 129),
+    dims=(1, 1, 2, 3, 4, 5, 7, 8, 8, 12, 16, 16, 17, 20, 24),
+    rooms=(1, 2, 7, 16, 33, 63, 64, 130, 200),
+    pages=4,
+)
+INTERPRETED = USUAL._replace(lengths=(1, 2, 3, 5, 8, 15, 16, 17), rooms=(1, 2, 7, 16, 20), pages=1, few=True)
+# Of kernels there are as many as kinds of calls: dims and strides that are multiples of 16 make one where others make
+# several. What is beside the tiles, tests/test_conformance.py has on GPUs.
+COMPILED = USUAL._replace(lengths=(*USUAL.lengths, 200, 257), dims=(16, 64), alike=True)
+
+
+def draw(seed: int, number: int, backends: Sequence[str], sizes: Sizes = USUAL) -> Call:
+    """The call of that number; always the same."""
     rng = random.Random(f"{seed}/{number}")
     backend = rng.choice(backends)
     fused = backend.startswith("triton")
     dtypes = [torch.float32, torch.float32, torch.bfloat16, torch.float16] + [torch.float64] * (not fused)
     dtype = rng.choice(dtypes)
     name = f"fuzz_{seed}_{number}"
-    case = _decoding(rng, name, small, dtype) if rng.random() < 0.25 else _case(rng, name, small, dtype)
+    case = _decoding(rng, name, sizes) if rng.random() < 0.25 else _case(rng, name, sizes, dtype)
     call = Call(case, dtype, backend)
     call = dataclasses.replace(
         call,
@@ -114,7 +140,7 @@ def draw(seed: int, number: int, backends: Sequence[str], small: bool) -> Call:
         flipped=isinstance(case, Case) and _one_in(rng, 5),
         lengths=rng.choice(["int32", "int32", "int64", "column"]),
         out=isinstance(case, Decoding) and _one_in(rng, 4),
-        twice=not small or _one_in(rng, 5),
+        twice=not sizes.few or _one_in(rng, 5),
     )
     if _one_in(rng, 12):
         return dataclasses.replace(call, wrong=_wrong(rng, case))
@@ -127,14 +153,10 @@ def _one_in(rng: random.Random, many: int) -> bool:
     return rng.randrange(many) == 0
 
 
-def _length(rng: random.Random, small: bool) -> int:
-    if small:
-        return rng.choice([1, 2, 3, 5, 8, 15, 16, 17])
-    return rng.choice([1, 1, 2, 3, 5, 8, 15, 16, 17, 24, 31, 33, 47, 63, 64, 65, 80, 100, 129])
-
-
-def _dim(rng: random.Random) -> int:
-    return rng.choice([1, 1, 2, 3, 4, 5, 7, 8, 8, 12, 16, 16, 17, 20, 24])
+def _value_dim(rng: random.Random, sizes: Sizes, dim: int) -> int:
+    if sizes.alike:
+        return sizes.dims[(sizes.dims.index(dim) + rng.randrange(2)) % len(sizes.dims)]
+    return rng.choice(sizes.dims)
 
 
 def _size(rng: random.Random, dtype: torch.dtype) -> float:
@@ -166,10 +188,10 @@ def _parts(rng: random.Random, many: int, total: int) -> tuple[int, ...]:
     return tuple(b - a for a, b in itertools.pairwise(edges))
 
 
-def _case(rng: random.Random, name: str, small: bool, dtype: torch.dtype) -> Case:
-    length, dim = _length(rng, small), _dim(rng)
+def _case(rng: random.Random, name: str, sizes: Sizes, dtype: torch.dtype) -> Case:
+    length, dim = rng.choice(sizes.lengths), rng.choice(sizes.dims)
     key_heads, group, batch = rng.choice([1, 1, 2]), rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3])
-    if small and key_heads * group * batch > 2:
+    if sizes.few and key_heads * group * batch > 2:
         key_heads, group, batch = rng.choice([(1, 1, 2), (1, 2, 1), (2, 1, 1)])
     varlen = rng.random() < 0.3
     layouts = ["bhsd", "transposed", "sliced"]
@@ -183,8 +205,8 @@ def _case(rng: random.Random, name: str, small: bool, dtype: torch.dtype) -> Cas
         layouts = ["bsd", "bsd_transposed"]
     layout = rng.choice(layouts)
     alike = layout in ("packed", "shared_keys", "shared_queries")
-    keys = None if alike or rng.random() < 0.5 else _length(rng, small)
-    value_dim = None if alike or rng.random() < 0.6 else _dim(rng)
+    keys = None if alike or rng.random() < 0.5 else rng.choice(sizes.lengths)
+    value_dim = None if alike or rng.random() < 0.6 else _value_dim(rng, sizes, dim)
     causal = rng.random() < 0.75
     odd = rng.choice([(), (), rng.choices("qkvg", k=3)])  # whose size is not 1
     q, k, v, g = (_size(rng, dtype) if name in odd else 1.0 for name in "qkvg")
@@ -193,7 +215,7 @@ def _case(rng: random.Random, name: str, small: bool, dtype: torch.dtype) -> Cas
         ridge = rng.choice(["number", "scalar", "per_head_and_token"])
     fields: dict[str, Any] = {}
     if varlen:
-        many = rng.choice([1, 1, 2, 3] if small else [1, 1, 2, 3, 5])
+        many = rng.choice([1, 1, 2, 3] if sizes.few else [1, 1, 2, 3, 5])
         fields["packed"] = _parts(rng, many, length)
         if keys is not None:
             fields["packed_keys"] = _parts(rng, many, keys)
@@ -228,25 +250,28 @@ def _case(rng: random.Random, name: str, small: bool, dtype: torch.dtype) -> Cas
     )
 
 
-def _decoding(rng: random.Random, name: str, small: bool, dtype: torch.dtype) -> Decoding:
+def _decoding(rng: random.Random, name: str, sizes: Sizes) -> Decoding:
     batch, key_heads, group = rng.choice([1, 2, 3]), rng.choice([1, 1, 2]), rng.choice([1, 2, 3])
-    if small:
+    if sizes.few:
         batch, key_heads, group = rng.choice([(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 1)])
     page = rng.choice([None, None, 16, 32, 48])
-    room = rng.choice([1, 2, 7, 16, 20] if small else [1, 2, 7, 16, 33, 63, 64, 130, 200])
-    room = room if page is None else page * rng.randint(1, 1 if small else 4)
+    room = rng.choice(sizes.rooms)
+    room = room if page is None else page * rng.randint(1, sizes.pages)
     lengths = tuple(rng.choice([0, 1, room, rng.randint(0, room)]) for _ in range(batch))
     starts = tuple(rng.randint(0, room) for _ in range(batch)) if _one_in(rng, 3) else None
+    new = rng.choice([1, 1, 1, 2, 3, 8, 16, 17, 20])
+    dim = rng.choice(sizes.dims)
+    value_dim = _value_dim(rng, sizes, dim)
     return Decoding(
         name,
         lengths=lengths,
         starts=starts,
-        new=rng.choice([1, 1, 1, 2, 3, 8, 16, 17, 20]),
+        new=new,
         heads=key_heads * group,
         key_heads=key_heads,
         room=room,
-        dim=_dim(rng),
-        value_dim=_dim(rng),
+        dim=dim,
+        value_dim=value_dim,
         window=rng.choice([1, 2, 7, 20, 1000]) if _one_in(rng, 3) else None,
         page=page,
         layout=rng.choice(["bhsd", "bhsd", "bshd"]),

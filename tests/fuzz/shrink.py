@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,17 +15,18 @@ from tests.support.decoding import Decoding
 _KEPT = ("name", "dtype", "backend", "case", "wrong", "seed")
 
 
-def shrink(call: Call, fails: Callable[[Call], bool], tries: int = 300) -> Call:
-    """The smallest that ``fails`` of those that are found by one simplification at a time, in so many tries."""
-    shrunk = True
-    while shrunk and tries > 0:
+def shrink(call: Call, fails: Callable[[Call], bool], tries: int = 300, seconds: float = 60) -> Call:
+    """The smallest that ``fails`` of those that are found by one simplification at a time, in so many tries and
+    ``seconds``: on a GPU each may have to be compiled."""
+    shrunk, stop = True, time.monotonic() + seconds
+    while shrunk:
         shrunk = False
         for smaller in _smaller(call):
+            if tries <= 0 or time.monotonic() > stop:
+                return call
             tries -= 1
             if fails(smaller):
                 call, shrunk = smaller, True
-                break
-            if tries <= 0:
                 break
     return call
 

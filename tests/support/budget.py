@@ -13,16 +13,18 @@ The three are small and independent: each is measured once a case, scaled, and a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from flashlla.backends.naive import Naive
-from flashlla.problem import resolution
+from flashlla.problem import KeySpans, resolution
 from tests.support.cases import LAYOUTS, Case
 from tests.support.helpers import problem_of
 from tests.support.oracle import Reference, reference
@@ -114,12 +116,20 @@ def budget_of(
     tolerance: float = 0.0,
     units: Mapping[str, float] | None = None,
     draws: int = _DRAWS,
+    moved: bool = True,
 ) -> Budget:
     """The budget of other numbers, ``leaves``, in the shape of ``case``; ``tolerance`` and ``units``, by the name of a
     result, as in :func:`allowance`; from so many ``draws`` of each disturbance. Without any it is what every call is
-    allowed, however well its numbers bear rounding."""
+    allowed, however well its numbers bear rounding. moved: for who takes keys relative to the first."""
     exact = reference(case, leaves)
-    return _budget(exact, spreads_of(case, leaves, exact, draws), dtype, iterative, truncates, tolerance, units or {})
+    with contextlib.nullcontext() if moved else _unmoved():
+        spread = spreads_of(case, leaves, exact, draws)
+    return _budget(exact, spread, dtype, iterative, truncates, tolerance, units or {})
+
+
+def _unmoved() -> contextlib.AbstractContextManager[object]:
+    """The naive backend takes keys as they come."""
+    return mock.patch.object(KeySpans, "first_of", lambda _, k: torch.zeros_like(k[:, :, :1]))
 
 
 def _budget(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 
 def hasten() -> None:
@@ -15,6 +16,8 @@ def hasten() -> None:
         return
     from triton.runtime import interpreter
 
+    _read_by_item(interpreter)
+    _mask_by_truth(interpreter)
     patched: set[int] = set()
 
     def call(self: interpreter.InterpretedFunction, *arguments: object, **keywords: object) -> object:
@@ -24,3 +27,23 @@ def hasten() -> None:
         return self.rewrite()(*arguments, **keywords)
 
     interpreter.InterpretedFunction.__call__ = call
+
+
+def _read_by_item(interpreter: Any) -> None:
+    """Triton 3.6 reads a number by ``int(array)`` of an array of one element, which NumPy refuses from 2.4 on."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+def _mask_by_truth(interpreter: Any) -> None:
+    """Triton 3.9 makes numbers of masks that a truth of Python's is part of, and then refuses them."""
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+    true = lambda mask: interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
+    builder.create_masked_load = lambda self, at, mask, *rest: load(self, at, true(mask), *rest)
+    builder.create_masked_store = lambda self, at, value, mask, *rest: store(self, at, value, true(mask), *rest)

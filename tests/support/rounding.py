@@ -19,6 +19,8 @@ aten = torch.ops.aten
 _PRODUCTS = {aten.mm, aten.bmm}
 # Products of two numbers go into a sum or a matrix product, which are rounded: where they are fused, but once.
 _ELEMENTWISE = {aten.add, aten.sub, aten.div, aten.sum}
+# Terms that are apart by no more than this, squared, beside their size.
+_ALIKE = 1e-6
 _COPIES = {aten.clone, aten.gather, aten.where, aten._unsafe_view}
 
 
@@ -110,7 +112,11 @@ class _Disturbed(TorchDispatchMode):
         if self.rounding.sum:
             # Terms in no particular order: after m of n, the partial sum is m / n of the whole, and a bridge between.
             n, squares = a.shape[-1], a.square() @ b.square()
+            alike = exact.square() >= n * squares * (1 - _ALIKE)
             spread = squares.add_(exact.square().add_(squares.clone(), alpha=0.5), alpha=n / 3).sqrt_()
+            # Of terms that are all the same, as gradients of a sum are, one is rounded as the next, while the partial
+            # sum is in one binade: of the last, that is half of them, each by up to half of its rounding.
+            spread = torch.where(alike, torch.maximum(spread, n / 4 * exact.abs()), spread)
             exact = exact + spread.mul_(self._uniform(exact)).mul_(self.rounding.sum)
         return exact
 

@@ -3,6 +3,7 @@
 #   make quick   in a minute: one test of each feature, backend and solver
 #   make test    all tests that need no GPU
 #   make check   lint, format, types, documentation
+#   make matrix  the tests under other versions of Python, torch, Triton and transformers; gigabytes, an hour
 #   make docs    the documentation as a site, in site/
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 # A warning is an error: a dead link, a name that a docstring cites and no page has.
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: demo quick test check docs bench clean
+.PHONY: demo quick test check matrix docs bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/minimal_usage.py
@@ -30,6 +31,9 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(SITE)
+
+matrix: $(READY)
+	$(BIN)/python -m tests.matrix
 
 docs: $(READY)
 	$(SITE)
@@ -52,4 +56,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .matrix

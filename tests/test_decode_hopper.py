@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 hasten()
 
 from flashlla.backends.triton import decode, hopper  # noqa: E402 (after hasten)
-from tests.test_decode_kernels import LIMITS, Call, error, make  # noqa: E402
+from tests.test_decode_kernels import LIMITS, Call, error, make, not_finite_reaches_those_who_see_it  # noqa: E402
 
 BF16, LIMIT = torch.bfloat16, LIMITS[torch.bfloat16]
 
@@ -108,16 +108,7 @@ def test_sizes_that_float16_does_not_hold(size: float, where: int) -> None:
 
 @pytest.mark.parametrize("which", ["q", "k", "v", "ridge"])
 def test_numbers_that_are_not_finite_reach_those_who_see_them(which: str) -> None:
-    call = make(1, 2, 1, 2, 140, 64, 64, BF16)
-    call.ridge = call.ridge.expand(1, 2, 2).contiguous()
-    clean = call.run(2)
-    row, place = {"q": (0, (0, 1, 0, 3)), "ridge": (0, (0, 1, 0))}.get(which, (1, (0, 1, 139, 3)))
-    for bad in (float("nan"), float("inf"), float("-inf")):
-        getattr(call, which)[place] = bad
-        got = call.run(2)
-        assert got[0, 1, row].isnan().all(), bad
-        assert torch.equal(got[0, 0], clean[0, 0]), bad
-        assert torch.equal(got[0, 1, 1 - row], clean[0, 1, 1 - row]), bad
+    not_finite_reaches_those_who_see_it(which, 140, 64, BF16)
 
 
 def test_the_same_bits_every_time() -> None:

@@ -289,20 +289,25 @@ def test_a_key_that_float16_does_not_hold() -> None:
     assert error(call.run(2), call.exact()) <= LIMITS[torch.bfloat16] * 1.5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("which", ["q", "k", "v", "ridge"])
-def test_numbers_that_are_not_finite_reach_those_who_see_them(which: str, dtype: torch.dtype) -> None:
-    call = make(1, 2, 1, 2, 40, 8, 8, dtype)
+def not_finite_reaches_those_who_see_it(which: str, capacity: int, dim: int, dtype: torch.dtype) -> None:
+    """Numbers of argument ``which`` in a call of two new tokens against ``capacity`` keys."""
+    call = make(1, 2, 1, 2, capacity, dim, dim, dtype)
     call.ridge = call.ridge.expand(1, 2, 2).contiguous()
     clean = call.run(2)
     # A key and a value are seen by the second of the two new tokens, a query and a ridge are the first one's.
-    row, place = {"q": (0, (0, 1, 0, 3)), "ridge": (0, (0, 1, 0))}.get(which, (1, (0, 1, 39, 3)))
+    row, place = {"q": (0, (0, 1, 0, 3)), "ridge": (0, (0, 1, 0))}.get(which, (1, (0, 1, capacity - 1, 3)))
     for bad in (float("nan"), float("inf"), float("-inf")):
         getattr(call, which)[place] = bad
         got = call.run(2)
         assert got[0, 1, row].isnan().all(), bad
         assert torch.equal(got[0, 0], clean[0, 0]), bad
         assert torch.equal(got[0, 1, 1 - row], clean[0, 1, 1 - row]), bad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["q", "k", "v", "ridge"])
+def test_numbers_that_are_not_finite_reach_those_who_see_them(which: str, dtype: torch.dtype) -> None:
+    not_finite_reaches_those_who_see_it(which, 40, 8, dtype)
 
 
 def test_more_warps_than_the_device_is_counted_in() -> None:

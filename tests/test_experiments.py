@@ -300,10 +300,11 @@ def test_figures_told_of_recall_are_those_of_the_record() -> None:
 
 
 @pytest.mark.gpu
-def test_a_language_models_steps_of_a_graph_are_steps(text: Corpus) -> None:
+@pytest.mark.parametrize("kind", ["softmax", "lla"])
+def test_a_language_models_steps_of_a_graph_are_steps(kind: str, text: Corpus) -> None:
     on_gpu = text.to("cuda")
     eager, graph = (
-        train(Arm("softmax", lr=1e-2, steps=16), 0, on_gpu, Setting(TINY, "cuda", graphs=graphs))[0]
+        train(Arm(kind, lr=1e-2, steps=16), 0, on_gpu, Setting(TINY, "cuda", graphs=graphs))[0]
         for graphs in (False, True)
     )
     torch.testing.assert_close(torch.tensor(graph["loss"]), torch.tensor(eager["loss"]), atol=2e-2, rtol=0)

@@ -59,7 +59,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     if small:
         torch.set_num_threads(1)  # on small tensors threads wait for one another
     size = SMALL if small else FULL
-    setting = Setting(size, device, options.compile and device == "cuda", options.graphs, options.checkpoints)
+    compiled, graphs = (asked and device == "cuda" for asked in (options.compile, options.graphs))
+    setting = Setting(size, device, compiled, graphs, options.checkpoints)
     runs = Runs(options.results, device)
     begin, speed = time.monotonic(), dict[str, float]()  # seconds a step, all told
     read = text.read(options.text, options.cache, most=2_000_000 if options.quick else None)
@@ -113,7 +114,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cache", type=Path, metavar="FILE", help="keep the text here")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on a GPU, blocks")
-    parser.add_argument("--graphs", action="store_true", help="on a GPU, steps from a CUDA graph; with AdamW alone")
+    parser.add_argument("--graphs", action="store_true", help="on a GPU, steps from a CUDA graph; not with Muon")
     an_arm = parser.add_argument_group("an arm")
     an_arm.add_argument("--kind", choices=["lla", "softmax"], default=Arm.kind)
     an_arm.add_argument("--qk-norm", action=argparse.BooleanOptionalAction, default=Arm.qk_norm)

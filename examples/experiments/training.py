@@ -50,7 +50,7 @@ class Setting:
     size: Size
     device: str
     compiled: bool = False
-    graphs: bool = False  # steps from a CUDA graph, which does not wait for a busy host; with AdamW alone
+    graphs: bool = False  # steps from a CUDA graph, which does not wait for a busy host; not with Muon
     checkpoints: Path | None = None  # long runs save here at each validation, and go on from there
     long: int = 1000  # steps
 
@@ -90,8 +90,9 @@ class Learner:
         self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self._how: dict[str, Any] = {"apply": _compiled_block()} if setting.compiled else {}
         self._batch: tuple[Tensor, ...] = ()
-        self._take = captured(self._step, ()) if setting.graphs else self._step
-        for group in self.optimizers[0].param_groups if setting.graphs else []:
+        graphs = setting.graphs and arm.optimizer == "adamw"  # torch's Muon wants its rate on the host
+        self._take = captured(self._step, ()) if graphs else self._step
+        for group in self.optimizers[0].param_groups if graphs else []:
             group["capturable"], group["lr"] = True, torch.tensor(group["lr"], device=setting.device)
 
     def step(self, batch: tuple[Tensor, Tensor], progress: float, warmup: float) -> Tensor:
@@ -227,6 +228,7 @@ def train(arm: Arm, seed: int, corpus: Corpus, setting: Setting) -> tuple[Run, G
             "seed": seed,
             **asdict(size),
             "compiled": setting.compiled,
+            "graphs": setting.graphs and arm.optimizer == "adamw",
             "parameters": sum(p.numel() for p in learner.model.parameters()),
             "steps": steps,
             "seen": round(batches.epochs, 3),  # how often, of the text

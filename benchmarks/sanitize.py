@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -148,6 +149,10 @@ CALLS: dict[str, Callable[[str], None]] = {
     "decode, wide": lambda device: _decode(device, dim=128, room=600),
     "share of a cache": _share,
     "prompt": lambda device: _decode(device, new=40),
+    "long": lambda device: _attend(device, queries=700),
+    "long, wide": lambda device: _attend(device, torch.float16, 600, dim=128, seqlens_k=[600, 310]),
+    "short, no mask": lambda device: _attend(device, queries=130, causal=False),
+    "long, window": lambda device: _attend(device, queries=700, window=650),
 }
 
 
@@ -165,11 +170,12 @@ def written() -> dict[int, str]:
 
 
 def watched(names: Iterable[str], device: str = "cuda") -> int:
-    """Make the calls; say how many kernels ran, and which did not."""
+    """Make the calls, by the kernels in Gluon and by the others; say how many kernels ran, and which did not."""
     from flashlla.backends.triton import runtime
 
-    for name in names:
-        CALLS[name](device)
+    for name, asked in itertools.product(names, "01" if device == "cuda" else "0"):
+        with patch.dict(os.environ, FLASHLLA_HOPPER=asked):
+            CALLS[name](device)
     if device == "cuda":
         torch.cuda.synchronize()
     all_of = written()

@@ -18,7 +18,7 @@ from flashlla.backends.chunked import Chunked
 from flashlla.problem import Forward, Gradients
 from tests.fuzz import Call, Fault, check
 from tests.fuzz.__main__ import main
-from tests.fuzz.calls import INTERPRETED, USUAL, Sizes, draw, pasted
+from tests.fuzz.calls import COMPILED, INTERPRETED, USUAL, Sizes, draw, pasted
 from tests.fuzz.campaign import Campaign, Series, one_by_one, row
 from tests.fuzz.processes import side_by_side
 from tests.fuzz.shrink import shrink
@@ -173,6 +173,34 @@ def test_the_same_number_is_the_same_call() -> None:
 
 
 @pytest.mark.quick
+def test_calls_of_one_kind_follow_one_another() -> None:
+    """They differ, in nothing that kernels are compiled for."""
+    kinds = set()
+    for first in range(0, 400, COMPILED.turns):
+        calls = [draw(4, first + turn, ("triton", "naive"), COMPILED) for turn in range(COMPILED.turns)]
+        of = {(c.backend, c.dtype, str(c.options), c.bshd, c.flipped, type(c.case), c.case.layout) for c in calls}
+        of_case = {(c.case.dim, c.case.value_dim, c.case.ridge, c.case.window is None) for c in calls}
+        assert (len(of), len(of_case)) == (1, 1)
+        assert len({pasted(call) for call in calls}) == COMPILED.turns
+        kinds |= of
+    assert len(kinds) > 25
+
+
+@kernels.interpreted
+def test_calls_of_one_kind_take_the_same_kernels() -> None:
+    from flashlla.backends.triton import runtime
+
+    sizes = INTERPRETED._replace(dims=(16,), alike=True, turns=3)
+    series, before = Series(1, ("triton",), sizes=sizes), set(runtime.compiled)
+    news = []
+    for judged in one_by_one(series, range(3, 6)):
+        assert judged.verdict in ("right", "loose", "refused", "unconverged")
+        news.append(len(runtime.compiled.keys() - before))
+        before |= runtime.compiled.keys()
+    assert news[0] > 0 and news[1:] == [0, 0], news
+
+
+@pytest.mark.quick
 def test_what_is_printed_is_the_call() -> None:
     seen = 0
     for number in range(40):
@@ -291,10 +319,12 @@ def test_processes_give_what_one_gives() -> None:
     assert not list(side_by_side(2, series, range(20), seconds=-1))
 
 
-def test_a_call_that_its_process_does_not_outlive_is_told() -> None:
+@pytest.mark.parametrize("turns", [1, 4])
+def test_a_call_that_its_process_does_not_outlive_is_told(turns: int) -> None:
     """And the others are judged all the same."""
     campaign = Campaign()
-    campaign.add(side_by_side(1, Deadly(3, IN_PYTORCH), range(6), seconds=math.inf))
+    series = Deadly(3, IN_PYTORCH, sizes=USUAL._replace(turns=turns))
+    campaign.add(side_by_side(1, series, range(6), seconds=math.inf))
     (fault,) = campaign.faults
     assert (campaign.calls, fault["number"], fault["seen"]) == (6, "2", "died: its process ended with 7")
 

@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             "seed": options.seed,
             "first": options.first,
             "calls": campaign.calls,
+            "forms": len({number // sizes.turns for number in campaign.numbers}),
             "processes": options.processes,
             "interpreted": os.environ.get("TRITON_INTERPRET") == "1",
             "seconds": round(time.monotonic() - begun),

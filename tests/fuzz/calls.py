@@ -101,6 +101,7 @@ class Sizes(NamedTuple):
     """What tensors may be like. few: for who takes a second for what takes others a millisecond.
 
     alike: values have the dimension of keys, or the next one of ``dims``: kernels are compiled for each pair.
+    turns: calls that follow one another and differ in nothing that kernels are compiled for.
     """
 
     lengths: tuple[int, ...]
@@ -109,6 +110,7 @@ class Sizes(NamedTuple):
     pages: int
     few: bool = False
     alike: bool = False
+    turns: int = 1
 
 
 USUAL = Sizes(
@@ -119,13 +121,15 @@ USUAL = Sizes(
 )
 INTERPRETED = USUAL._replace(lengths=(1, 2, 3, 5, 8, 15, 16, 17), rooms=(1, 2, 7, 16, 20), pages=1, few=True)
 # Of kernels there are as many as kinds of calls: dims and strides that are multiples of 16 make one where others make
-# several. What is beside the tiles, tests/test_conformance.py has on GPUs.
-COMPILED = USUAL._replace(lengths=(*USUAL.lengths, 200, 257), dims=(16, 64), alike=True)
+# several, and a kind of calls is worth its seconds of compiling only to several calls. What is beside the tiles,
+# tests/test_conformance.py has on GPUs.
+COMPILED = USUAL._replace(lengths=(*USUAL.lengths, 200, 257), dims=(16, 64), alike=True, turns=10)
 
 
 def draw(seed: int, number: int, backends: Sequence[str], sizes: Sizes = USUAL) -> Call:
     """The call of that number; always the same."""
-    rng = random.Random(f"{seed}/{number}")
+    form, turn = divmod(number, sizes.turns)
+    rng = random.Random(f"{seed}/{form}")
     backend = rng.choice(backends)
     fused = backend.startswith("triton")
     dtypes = [torch.float32, torch.float32, torch.bfloat16, torch.float16] + [torch.float64] * (not fused)
@@ -142,6 +146,12 @@ def draw(seed: int, number: int, backends: Sequence[str], sizes: Sizes = USUAL) 
         out=isinstance(case, Decoding) and _one_in(rng, 4),
         twice=not sizes.few or _one_in(rng, 5),
     )
+    if turn:
+        rng = random.Random(f"{seed}/{form}/{turn}")
+        alike = _decoding_alike if isinstance(case, Decoding) else _case_alike
+        call = dataclasses.replace(
+            call, case=alike(rng, case, sizes, dtype), lengths=rng.choice(["int32", "int64", "column"])
+        )
     if _one_in(rng, 12):
         return dataclasses.replace(call, wrong=_wrong(rng, case))
     if _one_in(rng, 5):
@@ -247,6 +257,64 @@ def _case(rng: random.Random, name: str, sizes: Sizes, dtype: torch.dtype) -> Ca
         causal=causal,
         window=rng.choice([1, 2, 7, 20, 1000]) if causal and _one_in(rng, 3) else None,
         **fields,
+    )
+
+
+def _size_alike(rng: random.Random, n: int, of: Sequence[int]) -> int:
+    """One that takes no other kernel, as a stride: of all numbers, 1 and what 16 divides make kernels of their own."""
+    kind = lambda n: (n == 1, n % 16 == 0)
+    return rng.choice([n, *(other for other in of if kind(other) == kind(n))])
+
+
+def _starts(rng: random.Random, given: tuple[int, ...] | None, many: int, room: int) -> tuple[int, ...] | None:
+    return None if given is None else tuple(rng.randint(0, room) for _ in range(many))
+
+
+def _case_alike(rng: random.Random, case: Case, sizes: Sizes, dtype: torch.dtype) -> Case:
+    """Another for which nothing is compiled that was not for ``case``: of other lengths, and of other numbers."""
+    several = lambda n: n if n == 1 else rng.choice([2, 3])
+    length = _size_alike(rng, case.length, sizes.lengths)
+    keys = None if case.keys is None else _size_alike(rng, case.keys, sizes.lengths)
+    batch, key_heads = several(case.batch), several(case.key_heads or case.heads)
+    group = case.heads // (case.key_heads or case.heads)
+    room = length if keys is None else keys
+    many = 0 if case.packed is None else 1 if len(case.packed) == 1 else rng.choice([2, 3, 5])
+    odd = rng.choice([(), (), rng.choices("qkvg", k=3)])
+    q, k, v, g = (_size(rng, dtype) if name in odd else 1.0 for name in "qkvg")
+    return dataclasses.replace(
+        case,
+        batch=batch,
+        heads=key_heads * group,
+        key_heads=None if group == 1 else key_heads,
+        length=length,
+        keys=keys,
+        data=rng.choice(["iid", *DATA]),
+        sizes=(q, k, v, g),
+        ridge_lambda=_ridge(rng, k, 1e38),
+        scale=_scale(rng, q, k),
+        delta_eps=rng.choice([1e-12, 0.0, 1e-3, 1.0]),
+        expanded_grad=_one_in(rng, 10),
+        window=case.window and rng.choice([1, 2, 7, 20, 1000]),
+        seqlens=_starts(rng, case.seqlens, batch, room),
+        seqstarts=_starts(rng, case.seqstarts, batch, room),
+        packed=case.packed and _parts(rng, many, length),
+        packed_keys=case.packed_keys and _parts(rng, many, room),
+    )
+
+
+def _decoding_alike(rng: random.Random, case: Decoding, sizes: Sizes, dtype: torch.dtype) -> Decoding:
+    batch = len(case.lengths) if len(case.lengths) == 1 else rng.choice([2, 3])
+    group, key_heads = case.heads // case.key_heads, case.key_heads if case.key_heads == 1 else rng.choice([2, 3])
+    return dataclasses.replace(
+        case,
+        lengths=tuple(rng.choice([0, 1, case.room, rng.randint(0, case.room)]) for _ in range(batch)),
+        starts=_starts(rng, case.starts, batch, case.room),
+        heads=key_heads * group,
+        key_heads=key_heads,
+        window=case.window and rng.choice([1, 2, 7, 20, 1000]),
+        ridge_lambda=_ridge(rng, 1.0, 1e38),
+        scale=_scale(rng, 1.0, 1.0),
+        seed=rng.randrange(1000) * 10,
     )
 
 

@@ -95,12 +95,14 @@ class Campaign:
 
     found: Counter[tuple[str, str]] = field(default_factory=Counter)
     faults: list[dict[str, str]] = field(default_factory=list)
+    numbers: set[int] = field(default_factory=set)
 
     def add(self, judged: Iterable[Judged], many: int | None = None, keep: Callable[[], None] = lambda: None) -> None:
         """``many``: how many there will be, to say how far they have come. ``keep``: called now and then."""
         begun = told = time.monotonic()
         for done, one in enumerate(judged, 1):
             self.found[one.backend, one.verdict] += 1
+            self.numbers.add(one.number)
             if one.fault:
                 self.faults.append(one.fault)
                 print(f"\ncall {one.number}: {one.fault['seen']}\n{one.fault['call']}\n", flush=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -28,12 +30,13 @@ def _work(series: Series, line: Connection) -> None:
 
 @dataclass
 class _Worker:
-    """A process, the number that it is at, and since when."""
+    """A process, the number that it is at, since when, and those that it is to have next."""
 
     process: Any
     line: Connection
     number: int = 0
     since: float = 0.0
+    next: deque[int] = field(default_factory=deque)
 
     @classmethod
     def start(cls, series: Series) -> _Worker:
@@ -44,10 +47,10 @@ class _Worker:
         its.close()  # so that its end is heard of
         return cls(process, mine)
 
-    def give(self, number: int) -> None:
-        self.number, self.since = number, time.monotonic()
+    def give(self, numbers: deque[int]) -> None:
+        self.next, self.number, self.since = numbers, numbers.popleft(), time.monotonic()
         with contextlib.suppress(OSError):  # it has just ended, which is heard when it is listened to
-            self.line.send(number)
+            self.line.send(self.number)
 
     def end(self) -> None:
         self.process.kill()
@@ -56,19 +59,22 @@ class _Worker:
 
 
 def side_by_side(processes: int, series: Series, numbers: Iterable[int], seconds: float) -> Iterator[Judged]:
-    """What comes of calls, in any order. None is begun once so many ``seconds`` are over."""
-    left, again, stop = iter(numbers), list[int](), time.monotonic() + seconds
+    """What comes of calls, in any order; those that take the same kernels one process has, one after the other. None
+    is begun once so many ``seconds`` are over."""
+    stop, turns = time.monotonic() + seconds, series.sizes.turns
+    left = (deque(kernels) for _, kernels in itertools.groupby(numbers, lambda number: number // turns))
+    again: list[deque[int]] = []
     workers: list[_Worker] = []
 
-    def following() -> int | None:
+    def following(own: deque[int]) -> deque[int]:
         if time.monotonic() > stop:
-            return None
-        return again.pop() if again else next(left, None)
+            return deque()
+        return own or (again.pop() if again else next(left, deque()))
 
     def begin() -> None:
-        if (number := following()) is not None:
+        if numbers := following(deque()):
             workers.append(_Worker.start(series))
-            workers[-1].give(number)
+            workers[-1].give(numbers)
 
     for _ in range(processes):
         begin()
@@ -83,19 +89,21 @@ def side_by_side(processes: int, series: Series, numbers: Iterable[int], seconds
                     if silent:
                         raise TimeoutError
                     yield worker.line.recv()
-                    if (number := following()) is not None:
-                        worker.give(number)
+                    if numbers := following(worker.next):
+                        worker.give(numbers)
                         continue
                 except TimeoutError:
                     yield ended(series, worker.number, f"silent: no answer in {_PATIENCE} s")
                 except EOFError:
                     worker.process.join()
                     if worker.process.exitcode == 0:  # its device was lost in the call before, which it has told
-                        again.append(worker.number)
+                        worker.next.appendleft(worker.number)
                     else:
                         yield ended(series, worker.number, f"died: its process ended with {worker.process.exitcode}")
                 worker.end()
                 workers.remove(worker)
+                if worker.next:
+                    again.append(worker.next)
                 begin()
     finally:
         for worker in workers:

@@ -135,6 +135,33 @@ FOUND_IN_KERNELS: dict[str, Call] = {
 }
 
 
+# And of 16-bit inputs, whose (3.1) kernels take as the difference of two halves (docs/math.md, section 6).
+FOUND_IN_KERNELS |= {
+    "halves that tell nothing of their difference": Call(
+        Case("fuzz_13_797", batch=2, length=2, dim=1, data="offset", ridge_lambda=9.4), torch.float16, "triton_pcg"
+    ),
+    "the same, of packed views": Call(
+        Case("fuzz_13_1605", batch=2, dim=1, data="offset", ridge_lambda=3.8, layout="packed", window=2),
+        torch.bfloat16,
+        "triton",
+        {"solver": "pcg_gram"},
+    ),
+    "halves that are rounded before they are subtracted": Call(
+        Case("fuzz_13_794", heads=2, dim=8, scale=2.7, delta_eps=1.0, key_heads=1, keys=3, value_dim=1, seqstarts=(0,)),
+        torch.float16,
+        "triton",
+    ),
+    "the same, of large logits": Call(
+        Case(
+            "fuzz_21_7", batch=2, heads=2, length=15, dim=64, data="power_law", ridge_lambda=48.0, scale=2.5,
+            delta_eps=0.0, causal=False, seqlens=(9, 10),
+        ),  # fmt: skip
+        torch.bfloat16,
+        "triton",
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found_is_right(name: str) -> None:

@@ -46,9 +46,9 @@ class Naive(Framed):
         do, z = (dense.by_key_head(problem, t.to(q.dtype)).flatten(1, 2) for t in (grad_o, residuals.probe))
         a = covariate(z, k, k_mean)  # (2.2)
         g = (do @ v.mT).where(p > 0, 0)  # a hidden value may be too large for the product
-        g = g - (p * g).sum(-1, keepdim=True)
-        y = solve(found.systems, dense.about_mean(p * g, k, k_mean))  # (3.1)
-        e = g - covariate(y, k, k_mean)  # (3.2)
+        g_mean = (p * g).sum(-1, keepdim=True)
+        y = solve(found.systems, moment(p, g, g_mean, k, k_mean))  # (3.1)
+        e = g - g_mean - covariate(y, k, k_mean)  # (3.2)
         dridge = dot(z, y)  # (3.6)
         dl = p * ((1 - a) * e + given.ridge_lambda.unsqueeze(-1) * dridge)
         dq = problem.scale * dense.about_mean(dl, k, k_mean) + y  # (3.3)
@@ -66,6 +66,11 @@ def whole(problem: Problem, inputs: Inputs) -> tuple[dense.Operands, dense.Stati
     rows = given._replace(q=block.rows_of(given.q), ridge_lambda=block.rows_of(given.ridge_lambda))
     hidden = block.hidden(problem, problem.key_spans(inputs))
     return rows, dense.statistics(problem, block, rows.q, rows.k, rows.ridge_lambda, hidden)
+
+
+def moment(p: Tensor, g: Tensor, g_mean: Tensor, k: Tensor, k_mean: Tensor) -> Tensor:
+    """t of (3.1), (H, M, D)."""
+    return dense.about_mean(p * (g - g_mean), k, k_mean)
 
 
 def covariate(x: Tensor, k: Tensor, k_mean: Tensor) -> Tensor:

@@ -16,14 +16,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from flashlla.backends.naive import Naive
+from flashlla.backends import naive
+from flashlla.backends.dense import about_mean
 from flashlla.problem import KeySpans, resolution
 from tests.support.cases import LAYOUTS, Case
 from tests.support.helpers import problem_of
@@ -39,6 +40,9 @@ _KINDS = ("operand", "sum", "residual")
 OPERAND = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-11}
 _SUM = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-24}
 _RESULT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+# What t of (3.1) is beside its two halves where they tell nothing of it: in `moments_kernel`.
+_ROUNDING = 1e-6
 
 # Disturbances are made this large and the results scaled: to first order they are proportional, and float64 must
 # resolve them.
@@ -102,8 +106,8 @@ def budget(case: Case, dtype: torch.dtype, iterative: bool, truncates: bool = Fa
     Triton's interpreter does.
     """
     exact = reference_of(case, dtype)
-    (naive,) = evaluations(case, case.make(dtype), EXACT)
-    known = {**_spreads(case), "oracle": apart(naive, [exact.o, *exact.gradients.values()])}
+    (mine,) = evaluations(case, case.make(dtype), EXACT)
+    known = {**_spreads(case), "oracle": apart(mine, [exact.o, *exact.gradients.values()])}
     return _budget(exact, known, dtype, iterative, truncates)
 
 
@@ -127,9 +131,19 @@ def budget_of(
     return _budget(exact, spread, dtype, iterative, truncates, tolerance, units or {})
 
 
-def _unmoved() -> contextlib.AbstractContextManager[object]:
-    """The naive backend takes keys as they come."""
-    return mock.patch.object(KeySpans, "first_of", lambda _, k: torch.zeros_like(k[:, :, :1]))
+@contextlib.contextmanager
+def _unmoved() -> Iterator[None]:
+    """The naive backend takes keys, and in (3.1) what weighs them, as they come: docs/math.md, section 6."""
+    no_origin = mock.patch.object(KeySpans, "first_of", lambda _, k: torch.zeros_like(k[:, :, :1]))
+    with no_origin, mock.patch.object(naive, "moment", _of_halves):
+        yield
+
+
+def _of_halves(p: Tensor, g: Tensor, g_mean: Tensor, k: Tensor, k_mean: Tensor) -> Tensor:
+    """t of (3.1) as the difference of its two halves; what is shorter than their rounding is zero."""
+    halves = (p * g).sum(-1, keepdim=True).abs() * k_mean.norm(dim=-1, keepdim=True)
+    exact = about_mean(p * (g - g_mean), k, k_mean)
+    return torch.where(exact.norm(dim=-1, keepdim=True) < _ROUNDING * halves, 0, about_mean(p * g, k, k_mean))
 
 
 def _budget(
@@ -220,9 +234,9 @@ def spreads(
     return found
 
 
-def apart(naive: list[Tensor], exact: list[Tensor]) -> list[Tensor]:
+def apart(found: list[Tensor], exact: list[Tensor]) -> list[Tensor]:
     """How far the two references, both in float64, are apart at most: what the exact one may itself be off by."""
-    return [row_norm(mine - its).amax() for mine, its in zip(naive, exact, strict=True)]
+    return [row_norm(mine - its).amax() for mine, its in zip(found, exact, strict=True)]
 
 
 def evaluations(case: Case, leaves: Mapping[str, Tensor], rounding: Rounding, draws: int = 1) -> list[list[Tensor]]:
@@ -241,8 +255,8 @@ def evaluations(case: Case, leaves: Mapping[str, Tensor], rounding: Rounding, dr
     problem, inputs = problem_of(q, k, v, case.op, **{**case.keywords(exact), "ridge_lambda": each})
 
     def step() -> tuple[Tensor, ...]:
-        result = Naive().forward(problem, inputs)
-        return result.o, *Naive().backward(problem, inputs, result.residuals, grad_o)
+        result = naive.Naive().forward(problem, inputs)
+        return result.o, *naive.Naive().backward(problem, inputs, result.residuals, grad_o)
 
     found = []
     for o, dq, dk, dv, dridge in zip(*(t.split(heads, 1) for t in disturbed(step, rounding, (q, k, v, each, grad_o)))):

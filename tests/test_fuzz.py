@@ -153,13 +153,22 @@ FOUND_IN_KERNELS |= {
     ),
     "the same, of large logits": Call(
         Case(
-            "fuzz_21_7", batch=2, heads=2, length=15, dim=64, data="power_law", ridge_lambda=48.0, scale=2.5,
-            delta_eps=0.0, causal=False, seqlens=(9, 10),
-        ),  # fmt: skip
+            "fuzz_21_7",
+            batch=2,
+            heads=2,
+            length=15,
+            dim=64,
+            data="power_law",
+            ridge_lambda=48.0,
+            scale=2.5,
+            delta_eps=0.0,
+            causal=False,
+            seqlens=(9, 10),
+        ),
         torch.bfloat16,
         "triton",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.quick

@@ -152,6 +152,8 @@ def draw(seed: int, number: int, backends: Sequence[str], sizes: Sizes = USUAL) 
         call = dataclasses.replace(
             call, case=alike(rng, case, sizes, dtype), lengths=rng.choice(["int32", "int64", "column"])
         )
+    if _one_in(nothing := random.Random(f"{seed}/{number}/nothing"), 50):
+        call = dataclasses.replace(call, case=_emptied(nothing, call.case))
     if _one_in(rng, 12):
         return dataclasses.replace(call, wrong=_wrong(rng, case))
     if _one_in(rng, 5):
@@ -316,6 +318,25 @@ def _decoding_alike(rng: random.Random, case: Decoding, sizes: Sizes, dtype: tor
         scale=_scale(rng, 1.0, 1.0),
         seed=rng.randrange(1000) * 10,
     )
+
+
+def _emptied(rng: random.Random, case: Case | Decoding) -> Case | Decoding:
+    """The same of no sequences, or of no queries."""
+    fields: dict[str, Any] = {}
+    if isinstance(case, Decoding):
+        if _one_in(rng, 2):
+            return dataclasses.replace(case, new=0)
+        return dataclasses.replace(case, lengths=(), starts=None if case.starts is None else ())
+    if case.packed is None and _one_in(rng, 2):
+        for name in ("seqlens", "seqstarts"):
+            fields[name] = None if getattr(case, name) is None else ()
+        return dataclasses.replace(case, batch=0, **fields)
+    if case.packed is not None:
+        fields["packed"] = (0,) * len(case.packed)
+    elif case.keys is None:
+        for name in ("seqlens", "seqstarts"):
+            fields[name] = None if getattr(case, name) is None else (0,) * case.batch
+    return dataclasses.replace(case, length=0, data="iid", **fields)
 
 
 def _decoding(rng: random.Random, name: str, sizes: Sizes) -> Decoding:

@@ -177,7 +177,7 @@ def _check_attention(call: Call, case: Case, device: str) -> str:
         if not _same(t, again.o if name == "o" else again.gradients[name]):
             raise Fault("not the same again", name)
     due, clean = _due(call, case, leaves)
-    if not case.visible().any():
+    if not found.o.numel() or not case.visible().any():
         return _check_nothing(found, due)
     return _judged(lambda draws: _judge(call, case, found, due, clean, draws))
 
@@ -412,6 +412,8 @@ def _check_decoding(call: Call, case: Decoding, device: str) -> str:
         return "refused"
     if call.twice and not _same(found.o, _ran(run, call).o):
         raise Fault("not the same again", "o")
+    if not found.o.numel():
+        return "right"
     return _judged(lambda draws: _judge_decoding(call, case, found, device, draws))
 
 

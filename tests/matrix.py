@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,9 @@ class Row:
 
 ROWS = (
     Row("oldest", "3.10", ("torch==2.11.0", "numpy==1.26.*", "scipy==1.12.*", "transformers==5.17.0")),
+    Row("oldest on 3.12", "3.12", ("torch==2.11.0", "transformers==5.17.0", *NEWEST[2:4]), ("all", "compile")),
     Row("tested", "3.11", ("torch==2.13.0", "triton==3.7.1", *NEWEST[2:]), ("all", "compile")),
-    Row("newest on 3.12", "3.12", NEWEST, ("quick", "compile")),
+    Row("newest on 3.12", "3.12", NEWEST, ("all", "compile")),
     Row("newest on 3.13", "3.13", NEWEST, ("some",)),
     Row("newest on 3.14", "3.14", NEWEST, ("some",)),
     Row("Triton 3.6", "3.11", ("torch==2.13.0", "triton==3.6.0", *NEWEST[2:]), ("compile",)),
@@ -115,21 +117,28 @@ def outcome(suite: str, status: int, said: str) -> dict[str, Any]:
     return {"status": status, **counts, **({"failures": failed} if failed else {})}
 
 
-def run(row: Row, python: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {**versions(python), "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"}
+def run(row: Row, python: Path, suites: Iterable[str]) -> dict[str, Any]:
+    found: dict[str, Any] = versions(python)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(PLACE / "inductor" / row.name.replace(" ", "_"))
-    for suite in row.suites:
+    for suite in suites:
         begun = time.monotonic()
         log = PLACE / f"{row.name.replace(' ', '_')}.{suite}.log"
         with log.open("w") as into:
             status = subprocess.run([python, *SUITES[suite]], cwd=ROOT, env=environment, stdout=into, stderr=into)
         found[suite] = {
             **outcome(suite, status.returncode, log.read_text()),
+            "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
             "seconds": round(time.monotonic() - begun),
         }
         print(f"{row.name}, {suite}: {found[suite]}", flush=True)
     return found
+
+
+def joined(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What was found, and what was before under the same versions."""
+    same = all(before.get(name) == found[name] for name in ("python", *SHOWN))
+    return {**before, **found} if same else found
 
 
 def table(kept: dict[str, Any]) -> str:
@@ -141,7 +150,7 @@ def table(kept: dict[str, Any]) -> str:
         for suite in SUITES:
             if suite in row:
                 of = [row[package] or "none" for package in ("python", "torch", "triton", "transformers", "numpy")]
-                lines.append(f"| {name} | {' | '.join(of)} | {suite} | {came_to(row[suite])} | {row['date']} |")
+                lines.append(f"| {name} | {' | '.join(of)} | {suite} | {came_to(row[suite])} | {row[suite]['date']} |")
     return "\n".join(lines) + "\n"
 
 
@@ -165,6 +174,7 @@ def read() -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=[row.name for row in ROWS], metavar="NAME", help="of the rows")
+    parser.add_argument("--suites", nargs="+", choices=SUITES, help="default: those of each row")
     parser.add_argument("--python", nargs="+", default=[], metavar="3.X=PATH", help="where Pythons are")
     options = parser.parse_args(arguments)
     given = dict(one.split("=", 1) for one in options.python)
@@ -176,9 +186,11 @@ def main(arguments: list[str] | None = None) -> int:
         if (python := python_of(row.python, given)) is None:
             print(f"{row.name}: there is no Python {row.python} here; say where by --python {row.python}=PATH")
             continue
-        found = run(row, environment_of(row, python))
-        failed |= any(found[suite]["status"] for suite in row.suites)
-        rows = {**read(), row.name: found}  # others may have been run meanwhile
+        suites = options.suites or row.suites
+        found = run(row, environment_of(row, python), suites)
+        failed |= any(found[suite]["status"] for suite in suites)
+        rows = read()  # others may have been run meanwhile
+        rows[row.name] = joined(rows.get(row.name, {}), found)
         kept = {row.name: rows[row.name] for row in ROWS if row.name in rows}
         KEPT.write_text(json.dumps(kept, indent=1) + "\n")
         PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), kept), encoding="utf-8")

@@ -29,6 +29,15 @@ def test_what_pytest_says_is_counted() -> None:
     assert matrix.outcome("compile", 0, "1 passed") == {"status": 0}
 
 
+def test_suites_of_the_same_versions_are_kept_together() -> None:
+    versions = {"python": "3.12.1", **dict.fromkeys(matrix.SHOWN, "1.0")}
+    before = {**versions, "quick": {"status": 0, "passed": 2}}
+    assert matrix.joined(before, {**versions, "all": {"status": 1}}).keys() == {*versions, "quick", "all"}
+    newer = {**versions, "torch": "2.0", "all": {"status": 1}}
+    assert matrix.joined(before, newer) == newer
+    assert matrix.joined({}, newer) == newer
+
+
 def test_where_a_python_is() -> None:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert matrix.python_of(version, {version: sys.executable}) == sys.executable

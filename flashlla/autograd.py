@@ -89,8 +89,6 @@ class _Saved(NamedTuple):
 
 _SAVED = Row(_Saved)
 _AS_IT_IS: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-# Of arguments that have no gradient: None.
-_NO_GRADIENTS = Row(Arguments).filled(None)
 
 
 class _LastBackend(threading.local):
@@ -118,8 +116,7 @@ def _run_forward(arguments: Arguments) -> Forward:
     for counter in convergence.active:
         counter.add(outputs.report.converged)
     _last_backend.name = chosen.name  # not before: what it calls may be a forward pass, too
-    dense = lambda record: type(record)(*(t.contiguous() for t in record))  # laid out as the fake says
-    return outputs._replace(residuals=dense(outputs.residuals), report=dense(outputs.report))
+    return outputs
 
 
 def _trace_forward(arguments: Arguments) -> Forward:
@@ -139,10 +136,7 @@ def _run_backward(arguments: AdjointArguments) -> Gradients:
     else:
         chosen = dispatch.backend_named(settings.backend)
     with _no_autocast(problem):
-        gradients = _no_capture(chosen, problem).backward_checked(
-            problem, inputs, arguments.residuals, arguments.grad_o
-        )
-    return gradients._replace(ridge_lambda=gradients.ridge_lambda.contiguous())
+        return _no_capture(chosen, problem).backward_checked(problem, inputs, arguments.residuals, arguments.grad_o)
 
 
 def _trace_backward(arguments: AdjointArguments) -> Gradients:
@@ -155,13 +149,12 @@ def _save(ctx: Any, arguments: Arguments, outputs: Forward) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, gradients: Forward) -> Arguments:
-    """The gradients of a call's arguments: None of those that have none."""
-    if gradients.o is None:
-        return _NO_GRADIENTS
+def _differentiate(ctx: Any, grad_o: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of q, k, v and ridge_lambda, the first of a call's arguments."""
+    if grad_o is None:
+        return ()
     saved = _SAVED.record(ctx.saved_tensors)
-    found = backward(AdjointArguments(gradients.o, saved.inputs, saved.residuals, ctx.settings, unrounded=False))
-    return _NO_GRADIENTS._replace(inputs=_NO_GRADIENTS.inputs._replace(**found._asdict()))
+    return backward(AdjointArguments(grad_o, saved.inputs, saved.residuals, ctx.settings, unrounded=False))
 
 
 # Which backend.
@@ -251,7 +244,7 @@ def _no_capture(chosen: Backend, problem: Problem) -> Backend:
 # What is not differentiable.
 
 
-def _refuse_second(ctx: Any, gradients: Gradients) -> NoReturn:
+def _refuse_second(ctx: Any, *_: Tensor | None) -> NoReturn:
     raise NotImplementedError(
         "flashlla: lla_attention has a first derivative only; this asked for the derivative of its gradient "
         "(create_graph=True, torch.autograd.functional.hessian, a gradient penalty). Try finite differences of the "
@@ -259,7 +252,7 @@ def _refuse_second(ctx: Any, gradients: Gradients) -> NoReturn:
     )
 
 
-def _refuse_decode(ctx: Any, gradients: Decoded | DecodedInfo) -> NoReturn:
+def _refuse_decode(ctx: Any, grad_o: Tensor | None) -> NoReturn:
     raise NotImplementedError(
         "flashlla: lla_decode has no gradient, and a loss was made of its output; try torch.no_grad() around it, or "
         "lla_attention, which has one"
@@ -274,12 +267,12 @@ def _refuse_forward_mode(*_: Any) -> NoReturn:
 
 
 class WithoutGradient(torch.autograd.Function):
-    """The identity on omega; a gradient that arrives at it is refused, not dropped."""
+    """The identity on omega, made with ``o``; a gradient that arrives at it is refused, not dropped."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(omega: Tensor) -> Tensor:
+    def forward(omega: Tensor, o: Tensor) -> Tensor:
         return omega.view_as(omega)
 
     @staticmethod
@@ -367,10 +360,10 @@ DECODE_OUT = Operator(
     batch=_refuse_to_batch,
     writes="out",
 )
-FORWARD.differentiate(_differentiate, save=_save, forward_mode=_refuse_forward_mode)
-BACKWARD.differentiate(_refuse_second, forward_mode=_refuse_forward_mode)
+FORWARD.differentiate(_differentiate, of=1, save=_save, forward_mode=_refuse_forward_mode)
+BACKWARD.differentiate(_refuse_second, of=len(Gradients._fields), forward_mode=_refuse_forward_mode)
 for _decoding in (DECODE, DECODE_INFO):
-    _decoding.differentiate(_refuse_decode, forward_mode=_refuse_forward_mode)
+    _decoding.differentiate(_refuse_decode, of=1, forward_mode=_refuse_forward_mode)
 
 
 def forward(arguments: Arguments) -> Forward:

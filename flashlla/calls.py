@@ -131,5 +131,5 @@ class LLAFunction:
         )
         found = forward(call.arguments)
         omega = found.report.omega
-        omega = omega.detach() if torch.compiler.is_compiling() else WithoutGradient.apply(omega)
+        omega = omega.detach() if torch.compiler.is_compiling() else WithoutGradient.apply(omega, found.o)
         return call.restore(found.o), call.restore(omega).unsqueeze(-1)

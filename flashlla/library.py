@@ -29,7 +29,7 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def _watched(row: tuple[Any, ...]) -> bool:
+def _watched(row: Sequence[Any]) -> bool:
     """Whether somebody but autograd is told of operators that take ``row``, or takes their place: a mode, a tracer, a
     profiler, or what a tensor is beside memory."""
     if (
@@ -108,10 +108,12 @@ class Operator(Generic[A, G]):
         if _transformed():
             return self._unpack(self._transform.apply(*row))
         if torch.is_grad_enabled():
-            return self._unpack(self._function.apply(*row))
+            made: list[G] = []
+            found = self._function.apply(*row, made)
+            return self._with(found if isinstance(found, tuple) else (found,), made.pop())
         return self._below_autograd(arguments, row)
 
-    def _below_autograd(self, arguments: A, row: tuple[Any, ...]) -> G:
+    def _below_autograd(self, arguments: A, row: Sequence[Any]) -> G:
         """Without what is registered for the derivative: a Function around it has one, or nobody wants it. Straight to
         ``run``, where torch need not know: its way there takes as long as all else in a call."""
         if _watched(row):
@@ -121,37 +123,53 @@ class Operator(Generic[A, G]):
 
     def differentiate(
         self,
-        derivative: Callable[[Any, G], A],
+        derivative: Callable[..., tuple[Tensor | None, ...]],
         *,
+        of: int,
         forward_mode: Callable[..., Any],
         save: Callable[[Any, A, G], None] = lambda ctx, arguments, outputs: None,
     ) -> None:
-        """Register the ``derivative``: the gradients of the arguments, from those of the outputs and from what
-        ``save`` put into the context. In each form it is asked for: torch.compile takes what is registered with the
-        operator, torch.func and forward mode a Function around it, and eager mode another, which it calls in a fraction
-        of the time of either."""
+        """Register the ``derivative(ctx, *gradients)`` of the first ``of`` outputs, tensors: the gradients of the first
+        arguments, as they lie in a row; all others have none. ``save`` puts into the context what it needs.
+
+        In each form it is asked for: torch.compile takes what is registered with the operator, torch.func and forward
+        mode a Function around it, and eager mode another, which it calls in a fraction of the time of either. That one
+        gives autograd those ``of`` outputs alone, for it takes some microseconds for each.
+        """
 
         def save_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             save(ctx, self.takes.record(inputs), self._unpack(output))
 
-        def forward_and_save(ctx: Any, *row: Any) -> Any:
+        def forward_and_save(ctx: Any, *row_and_made: Any) -> Any:
+            *row, made = row_and_made
             arguments = self.takes.record(row)
             outputs = self._below_autograd(arguments, row)
             save(ctx, arguments, outputs)
-            return self._packed(outputs)
+            made.append(outputs)
+            return outputs[0] if of == 1 else tuple(outputs[:of])
 
-        def derivative_rows(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-            return self.takes.flat(derivative(ctx, self.gives.record(gradients)))
+        def derivative_of(size: int) -> Callable[..., tuple[Tensor | None, ...]]:
+            def padded(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+                found = derivative(ctx, *gradients[:of])
+                return (*found, *(None,) * (size - len(found)))
 
-        torch.library.register_autograd(self.name, derivative_rows, setup_context=save_rows, lib=_library)
-        self._function = self._function_of(forward=forward_and_save, backward=derivative_rows)
+            return padded
+
+        of_row = derivative_of(self.takes.size)
+        torch.library.register_autograd(self.name, of_row, setup_context=save_rows, lib=_library)
+        self._function = self._function_of(forward=forward_and_save, backward=derivative_of(self.takes.size + 1))
         self._transform = self._function_of(
             forward=lambda *row: self.op(*row),
             setup_context=save_rows,
-            backward=derivative_rows,
+            backward=of_row,
             jvp=forward_mode,
             vmap=self._batch_rows,
         )
+
+    def _with(self, firsts: tuple[Tensor, ...], outputs: G) -> G:
+        """``outputs`` with others for the first ones."""
+        found: G = tuple.__new__(type(outputs), (*firsts, *outputs[len(firsts) :]))
+        return found
 
     def _function_of(self, **rules: Callable[..., Any]) -> Any:
         members = {name: staticmethod(rule) for name, rule in rules.items()}

@@ -71,7 +71,8 @@ class Backend(ABC):
         """The gradients of ``sum(o * grad_o)``, by (3.1) to (3.6)."""
 
     def forward_checked(self, problem: Problem, inputs: Inputs) -> Forward:
-        """:meth:`forward`, and an error that names this backend where what it returns is not what was asked for."""
+        """:meth:`forward`, all but o dense, and an error that names this backend where what it returns is not what was
+        asked for."""
         q = inputs.q
         with on(q.device):
             found = self.forward(problem, inputs)
@@ -90,10 +91,11 @@ class Backend(ABC):
         check.tensor(".report.iterations", report.iterations, rows, torch.int32)
         check.tensor(".report.residual", report.residual, rows, wide)
         check.tensor(".report.converged", report.converged, rows, torch.bool)
-        return found
+        dense = lambda record: type(record)(*(t.contiguous() for t in record))
+        return found._replace(residuals=dense(residuals), report=dense(report))
 
     def backward_checked(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
-        """The same of :meth:`backward`."""
+        """The same of :meth:`backward`, dlambda dense."""
         with on(inputs.q.device):
             found = self.backward(problem, inputs, residuals, grad_o)
         check = _Check(f"backend {self.name!r}: what backward returns", inputs.q.device)
@@ -103,7 +105,7 @@ class Backend(ABC):
         check.tensor(".k", found.k, inputs.k.shape, of_keys)
         check.tensor(".v", found.v, inputs.v.shape, of_keys)
         check.tensor(".ridge_lambda", found.ridge_lambda, inputs.ridge_lambda.shape, inputs.ridge_lambda.dtype)
-        return found
+        return found._replace(ridge_lambda=found.ridge_lambda.contiguous())
 
     def decode_checked(self, problem: Problem, inputs: Inputs, out: Tensor, report: Report | None) -> None:
         """The same of :meth:`decode`."""

@@ -113,6 +113,14 @@ class Triton(Backend):
 
         return launch.backward(problem, inputs, residuals, grad_o, self.preconditioner(problem) or "none")
 
+    # A plan allocates what it was made for, on its own device, and runs there: nothing is left to look at.
+
+    def forward_checked(self, problem: Problem, inputs: Inputs) -> Forward:
+        return self.forward(problem, inputs)
+
+    def backward_checked(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
+        return self.backward(problem, inputs, residuals, grad_o)
+
     def decode(self, problem: Problem, inputs: Inputs, out: Tensor, report: Report | None = None) -> Tensor:
         if not problem.few_new:
             return super().decode(_without_direct(problem), inputs, out, report)

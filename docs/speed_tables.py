@@ -25,6 +25,21 @@ SHOWN = [
     (32, 4096, 128, "iid", 0.1), (8, 65536, 64, "iid", 10),
 ]  # fmt: skip
 
+# What was wanted of a call beside softmax attention, of forward and backward: batch x heads, tokens, head dim, data,
+# ridge, tolerance.
+WANTED_CALLS: dict[tuple[Any, ...], tuple[str, ...]] = {
+    (192, 1024, 64, "trained_qknorm", "learned", None): ("11x", "5x"),
+    (192, 1024, 64, "trained_qknorm", "learned", 0.1): ("7x", "4x"),
+    (192, 512, 64, "trained_qknorm", "learned", None): ("8x",),
+    (192, 256, 64, "iid", 1, None): ("5.5x",),
+    (192, 512, 128, "iid", 1, None): ("18x",),
+    (64, 4096, 64, "iid", 10, None): ("4.8x", "4x"),
+    (64, 4096, 64, "iid", 0.1, None): ("9.5x", "5.5x"),
+    (32, 4096, 128, "iid", 10, None): ("7x", "4.8x"),
+    (32, 4096, 128, "iid", 0.1, None): ("15x", "8x"),
+}
+# By head dim, of a visible pair with a window beside one without.
+WANTED_WINDOWS = {64: ("1.4", "1.4"), 128: ("1.6", "1.5")}
 # Microseconds that decoding was to take: sequences, keys, head dim.
 WANTED = {(1, 512, 128): "35", (1, 4096, 128): "45", (1, 16384, 128): "75"}
 WANTED |= {(32, 512, 128): "90", (32, 4096, 128): "350", (32, 16384, 128): "1200"}
@@ -180,6 +195,46 @@ def decode() -> str:
     return table([*headings, "moments, solve", "error"], rows())
 
 
+def wanted() -> str:
+    """What was wanted, and what the records have."""
+
+    def of_calls() -> Iterator[Sequence[str]]:
+        of = lambda line: line.get("graph_ratio", line["ratio"])
+        for key, figures in WANTED_CALLS.items():
+            if (passes := calls().get(key)) is not None:
+                found = [times(of(passes[which])) for which, _ in zip(("forward", "backward"), figures)]
+                size, data, ridge, tolerance = named(key)
+                what = f"{size}, {data}, lambda {ridge}" + (f", tolerance {tolerance}" if tolerance else "")
+                yield f"{what}: {'forward, backward' if len(figures) > 1 else 'forward'}", ", ".join(figures), found
+        for key, passes in calls(window=True).items():
+            found = [f"{of(passes[which]):.2f}" for which in ("forward", "backward")]
+            yield f"{key[0]}, {key[1]}, {key[2]}, window 512, a pair", ", ".join(WANTED_WINDOWS[key[2]]), found
+
+    def of_others() -> Iterator[Sequence[str]]:
+        of_host = record("host_h100")
+        for name, most in (("forward", "0.2"), ("step", "0.6")):
+            some = [line[f"{name}_us"]["median"] / 1e3 for line in of_host["host"]]
+            added = of_host["addition"]["addition_us"]["median"]
+            what = f"milliseconds of the host, {name}, eager (an addition: {added:.1f} us)"
+            yield what, most, [f"{min(some):.2f} to {max(some):.2f}"]
+        of_model = {(line["mode"], line["tolerance"]): line for line in record("model_h100")["rows"]}
+        if line := of_model.get(("eager", 0.1)):
+            yield "a model's step beside softmax's, eager, tolerance 0.1", "1.35x", [f"{line['ratio']:.2f}x"]
+        if line := of_model.get(("compiled", 0.01)):
+            what = "milliseconds that a layer adds to it, compiled, tolerance 0.01"
+            yield what, "2", [f"{line['added_ms']:.2f}"]
+        for line in record("decode_h100")["speed"]:
+            size = line["batch"], line["length"], line["dim"]
+            if size in WANTED:
+                yield f"decode {', '.join(map(str, size))}, microseconds", WANTED[size], [f"{line['us']:.0f}"]
+        for line in record("first_h100")["first"]:
+            if line["what"] == "empty cache":
+                yield "seconds of the first forward and backward, empty cache", "12", [f"{line['first_s']:.1f}"]
+
+    rows = ((what, figures, ", ".join(found)) for some in (of_calls, of_others) for what, figures, found in some())
+    return table(["what", "wanted", "measured"], rows)
+
+
 def distributed(name: str = "distributed_h100") -> str:
     """Forward passes and steps of one sequence over several GPUs: seconds, efficiencies and GiB at the peak."""
     of_method = {
@@ -231,6 +286,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "windows": windows,
     "model": model,
     "first": first,
+    "wanted": wanted,
     "distributed": distributed,
     "distributed_one_call": functools.partial(distributed, "distributed_one_call_h100"),
     "distributed_decode": distributed_decode,

@@ -145,7 +145,7 @@ def _trace_backward(arguments: AdjointArguments) -> Gradients:
 
 def _save(ctx: Any, arguments: Arguments, outputs: Forward) -> None:
     ctx.save_for_backward(*_SAVED.flat(_Saved(arguments.inputs, outputs.residuals)))
-    ctx.settings = ran(arguments).settings
+    ctx.settings = _settings_of(arguments)
     ctx.set_materialize_grads(False)
 
 
@@ -385,9 +385,12 @@ def which(arguments: Arguments) -> Tensor:
 
 def ran(arguments: Arguments) -> Arguments:
     """``arguments``, which have just run, for their backward pass: they name the backend, if it is known."""
-    if _last_backend.name is None:
-        return arguments
-    return arguments._replace(settings=arguments.settings._replace(backend=_last_backend.name))
+    return arguments._replace(settings=_settings_of(arguments))
+
+
+def _settings_of(arguments: Arguments) -> Settings:
+    settings, name = arguments.settings, _last_backend.name
+    return settings if name in (None, settings.backend) else settings._replace(backend=name)
 
 
 def decode(arguments: Arguments) -> Tensor:

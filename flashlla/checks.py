@@ -26,6 +26,8 @@ _FORMS = {
         "tensors are (T, H, D) or (1, H, T, D): of (1, T, H, D) try q[0], k[0] and v[0]",
     ),
 }
+# Of ridge_lambda by layout: its dimensions among those of (B, H, S), their letters, and which one is put in.
+_RIDGES = {"bsd": ((0, 2), "(B, S)", 1), "thd": ((1, 2), "(H, T)", 0)}
 
 
 def check_whole(value: int, name: str, wanted: str = "a whole number", hint: str = "") -> int:
@@ -272,30 +274,34 @@ def check_ridge(ridge_lambda: float | Tensor, q: Tensor, layout: str) -> Tensor:
             f"ridge_lambda: got device {ridge_lambda.device}, wanted {q.device}, the device of q; "
             f"try ridge_lambda.to(q.device)"
         )
-    ridge = ridge_lambda.to(q.device, dtype)
-    kept, letters, lacking = {"bsd": ((0, 2), "(B, S)", 1), "thd": ((1, 2), "(H, T)", 0)}.get(
-        layout, ((0, 1, 2), "(B, H, S)", None)
-    )
-    wanted = tuple(rows[i] for i in kept)
+    ridge = ridge_lambda
+    if ridge.dtype != dtype or ridge.device != q.device:
+        ridge = ridge.to(q.device, dtype)
+    kept, letters, lacking = _RIDGES.get(layout, (None, "(B, H, S)", None))
+    wanted = tuple(rows if kept is None else [rows[i] for i in kept])
     given = tuple(ridge.shape)
-    fits = lambda shape: len(shape) <= len(wanted) and all(n in (1, w) for n, w in zip(shape[::-1], wanted[::-1]))
     if layout != "bsd" and len(given) == 1 and given != (1,):
         raise ValueError(
             f"ridge_lambda: got shape {given}, wanted one that says whether its numbers are heads' or tokens', and "
             f"broadcasts to {letters} = {wanted}; try ridge_lambda[:, None] for heads, ridge_lambda[None, :] for tokens"
         )
-    if not fits(given):
+    if not _broadcasts(given, wanted):
         hint = ""
-        if len(given) > 1 and fits((*given[:-2], given[-1], given[-2])):
+        if len(given) > 1 and _broadcasts((*given[:-2], given[-1], given[-2]), wanted):
             hint = f"; try ridge_lambda.{'T' if len(given) == 2 else 'mT'}"
-        elif len(given) > 1 and given[-1] == 1 and fits(given[:-1]):
+        elif len(given) > 1 and given[-1] == 1 and _broadcasts(given[:-1], wanted):
             hint = "; try ridge_lambda.squeeze(-1)"
-        elif fits((*given, 1)):
+        elif _broadcasts((*given, 1), wanted):
             each, rest = "sequence" if layout == "bsd" else "head", ":" if len(given) == 1 else "..."
             hint = f"; one a {each}? try ridge_lambda[{rest}, None]"
         raise ValueError(f"ridge_lambda: got shape {given}, wanted one that broadcasts to {letters} = {wanted}{hint}")
     ridge = ridge.expand(wanted)
     return ridge if lacking is None else ridge.unsqueeze(lacking)
+
+
+def _broadcasts(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a tensor of ``shape`` expands to ``wanted``."""
+    return len(shape) <= len(wanted) and all(n in (1, w) for n, w in zip(shape[::-1], wanted[::-1]))
 
 
 def check_number(value: float, name: str, wanted: str = "a number") -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -29,9 +30,9 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def _watched(row: Sequence[Any]) -> bool:
-    """Whether somebody but autograd is told of operators that take ``row``, or takes their place: a mode, a tracer, a
-    profiler, or what a tensor is beside memory."""
+def _watched(tensors: Sequence[Any]) -> bool:
+    """Whether somebody but autograd is told of operators that take ``tensors``, or takes their place: a mode, a tracer,
+    a profiler, or what a tensor is beside memory."""
     if (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
@@ -39,13 +40,20 @@ def _watched(row: Sequence[Any]) -> bool:
         or torch._C._get_tracing_state() is not None
     ):
         return True
-    for x in row:
-        if type(x) not in _PLAIN:
-            if isinstance(x, Tensor):
-                return True
-        elif torch._C._dispatch_keys(x).raw_repr() & ~_PLAIN_KEYS:
+    for x in tensors:
+        if x is not None and (type(x) not in _PLAIN or torch._C._dispatch_keys(x).raw_repr() & ~_PLAIN_KEYS):
             return True
     return False
+
+
+class _Call:
+    """On its way through autograd, which sees its tensors."""
+
+    __slots__ = ("arguments", "outputs", "row")
+    outputs: Any
+
+    def __init__(self, arguments: Any, row: tuple[Any, ...]) -> None:
+        self.arguments, self.row = arguments, row
 
 
 def _edition(*parts: str) -> str:
@@ -80,13 +88,14 @@ class Operator(Generic[A, G]):
         calls: Sequence[Operator[Any, Any]] = (),
     ) -> None:
         self.takes, self.gives = Row(takes), Row(gives)
+        self._tensors: Callable[[tuple[Any, ...]], tuple[Any, ...]] = operator.itemgetter(*self.takes.tensors)
         self.run, self._batch, self._place = run, batch, 0 if batched else None
         arguments = self.takes.schema
         if writes is not None:
             assert f"{arguments},".count(f"Tensor {writes},") == 1
             arguments = f"{arguments},".replace(f"Tensor {writes},", f"Tensor(a!) {writes},").removesuffix(",")
         schema = f"({arguments}) -> ({', '.join(['Tensor'] * self.gives.size)})"
-        self.overload: str = _edition(schema, *(operator.overload for operator in calls))
+        self.overload: str = _edition(schema, *(called.overload for called in calls))
         own = f"{name}.{self.overload}"
         self.name = f"flashlla::{own}"
         _library.define(own + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -108,15 +117,15 @@ class Operator(Generic[A, G]):
         if _transformed():
             return self._unpack(self._transform.apply(*row))
         if torch.is_grad_enabled():
-            made: list[G] = []
-            found = self._function.apply(*row, made)
-            return self._with(found if isinstance(found, tuple) else (found,), made.pop())
+            call = _Call(arguments, row)
+            found = self._function.apply(*self._tensors(row), call)
+            return self._with(found if isinstance(found, tuple) else (found,), call.outputs)
         return self._below_autograd(arguments, row)
 
-    def _below_autograd(self, arguments: A, row: Sequence[Any]) -> G:
+    def _below_autograd(self, arguments: A, row: tuple[Any, ...]) -> G:
         """Without what is registered for the derivative: a Function around it has one, or nobody wants it. Straight to
         ``run``, where torch need not know: its way there takes as long as all else in a call."""
-        if _watched(row):
+        if _watched(self._tensors(row)):
             return self._unpack(self.op(*row))
         with torch._C._AutoDispatchBelowAutograd():
             return self.run(arguments)
@@ -130,22 +139,20 @@ class Operator(Generic[A, G]):
         save: Callable[[Any, A, G], None] = lambda ctx, arguments, outputs: None,
     ) -> None:
         """Register the ``derivative(ctx, *gradients)`` of the first ``of`` outputs, tensors: the gradients of the first
-        arguments, as they lie in a row; all others have none. ``save`` puts into the context what it needs.
+        arguments of a row, tensors too; all others have none. ``save`` puts into the context what it needs.
 
         In each form it is asked for: torch.compile takes what is registered with the operator, torch.func and forward
         mode a Function around it, and eager mode another, which it calls in a fraction of the time of either. That one
-        gives autograd those ``of`` outputs alone, for it takes some microseconds for each.
+        gives autograd tensors alone, and those ``of`` outputs, for it takes some microseconds for each.
         """
 
         def save_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             save(ctx, self.takes.record(inputs), self._unpack(output))
 
-        def forward_and_save(ctx: Any, *row_and_made: Any) -> Any:
-            *row, made = row_and_made
-            arguments = self.takes.record(row)
-            outputs = self._below_autograd(arguments, row)
-            save(ctx, arguments, outputs)
-            made.append(outputs)
+        def forward_and_save(ctx: Any, *tensors_and_call: Any) -> Any:
+            call = tensors_and_call[-1]
+            call.outputs = outputs = self._below_autograd(call.arguments, call.row)
+            save(ctx, call.arguments, outputs)
             return outputs[0] if of == 1 else tuple(outputs[:of])
 
         def derivative_of(size: int) -> Callable[..., tuple[Tensor | None, ...]]:
@@ -157,7 +164,8 @@ class Operator(Generic[A, G]):
 
         of_row = derivative_of(self.takes.size)
         torch.library.register_autograd(self.name, of_row, setup_context=save_rows, lib=_library)
-        self._function = self._function_of(forward=forward_and_save, backward=derivative_of(self.takes.size + 1))
+        of_call = derivative_of(len(self.takes.tensors) + 1)
+        self._function = self._function_of(forward=forward_and_save, backward=of_call)
         self._transform = self._function_of(
             forward=lambda *row: self.op(*row),
             setup_context=save_rows,

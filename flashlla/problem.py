@@ -239,19 +239,21 @@ class _Shapes(NamedTuple):
 def describe(arguments: Arguments) -> Problem:
     """The Problem of a call; one object for all calls that are alike, as those of a training loop are."""
     inputs, settings = arguments
+    q, k, v = inputs.q, inputs.k, inputs.v
     shapes = _Shapes(
-        q=inputs.q.shape,
-        k=inputs.k.shape,
-        v_dim=inputs.v.shape[-1],
-        dtype=inputs.q.dtype,
-        device=inputs.q.device,
-        padded=inputs.seqlens_k is not None or inputs.seqstarts_k is not None,
-        sequences=None if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.shape[0] - 1,
-        pages=None if inputs.block_table is None else inputs.block_table.shape[1],
+        q.shape,
+        k.shape,
+        v.shape[-1],
+        q.dtype,
+        q.device,
+        inputs.seqlens_k is not None or inputs.seqstarts_k is not None,
+        None if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.shape[0] - 1,
+        None if inputs.block_table is None else inputs.block_table.shape[1],
     )
-    # A list, inside an operator, is no key; what solver it means, a registry may say anew.
-    solver = solvers.from_spelling(settings.solver, settings.solver_numbers)
-    return _describe(shapes, settings._replace(solver_numbers=(), backend=None), solver)
+    if type(settings.solver_numbers) is not tuple:  # a list, inside an operator, is no key
+        settings = settings._replace(solver_numbers=tuple(settings.solver_numbers))
+    # What solver these numbers mean, a registry may say anew.
+    return _describe(shapes, settings, solvers.from_spelling(settings.solver, settings.solver_numbers))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -66,6 +66,8 @@ class Row(Generic[R]):
             spelled.append(f"{_SCHEMA[field]} {name}" if nested is None else nested.schema)
             self.size = stop
         self.schema: str = ", ".join(spelled)
+        # Where tensors may be.
+        self.tensors = [i for i, field in enumerate(self.schema.split(", ")) if field.startswith("Tensor")]
         self.plain = self.size == len(self.parts)  # no field is a record
 
     def filled(self, value: Any) -> R:

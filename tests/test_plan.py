@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import flashlla
 from flashlla import PCG, lla_attention, lla_attention_varlen, lla_decode
 from tests.support.interpreter import hasten
 from tests.support.kernels import interpreted, make, step
@@ -235,3 +238,56 @@ def test_what_a_call_takes_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
         "launches": 7, "aten::empty_strided": 4, "aten::empty": 3, "aten::fill_": 1,
     }  # fmt: skip
     assert launch._plan_forward.cache_info().currsize == launch._plan_backward.cache_info().currsize == 1
+
+
+@interpreted
+def test_how_much_code_a_call_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions of this package, lambdas and comprehensions among them: what the host's time goes with."""
+    from flashlla import autograd
+
+    compiles(monkeypatch, computes=False)
+    for on_the_cpu_alone in ("check_values", "warn_if_stopped_early"):
+        monkeypatch.setattr(autograd, on_the_cpu_alone, lambda *_: None)
+    q, k, v, grad_o = make((1, 2, 40, 16), torch.bfloat16)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)] + [torch.ones(2, 1, requires_grad=True)]
+    forward = lambda: lla_attention(*leaves[:3], ridge_lambda=leaves[3], backend="triton")
+    root = str(Path(flashlla.__file__).parent)
+
+    def run(call: Callable[[], Any]) -> int:
+        for _ in range(2):
+            call()
+        found: list[str] = []
+        note = lambda frame, event, _: found.append(event) if frame.f_code.co_filename.startswith(root) else None
+        sys.setprofile(note)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+        return found.count("call")
+
+    with torch.no_grad():
+        assert run(forward) <= 105
+    assert run(lambda: torch.autograd.grad(forward(), leaves, grad_o)) <= 190
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("packed", [False, True])
+def test_plans_make_what_a_backend_owes(packed: bool, dtype: torch.dtype) -> None:
+    """Which is not looked at in each call."""
+    from flashlla.backends.base import Backend
+    from flashlla.calls import prepared
+    from flashlla.dispatch import backend_named
+    from flashlla.problem import describe
+
+    q, k, v, grad_o = make((1, 4, 40, 16), dtype)
+    q, grad_o = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, grad_o))
+    edges = {"op": lla_attention_varlen, "cu_seqlens": torch.tensor([0, 7, 40], dtype=torch.int32)} if packed else {}
+    ridge = torch.ones(4, 1)
+    arguments = prepared(edges.pop("op", None), "test", q, k[:, :2], v[:, :2], ridge_lambda=ridge, **edges).arguments
+    backend, problem = backend_named("triton"), describe(arguments)
+    found = Backend.forward_checked(backend, problem, arguments.inputs)
+    again = backend.forward_checked(problem, arguments.inputs)
+    gradients = Backend.backward_checked(backend, problem, arguments.inputs, found.residuals, grad_o)
+    assert all(t.is_contiguous() for t in (*again.residuals, *again.report, gradients.ridge_lambda))
+    assert torch.equal(again.o, found.o)

@@ -1,4 +1,4 @@
-"""What calls cost the host, beside torch's softmax attention and one addition.
+"""What calls cost the host, beside torch's softmax attention and what torch takes for the parts of a call.
 
     python -m benchmarks host                 # a minute or two: torch.compile is in it
     python -m benchmarks host --name NAME     # and keep it
@@ -98,10 +98,29 @@ def of_decoding(batch: int, room: int) -> dict[str, Any]:
     return {"batch": batch, "room": room, "dim": 128, "decode_us": ours, "sdpa_us": softmax}
 
 
-def addition() -> dict[str, float]:
-    """Of 8 numbers: what one of torch's launches takes on this machine."""
+class Nothing(torch.autograd.Function):
+    """Of four tensors the first."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        return tensors[0].view_as(tensors[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, grad, grad, grad
+
+
+def of_torch() -> dict[str, Any]:
+    """What torch takes on this machine of what calls are made of: an addition of 8 numbers, which is a launch, an
+    allocation, and a step of an autograd Function that does nothing."""
     x = torch.randn(8, device="cuda")
-    return microseconds(lambda: x + x, calls=100)
+    leaves = [torch.randn(8, device="cuda", requires_grad=True) for _ in range(4)]
+    step = lambda: torch.autograd.grad(Nothing.apply(*leaves), leaves, x)
+    allocate = lambda: torch.empty_strided((4, 8, 512), (4096, 512, 1), dtype=torch.float32, device="cuda")
+    return {
+        "addition_us": microseconds(lambda: x + x, calls=100), "allocation_us": microseconds(allocate, calls=100),
+        "nothing_step_us": microseconds(step),
+    }  # fmt: skip
 
 
 def show(line: dict[str, Any]) -> dict[str, Any]:
@@ -123,10 +142,10 @@ def main(options: argparse.Namespace) -> int:
     needs.triton()
     kept = record.Record(options, "cuda")
     print(kept.figures)
-    kept.figures["addition"] = show({"addition_us": addition()})
+    kept.figures["torch"] = show(of_torch())
     kept.figures["host"] = [show(of_shape(*shape)) for shape in SHAPES]
     kept.figures["decoding"] = [show(of_decoding(*shape)) for shape in DECODING]
-    kept.figures["addition_again"] = show({"addition_us": addition()})
+    kept.figures["torch_again"] = show(of_torch())
     kept.write()
     kept.end()
     return 0

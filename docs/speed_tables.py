@@ -211,10 +211,10 @@ def wanted() -> str:
             yield f"{key[0]}, {key[1]}, {key[2]}, window 512, a pair", ", ".join(WANTED_WINDOWS[key[2]]), found
 
     def of_others() -> Iterator[Sequence[str]]:
-        of_host = record("host_h100")
+        of_first, of_host = record("first_h100"), record("host_h100")
         for name, most in (("forward", "0.2"), ("step", "0.6")):
             some = [line[f"{name}_us"]["median"] / 1e3 for line in of_host["host"]]
-            added = of_host["addition"]["addition_us"]["median"]
+            added = of_host["torch"]["addition_us"]["median"]
             what = f"milliseconds of the host, {name}, eager (an addition: {added:.1f} us)"
             yield what, most, [f"{min(some):.2f} to {max(some):.2f}"]
         of_model = {(line["mode"], line["tolerance"]): line for line in record("model_h100")["rows"]}
@@ -227,7 +227,7 @@ def wanted() -> str:
             size = line["batch"], line["length"], line["dim"]
             if size in WANTED:
                 yield f"decode {', '.join(map(str, size))}, microseconds", WANTED[size], [f"{line['us']:.0f}"]
-        for line in record("first_h100")["first"]:
+        for line in of_first["first"]:
             if line["what"] == "empty cache":
                 yield "seconds of the first forward and backward, empty cache", "12", [f"{line['first_s']:.1f}"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -88,14 +87,13 @@ class Operator(Generic[A, G]):
         calls: Sequence[Operator[Any, Any]] = (),
     ) -> None:
         self.takes, self.gives = Row(takes), Row(gives)
-        self._tensors: Callable[[tuple[Any, ...]], tuple[Any, ...]] = operator.itemgetter(*self.takes.tensors)
         self.run, self._batch, self._place = run, batch, 0 if batched else None
         arguments = self.takes.schema
         if writes is not None:
             assert f"{arguments},".count(f"Tensor {writes},") == 1
             arguments = f"{arguments},".replace(f"Tensor {writes},", f"Tensor(a!) {writes},").removesuffix(",")
         schema = f"({arguments}) -> ({', '.join(['Tensor'] * self.gives.size)})"
-        self.overload: str = _edition(schema, *(called.overload for called in calls))
+        self.overload: str = _edition(schema, *(operator.overload for operator in calls))
         own = f"{name}.{self.overload}"
         self.name = f"flashlla::{own}"
         _library.define(own + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -178,6 +176,10 @@ class Operator(Generic[A, G]):
         """``outputs`` with others for the first ones."""
         found: G = tuple.__new__(type(outputs), (*firsts, *outputs[len(firsts) :]))
         return found
+
+    def _tensors(self, row: tuple[Any, ...]) -> list[Any]:
+        """What may be a tensor in ``row``."""
+        return [row[i] for i in self.takes.tensors]
 
     def _function_of(self, **rules: Callable[..., Any]) -> Any:
         members = {name: staticmethod(rule) for name, rule in rules.items()}

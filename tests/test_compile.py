@@ -254,7 +254,7 @@ kind, rest = (OfFirst, ()) if sys.argv[1] == "1" else (OfSecond, (5.0,))
 rules = {"fake": lambda row: X(torch.empty_like(row[0])), "batch": None}
 backward = Operator("probe_backward", kind, X, run=lambda row: X(row.grad * (row[1:] or [3.0])[0]), **rules)
 forward = Operator("probe", X, X, run=lambda row: X(row.x * 3), calls=(backward,), **rules)
-forward.differentiate(lambda ctx, grads: X(backward(kind(grads.x, *rest)).x), forward_mode=None)
+forward.differentiate(lambda ctx, grad: (backward(kind(grad, *rest)).x,), of=1, forward_mode=None)
 x = torch.ones(4, requires_grad=True)
 torch.compile(lambda x: forward.differentiable(X(x)).x.sum())(x).backward()
 print(x.grad[0].item(), counters["aot_autograd"]["autograd_cache_hit"])

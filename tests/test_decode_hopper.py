@@ -25,7 +25,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> Iterator
     """Whether each plan is with this kernel; in the end, that all were."""
     if not torch.cuda.is_available() or (reason := hopper.unsupported(torch.device("cuda", 0), BF16)):
         pytest.skip("needs a GPU" if not torch.cuda.is_available() else str(reason))
-    monkeypatch.setenv("FLASHLLA_HOPPER", "1")
+    monkeypatch.delenv("FLASHLLA_HOPPER", raising=False)
     taken: list[bool] = []
     streams = decode._streams
     monkeypatch.setattr(decode, "_streams", lambda *given: (taken.append(streams(*given)), taken[-1])[1])

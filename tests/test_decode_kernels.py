@@ -40,6 +40,12 @@ pytestmark = [
 LIMITS = {torch.float32: 1.5e-5, torch.float16: 1.2e-3, torch.bfloat16: 4.5e-3 if INTERPRETED else 3e-3}
 
 
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernels in Gluon, which have tests/test_decode_hopper.py."""
+    monkeypatch.setenv("FLASHLLA_HOPPER", "0")
+
+
 @dataclass
 class Call:
     """One call of the kernels, its caches without pages."""
@@ -400,7 +406,9 @@ def test_pieces_and_slices_fill_the_device_and_no_more() -> None:
     assert parts(8192, 256) == (1, 1)
     hopper = lambda systems, tiles: configs.decode_parts(systems, tiles, 132, [1], hopper=True)
     assert hopper(8, 8) == (4, 1)
-    assert hopper(8, 64) == hopper(8, 256) == (16, 1)
+    assert hopper(8, 64) == (8, 1)
+    assert hopper(8, 256) == (16, 1)
+    assert hopper(64, 8) == (1, 1)
     assert hopper(256, 8) == hopper(256, 64) == (1, 1)
 
 

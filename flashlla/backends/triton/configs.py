@@ -373,24 +373,35 @@ class DecodeCost(NamedTuple):
     sliced: float  # a tile with fewer rows than registers hold
     rows: float  # to store them, if it has all
     rest: float
+    stored: float  # that memory takes for the moments of each program of the launch
+    added: float  # to add up the pieces of a system, for each
+    read: float  # and that memory takes for each program's
 
 
-DECODE_COST = DecodeCost(tile=2.7, sliced=4.9, rows=5.7, rest=7.3)
-DECODE_HOPPER_COST = DecodeCost(tile=1.8, sliced=float("inf"), rows=0.0, rest=9.6)
+DECODE_COST = DecodeCost(tile=2.7, sliced=4.9, rows=5.7, rest=7.3, stored=0.0, added=0.8, read=0.0)
+DECODE_HOPPER_COST = DecodeCost(
+    tile=1.8, sliced=float("inf"), rows=0.0, rest=9.6, stored=0.053, added=0.3, read=0.04
+)  # fmt: skip
 
 
-def decode_parts(systems: int, tiles: int, slots: int, slices: Sequence[int], hopper: bool = False) -> tuple[int, int]:
+def decode_parts(
+    systems: int, tiles: int, slots: int, slices: Sequence[int], width: int = 128, hopper: bool = False
+) -> tuple[int, int]:  # fmt: skip
     """Into how many pieces to cut caches of ``tiles`` tiles, and rows into how many of ``slices``, with so many
-    ``systems`` on a device that runs ``slots`` programs at a time; ``hopper``: of Hopper's own kernel."""
-    takes = DECODE_HOPPER_COST if hopper else DECODE_COST
+    ``systems``, ``width`` wide, on a device that runs ``slots`` programs at a time; ``hopper``: of Hopper's own
+    kernel."""
+    takes, size = DECODE_HOPPER_COST if hopper else DECODE_COST, (width / 128) ** 2
 
     def cost(parts: tuple[int, int]) -> float:
         pieces, count = parts
-        waves = -(-systems * pieces * count // slots)
-        # Who adds them up goes on to the next power of two.
-        adding = 0.5 + 0.8 * (1 << (pieces - 1).bit_length()) if pieces * count > 1 else 0.0
+        programs = systems * pieces * count
+        waves = -(-programs // slots)
+        adding = 0.0
+        if pieces * count > 1:  # who adds them up goes on to the next power of two
+            adding = 0.5 + takes.added * (1 << (pieces - 1).bit_length()) + takes.read * size * programs
         tile = takes.tile if count == min(slices) else takes.sliced
-        return waves * (-(-tiles // pieces) * tile + takes.rest + takes.rows * min(slices) / count) + adding
+        each = -(-tiles // pieces) * tile + takes.rest + takes.rows * min(slices) / count
+        return waves * each + takes.stored * size * programs + adding
 
     most = max(1, min(DECODE_PIECES, tiles))
     return min(((pieces, count) for pieces in range(1, most + 1) for count in slices), key=cost)

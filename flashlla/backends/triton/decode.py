@@ -60,7 +60,7 @@ def decode(
     """
     full = products.allowed(problem.device) == "ieee"
     given = _GIVEN.flat(Given(inputs, out, report or _NO_REPORT))
-    _plan(problem, config, full, hopper.asked(), True, layouts(given)).run(given)
+    _plan(problem, config, full, hopper.allowed(), True, layouts(given)).run(given)
     return out
 
 
@@ -68,7 +68,7 @@ def share(problem: Problem, inputs: Inputs, config: DecodeConfig | None = None) 
     """The moments of each system of the same call."""
     full = products.allowed(problem.device) == "ieee"
     given = _GIVEN.flat(Given(inputs, inputs.q, _NO_REPORT))  # nothing is written to q
-    return Share(*_plan(problem, config, full, hopper.asked(), False, layouts(given)).run(given))
+    return Share(*_plan(problem, config, full, hopper.allowed(), False, layouts(given)).run(given))
 
 
 def _streams(problem: Problem, config: DecodeConfig | None, k: Buffer, v: Buffer) -> bool:
@@ -82,10 +82,10 @@ def _streams(problem: Problem, config: DecodeConfig | None, k: Buffer, v: Buffer
 
 @planned
 def _plan(
-    problem: Problem, config: DecodeConfig | None, full: bool, asked: bool, solved: bool,
+    problem: Problem, config: DecodeConfig | None, full: bool, gluon: bool, solved: bool,
     given_layouts: tuple[Layout | None, ...],
 ) -> Plan:  # fmt: skip
-    """``full``: torch lets no device round products of float32. ``asked``: for kernels in Gluon. ``solved``: write
+    """``full``: torch lets no device round products of float32. ``gluon``: its kernels may run. ``solved``: write
     the output; else give the `Share`."""
     plan, device = Plan(problem.device, given_layouts), problem.device
     memory, given = plan.memory(), _GIVEN.record(plan.given)
@@ -103,7 +103,7 @@ def _plan(
 
     k, v = dense(inputs.k), dense(inputs.v)
     d, v_block = configs.padded(problem.head_dim), configs.padded(problem.v_dim)
-    half, streams = problem.dtype != torch.float32, asked and _streams(problem, config, k, v)
+    half, streams = problem.dtype != torch.float32, gluon and _streams(problem, config, k, v)
     large = configs.large(configs.capability(device))
     config = config or configs.decode_config(d, v_block, half, full, large)
     shape = Shape(
@@ -116,7 +116,8 @@ def _plan(
     tiles = min(cdiv(problem.k_len, config.tile), cdiv(window, config.tile) + 1)
     slots = configs.processors(device) * config.programs_a_processor()
     slicings = [config.slices] if config.slices else configs.decode_slicings(d, v_block, half, large)
-    pieces, slices = configs.decode_parts(pairs * members, tiles, slots, [1] if streams else slicings, streams)
+    slicings = [1] if streams else slicings
+    pieces, slices = configs.decode_parts(pairs * members, tiles, slots, slicings, d, streams)
     pieces = config.pieces or pieces
     rows_of_slice = configs.decode_rows(d, v_block, slices)
     at_once = pairs

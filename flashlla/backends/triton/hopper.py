@@ -27,8 +27,14 @@ MODULES = {
 
 
 def asked() -> bool:
-    """Whether the process wants them. Not by default: they have not been seen right and timed in all that they do."""
+    """Whether the process wants those of training. Not by default: they have not been seen right and timed in all that
+    they do."""
     return os.environ.get("FLASHLLA_HOPPER") == "1"
+
+
+def allowed() -> bool:
+    """Whether it lets those run that are faster than the plain ones wherever they can, as decoding's."""
+    return os.environ.get("FLASHLLA_HOPPER") != "0"
 
 
 @functools.cache

@@ -155,7 +155,7 @@ def plot(runs: dict[str, Run], path: Path) -> None:
                 lines.append(([], []))
             lines[i][0].append(run["pairs"])
             lines[i][1].append(wrong)
-    draw_curves(panels, path, x="pairs", y="wrong answers, or mean square", log=False)
+    draw_curves(panels, path, x="pairs", y="wrong answers, or mean square", log="x")
 
 
 if __name__ == "__main__":

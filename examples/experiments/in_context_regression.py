@@ -82,7 +82,7 @@ def plot(runs: dict[str, Run], path: Path) -> None:
         means = torch.stack([along[:, end // 2 : end].mean(1) for end in ends], 1)
         lines = [([float(end) for end in ends], one) for one in means.tolist()]
         panels.setdefault(run["function"], {})[run["mixer"]] = lines
-    draw_curves(panels, path, x="examples", y="error, in variances", log=True)
+    draw_curves(panels, path, x="examples", y="error, in variances", log="xy")
 
 
 if __name__ == "__main__":

@@ -90,21 +90,6 @@ def parser_of(module: str, doc: str | None, mixers: Sequence[str] = ()) -> argpa
     return parser
 
 
-def study(options: argparse.Namespace, wanted: Mapping[str, Callable[[], Run]], plot: Plot) -> dict[str, Run]:
-    """Make those of ``wanted`` that are not there, in the order given; their table, and the plot asked for."""
-    runs = Runs(options.results, DEVICE)
-    for name in within(options.within, wanted):
-        runs.read()
-        if name not in runs.all:
-            runs.add(name, wanted[name]())
-            print(table_of({name: runs.all[name]}).splitlines()[-1], flush=True)
-    runs.read()
-    print(table_of(runs.all))
-    if options.plot is not None:
-        plot(runs.all, options.plot)
-    return runs.all
-
-
 def _module() -> str:
     spec = sys.modules["__main__"].__spec__
     return spec.name if spec else sys.argv[0]
@@ -155,14 +140,35 @@ def chosen(rates: Sequence[float], seeds: list[int], choice: Tensor, reported: T
 
 def table_of(runs: dict[str, Run]) -> str:
     """Markdown: what is reported of each run, over its seeds."""
-    rows = ["| run | reported | learning rates |", "|---|---|---|"]
+    rows = ["| run | steps | reported | learning rates |", "|---|---|---|---|"]
     for name, run in runs.items():
-        rows.append(f"| {name} | {spread(run['reported'])} | {', '.join(f'{rate:g}' for rate in run['chosen'])} |")
+        chosen = ", ".join(f"{rate:g}" for rate in run["chosen"])
+        rows.append(f"| {name} | {run['steps']} | {spread(run['reported'])} | {chosen} |")
     return "\n".join(rows)
 
 
-def draw_curves(panels: dict[str, dict[str, list[Any]]], path: Path, x: str, y: str, log: bool) -> None:
-    """A panel for each task, a colour for each mixer, a line for each seed."""
+def study(
+    options: argparse.Namespace,
+    wanted: Mapping[str, Callable[[], Run]],
+    plot: Plot,
+    table: Callable[[dict[str, Run]], str] = table_of,
+) -> dict[str, Run]:
+    """Make those of ``wanted`` that are not there, in the order given; their table, and the plot asked for."""
+    runs = Runs(options.results, DEVICE)
+    for name in within(options.within, wanted):
+        runs.read()
+        if name not in runs.all:
+            runs.add(name, wanted[name]())
+            print(table({name: runs.all[name]}).splitlines()[-1], flush=True)
+    runs.read()
+    print(table(runs.all))
+    if options.plot is not None:
+        plot(runs.all, options.plot)
+    return runs.all
+
+
+def draw_curves(panels: dict[str, dict[str, list[Any]]], path: Path, x: str, y: str, log: str) -> None:
+    """A panel for each task, a colour for each mixer, a line for each seed; of the axes, those in ``log`` by powers."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2 + 4.2 * len(panels), 3.8), layout="constrained")
@@ -179,8 +185,9 @@ def draw_curves(panels: dict[str, dict[str, list[Any]]], path: Path, x: str, y: 
                 }
                 (legend[name],) = axes.plot(xs, ys, **settings)
         axes.set(title=title, xlabel=x, ylabel=y)
-        if log:
+        if "x" in log:
             axes.set_xscale("log", base=2)
+        if "y" in log:
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
     figure.legend(handles=list(legend.values()), loc="outside right upper", frameon=False)

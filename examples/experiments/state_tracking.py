@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.experiments.ensemble import Block, Embedding, Linear, Norm, Task, cross_entropies, learn
-from examples.experiments.runs import DEVICE, Run, draw_curves, parser_of, study
+from examples.experiments.runs import DEVICE, Run, draw_curves, parser_of, spread, study
 
 MIXERS = ("softmax", "LLA", "gated delta rule")
 GROUP = list(permutations(range(5)))
@@ -80,7 +80,21 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
         f"{length} {kind}, {mixer}": partial(run, kind, mixer, options.seeds, length, options.batch, options.steps)
         for kind, length, mixer in product(options.kinds, options.lengths, options.mixers)
     }
-    return study(options, wanted, plot)
+    return study(options, wanted, plot, table)
+
+
+def followed(run: Run) -> list[int]:
+    """Of each seed's model, how many permutations it follows: before the first that it gets wrong in over a tenth."""
+    along = [run["along"][i] for i in run["members"]]
+    return [next((n for n, wrong in enumerate(one) if wrong > 0.1), len(one)) for one in along]
+
+
+def table(runs: dict[str, Run]) -> str:
+    """Markdown: what is reported, and how many permutations are followed, of each seed."""
+    rows = ["| run | steps | wrong in the second half | permutations followed |", "|---|---|---|---|"]
+    for name, run in runs.items():
+        rows.append(f"| {name} | {run['steps']} | {spread(run['reported'])} | {', '.join(map(str, followed(run)))} |")
+    return "\n".join(rows)
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:
@@ -90,7 +104,7 @@ def plot(runs: dict[str, Run], path: Path) -> None:
         after = [float(i + 1) for i in range(run["length"])]
         lines = [(after, run["along"][i]) for i in run["members"]]
         panels.setdefault(f"{run['kind']}, {run['length']}", {})[run["mixer"]] = lines
-    draw_curves(panels, path, x="permutations", y="wrong answers", log=False)
+    draw_curves(panels, path, x="permutations", y="wrong answers", log="")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ ESTIMATORS: dict[str, tuple[Estimator, list[Setting]]] = {
     "ridge regression": (_ridge, [{"count": count} for count in COUNTS]),
     "LLA": (_lla, [{"scale": scale, "ridge": ridge} for scale, ridge in product(SCALES, RIDGES)]),
 }
+COLOURS = {"softmax": "C1", "ridge regression": "C2", "LLA": "C0"}
 
 
 def errors(estimator: Estimator, setting: Setting, drawn: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -186,45 +187,56 @@ def table(runs: dict[str, Run]) -> str:
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:
-    """A row for each function, a column for each dimension: error along the sequence, or against its length."""
+    """A row for each function: error along the sequence or against its length, by dimension, and against dimension."""
     from matplotlib.figure import Figure
 
     dims = sorted({run["dim"] for run in runs.values()})
-    figure = Figure(figsize=(1.5 + 3.2 * len(dims), 8.5), layout="constrained")
-    panels = figure.subplots(len(FUNCTIONS), len(dims), squeeze=False, sharey="row")
+    figure = Figure(figsize=(4.7 + 3.2 * len(dims), 8.5), layout="constrained")
+    panels = figure.subplots(len(FUNCTIONS), len(dims) + 1, squeeze=False, sharey="row")
     legend: dict[str, Any] = {}
+    by_dimension: dict[str, list[list[Run]]] = {}
     for (function, dim), some in groups(runs).items():
+        by_dimension.setdefault(function, []).append(some)
         axes = panels[FUNCTIONS.index(function)][dims.index(dim)]
         length = some[0]["length"]
         ends = list(spans(length, function))
-        for colour, name in zip(("C1", "C2", "C0"), ESTIMATORS):
+        for name, colour in COLOURS.items():
             if function == "segments":
                 along = torch.tensor([run[name]["along"] for run in some]).mean(0)
                 x = (torch.arange(len(along)) + 0.5) * length / len(along)
                 (legend[name],) = axes.plot(x, along, color=colour, label=name)
             else:
                 of = [[run[name][end]["error"] for end in ends] for run in some]
-                (legend[name],) = axes.plot(list(map(int, ends)), torch.tensor(of).mean(0), color=colour, label=name)
-                for line in of:
-                    axes.plot(list(map(int, ends)), line, ".", color=colour, markersize=3)
-                axes.set_xscale("log", base=2)
-        if function != "segments":
-            loses = [
-                int(e)
-                for e in ends
-                if mean_error(some, "LLA", e) >= min(mean_error(some, name, e) for name in ESTIMATORS if name != "LLA")
-            ]
-            for end in loses:
-                axes.axvspan(end / 2**0.5, end * 2**0.5, color="0.92", zorder=0)
-        axes.set(title=f"{function}, D = {dim}", yscale="log")
+                _dotted(axes, list(map(int, ends)), of, colour)
+        losing = lambda end, some=some: (
+            mean_error(some, "LLA", end) >= min(mean_error(some, name, end) for name in ESTIMATORS if name != "LLA")
+        )
+        for end in map(int, filter(losing, ends)) if function != "segments" else ():
+            axes.axvspan(end / 2**0.5, end * 2**0.5, color="0.92", zorder=0)
+        axes.set(title=f"{function}, D = {dim}", xlabel="token" if function == "segments" else "length")
+    for function, by_dim in by_dimension.items():
+        axes = panels[FUNCTIONS.index(function)][-1]
+        length = by_dim[0][0]["length"]
+        for name, colour in COLOURS.items():
+            of = [[some[seed][name][str(length)]["error"] for some in by_dim] for seed in range(len(by_dim[0]))]
+            _dotted(axes, dims, of, colour)
+        axes.set(title=f"{function}, {length} tokens", xlabel="D")
+    for axes in panels.flat:
+        axes.set_yscale("log")
         axes.grid(alpha=0.3)
-    for axes, label in zip(panels[:, 0], ("token", "length", "length")):
+    for axes in panels[:, 0]:
         axes.set_ylabel("error, in variances")
-        for other in panels[list(panels[:, 0]).index(axes)]:
-            other.set_xlabel(label)
     figure.legend(handles=list(legend.values()), loc="outside right upper", frameon=False)
     figure.text(0.5, 0.0, "grey: lengths at which LLA is not the best", ha="center", va="top")
     figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def _dotted(axes: Any, x: list[int], lines: list[list[float]], colour: str) -> None:
+    """The mean of lines, and their points."""
+    axes.plot(x, torch.tensor(lines).mean(0), color=colour)
+    for line in lines:
+        axes.plot(x, line, ".", color=colour, markersize=3)
+    axes.set_xscale("log", base=2)
 
 
 if __name__ == "__main__":

@@ -48,23 +48,12 @@ def test_every_kernel_compiles_for_three_architectures(tmp_path: Path) -> None:
 
     modules = [backward, decode_kernels, decode_share, decode_solve, forward, gram, prepare, solve]
     if hopper.without_gluon() is None:
-        from flashlla.backends.triton import (
-            backward_hopper,
-            decode_hopper,
-            dk_hopper,
-            forward_hopper,
-            resident_kernels,
-            solve_hopper,
-        )
+        from flashlla.backends.triton import decode_hopper, dq_hopper, solve_hopper
 
-        modules += [backward_hopper, decode_hopper, dk_hopper, forward_hopper, resident_kernels, solve_hopper]
+        modules += [decode_hopper, dq_hopper, solve_hopper]
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {k for k, _, _ in kernels} == written
     assert {(a, d) for _, a, d in kernels} == {(a, d) for a in (80, 90, 100) for d in (64, 128)}
-    # Two programs of the resident kernels share a processor; where one would be alone nothing hides its recurrence.
-    mine = [x for x in lines if x["kernel"] in ("resident_solve_kernel", "resident_forward_kernel")]
-    assert {x["architecture"] for x in mine} <= {90}
-    assert all(x["shared"] <= 113 * 1024 for x in mine)
 
 
 def test_every_mask_compiles(tmp_path: Path) -> None:

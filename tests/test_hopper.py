@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,10 +19,9 @@ from tests.support.poison import poisoned
 
 triton = pytest.importorskip("triton")
 hopper = pytest.importorskip("flashlla.backends.triton.hopper")
-resident = pytest.importorskip("flashlla.backends.triton.resident")
 
 CUDA = torch.device("cuda")
-PLAIN = Problem(2, 6, 6, 512, 512, 64, 64, torch.bfloat16, CUDA, 0.3, 1e-12, CG())
+PLAIN = Problem(2, 6, 6, 512, 512, 128, 128, torch.bfloat16, CUDA, 0.3, 1e-12, CG())
 
 
 def reason(device: torch.device = CUDA, dtype: torch.dtype = torch.bfloat16) -> str:
@@ -47,17 +46,6 @@ def test_it_says_which_devices_dtypes_and_tritons(monkeypatch: pytest.MonkeyPatc
     assert "its operands are of 16 bits" in reason(dtype=torch.float32)
 
 
-@pytest.fixture(autouse=True)
-def sweeps_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No resident kernels, which have most calls as short as these."""
-    from flashlla.backends.triton import plan
-
-    monkeypatch.setattr(resident, "unsupported", lambda problem: "not here")
-    plan.forget()
-    yield
-    plan.forget()
-
-
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "capability", lambda device: (9, 0))
@@ -71,21 +59,21 @@ def test_what_has_a_config() -> None:
         problem = dataclasses.replace(PLAIN, head_dim=head_dim, v_dim=head_dim)
         assert set(table) <= set(hopper.MODULES)
         assert {name: hopper.config(name, problem) for name in table} == table
-        assert hopper.config("dk", dataclasses.replace(problem, v_dim=head_dim // 2)) is None
-        assert hopper.config("dk", dataclasses.replace(problem, dtype=torch.float32)) is None
+        assert hopper.config("dq", dataclasses.replace(problem, v_dim=head_dim // 2)) is None
+        assert hopper.config("dq", dataclasses.replace(problem, dtype=torch.float32)) is None
     assert hopper.config("solve_gram", PLAIN) is None
-    assert hopper.config("dk", dataclasses.replace(PLAIN, head_dim=80, v_dim=80)) is None
+    assert hopper.config("dq", dataclasses.replace(PLAIN, head_dim=80, v_dim=80)) is None
 
 
 @pytest.mark.quick
 def test_tiles_are_those_that_the_kernels_take() -> None:
-    """A warp has 16 rows of a product; of a ring, a tile is used, one is read by the last product of the tile before
-    (but in dk), and one comes; dk reads what dq writes of whole tiles of queries."""
-    for table in configs.HOPPER.values():
-        for name, c in table.items():
-            assert (c.n if name == "dk" else c.m) == 16 * c.warps
-            assert c.slots >= (2 if name == "dk" else 3)
-        assert "dk" not in table or table["dq"].m % table["dk"].m == 0
+    """A warp has 16 rows of a product; of a ring, a tile is used, one is read by the last product of the tile before,
+    and one comes; dk reads what dq writes of whole tiles of queries."""
+    for head_dim, table in configs.HOPPER.items():
+        for c in table.values():
+            assert c.m == 16 * c.warps
+            assert c.slots >= 3
+        assert table["dq"].m % configs.config("dk", head_dim, torch.float16, (9, 0)).m == 0
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, problem: Problem, preconditioner: str = "none") -> dict[str, str]:
@@ -119,11 +107,11 @@ def launched(monkeypatch: pytest.MonkeyPatch, problem: Problem, preconditioner: 
 def test_which_kernels_a_step_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     if hopper.without_gluon() is not None:
         pytest.skip("of another Triton")
-    in_gluon = {name: f"{name}_hopper_kernel" for name in configs.HOPPER[64]}
+    in_gluon = {name: f"{name}_hopper_kernel" for name in configs.HOPPER[PLAIN.head_dim]}
     plain = {name: f"{name}_kernel" for name in hopper.MODULES}
-    monkeypatch.delenv("FLASHLLA_HOPPER", raising=False)
+    monkeypatch.setenv("FLASHLLA_HOPPER", "0")
     assert launched(monkeypatch, PLAIN) == plain
-    monkeypatch.setenv("FLASHLLA_HOPPER", "1")
+    monkeypatch.delenv("FLASHLLA_HOPPER")
     assert launched(monkeypatch, PLAIN) == {**plain, **in_gluon}
     jacobi = {**plain, **in_gluon, "solve": "solve_kernel"}
     assert launched(monkeypatch, dataclasses.replace(PLAIN, solver=PCG()), "jacobi") == jacobi
@@ -173,7 +161,7 @@ def test_decoding_has_a_kernel_of_its_own_unless_told_not_to(monkeypatch: pytest
     monkeypatch.setattr(configs, "capability", lambda device: (9, 0))
     monkeypatch.setenv("FLASHLLA_HOPPER", switch)
     meta = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")
-    q, cache, lengths = meta(2, 6, 1, 64), meta(2, 6, 512, 64), meta(2, dtype=torch.int32)
+    q, cache, lengths = meta(2, 6, 1, 128), meta(2, 6, 512, 128), meta(2, dtype=torch.int32)
     mask = Mask(padded=True, at_lengths=True)
     problem = dataclasses.replace(PLAIN, q_len=1, mask=mask, device=q.device, solver_demanded=False)
     with recorded(carried_out=False) as found:
@@ -184,7 +172,7 @@ def test_decoding_has_a_kernel_of_its_own_unless_told_not_to(monkeypatch: pytest
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", configs.HOPPER)
 @pytest.mark.parametrize("case", CASES)
 def test_they_give_what_the_plain_kernels_give(
     monkeypatch: pytest.MonkeyPatch, case: str, dim: int, dtype: torch.dtype
@@ -214,7 +202,7 @@ def test_they_give_what_the_plain_kernels_give(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", configs.HOPPER)
 @pytest.mark.parametrize("where", [0, 1, 2], ids="qkv")
 def test_nan_stays_where_it_belongs(monkeypatch: pytest.MonkeyPatch, where: int, dim: int) -> None:
     tensors, operator, options = called("grouped", dim, torch.bfloat16)
@@ -228,9 +216,10 @@ def test_nan_stays_where_it_belongs(monkeypatch: pytest.MonkeyPatch, where: int,
 
 
 @pytest.mark.gpu
-def test_keys_far_from_the_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dim", configs.HOPPER)
+def test_keys_far_from_the_origin(monkeypatch: pytest.MonkeyPatch, dim: int) -> None:
     """k_mean is in float16 meanwhile: its error is of second order."""
-    tensors = make((2, 2, 500, 64), torch.bfloat16, offset=30.0, device="cuda")
+    tensors = make((2, 2, 500, dim), torch.bfloat16, offset=30.0, device="cuda")
     want = step([t.double() for t in tensors], 1.0, backend="chunked", solver=CG(atol=0.0, rtol=1e-24, max_iters=4000))
     errors = {}
     for switch in "10":

@@ -120,48 +120,6 @@ _SINGLE_SMALL: dict[int, dict[str, Config]] = {
 }
 
 
-class Resident(NamedTuple):
-    """How the resident solve has a tile of queries that sees up to ``tiles`` tiles of keys."""
-
-    tiles: int
-    slots: int  # tiles of keys in shared memory; if fewer, every sweep loads them anew
-    shared: int = 0  # tiles of weights in shared memory, the others being in registers
-    far: bool = False  # the solution is in device memory, not in shared
-    ahead: bool = False  # a tile's first product is begun before the last one's second
-
-
-# Queries and keys a tile: what one warp group multiplies at once.
-RESIDENT_TILE = 64
-# By head dim. Two programs fit a processor: 113 KiB of shared memory each, 255 registers a thread.
-RESIDENT: dict[int, tuple[Resident, ...]] = {
-    **dict.fromkeys((16, 32), (Resident(4, 4, ahead=True), Resident(8, 8))),
-    64: (
-        Resident(2, 2, ahead=True),
-        Resident(4, 4, ahead=True),
-        Resident(6, 6, shared=1),
-        Resident(8, 8, shared=1, far=True),
-        Resident(9, 9, far=True),
-    ),
-    128: (
-        Resident(2, 2, far=True, ahead=True),
-        Resident(4, 3, far=True),
-        Resident(6, 3, far=True),
-        Resident(8, 3, far=True),
-    ),
-}
-# By head dim, of how many tiles of keys all of the forward pass is one launch: of more its kernel has no registers.
-RESIDENT_FORWARD = {16: 4, 32: 4, 64: 8}
-
-
-def resident_options(head_dim: int, k_tiles: int) -> dict[str, Any]:
-    """What Triton is told of the resident solve, of queries that see up to ``k_tiles`` tiles."""
-    plans = RESIDENT[head_dim]
-    count = 1 + sum(plan.tiles < k_tiles for plan in plans)
-    return {
-        "PLANS": plans[:count], "BLOCK_M": RESIDENT_TILE, "BLOCK_N": RESIDENT_TILE, "num_warps": 4, "maxnreg": 255,
-    }  # fmt: skip
-
-
 class HopperConfig(NamedTuple):
     """Of a kernel in Gluon for Hopper: queries and keys a tile, tiles that are there or on their way, cap on registers
     a thread, warps a program: one for 16 rows of its products."""
@@ -181,22 +139,11 @@ class HopperConfig(NamedTuple):
         return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
-# Tables by head dim and pass, of those that Gluon has instead of _HALF's; docs/performance.md says what they gain.
+# By head dim and pass, those that Gluon has faster than _HALF's kernels (docs/performance.md).
 HOPPER: dict[int, dict[str, HopperConfig]] = {
-    64: {
-        "statistics": HopperConfig(64, 64, 4, 168),
-        "solve": HopperConfig(64, 64, 4, 168),
-        "moments": HopperConfig(64, 64, 3, 168),
-        "dq": HopperConfig(64, 64, 4, 255),
-        "dk": HopperConfig(32, 64, 3, 168),
-    },
     128: {
-        "statistics": HopperConfig(64, 64, 4, 255, False),
         "solve": HopperConfig(64, 64, 4, 255, False),
-        "output": HopperConfig(128, 64, 3, 255, False, 8),
-        "moments": HopperConfig(128, 64, 3, 255, False, 8),
         "dq": HopperConfig(128, 64, 3, 255, False, 8),
-        "dk": HopperConfig(32, 64, 2),
     },
 }
 

@@ -16,20 +16,7 @@ from flashlla.problem import Problem
 # Gluon moves from version to version: those that the kernels were compiled with.
 TRITON = ("3.6", "3.7")
 # Where the kernel of a pass is.
-MODULES = {
-    "statistics": "forward_hopper",
-    "solve": "solve_hopper",
-    "output": "forward_hopper",
-    "moments": "backward_hopper",
-    "dq": "backward_hopper",
-    "dk": "dk_hopper",
-}
-
-
-def asked() -> bool:
-    """Whether the process wants those of training. Not by default: they have not been seen right and timed in all that
-    they do."""
-    return os.environ.get("FLASHLLA_HOPPER") == "1"
+MODULES = {"solve": "solve_hopper", "dq": "dq_hopper"}
 
 
 def allowed() -> bool:

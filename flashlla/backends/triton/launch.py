@@ -11,13 +11,12 @@ from torch import Tensor
 
 from flashlla import products
 from flashlla.backends.triton import backward as backward_kernels
-from flashlla.backends.triton import configs, hopper, prepare, resident
+from flashlla.backends.triton import configs, hopper, prepare
 from flashlla.backends.triton import forward as forward_kernels
 from flashlla.backends.triton import gram as gram_kernels
 from flashlla.backends.triton.plan import Buffer, Layout, Memory, Plan, contiguous, layouts, of_buffers, planned
 from flashlla.backends.triton.records import (
     Adjoint,
-    Attended,
     Ended,
     Flaws,
     HandedOn,
@@ -35,7 +34,6 @@ from flashlla.problem import (
     Forward,
     Gradients,
     Inputs,
-    Mask,
     Problem,
     Report,
     Residuals,
@@ -64,7 +62,7 @@ _INPUTS, _FORWARD, _ADJOINED, _GRADIENTS = Row(Inputs), Row(Forward), Row(Adjoin
 
 class Around(NamedTuple):
     """What a plan depends on beside the call: torch's setting of float32 products, whether configs are tuned, and
-    whether the training kernels in Gluon are asked for."""
+    whether kernels in Gluon may run."""
 
     full: bool
     tuned: bool
@@ -72,7 +70,7 @@ class Around(NamedTuple):
 
     @classmethod
     def now(cls, device: torch.device) -> Around:
-        switches = os.environ.get("FLASHLLA_AUTOTUNE") == "1", hopper.asked()
+        switches = os.environ.get("FLASHLLA_AUTOTUNE") == "1", hopper.allowed()
         return cls(products.allowed(device) == "ieee", *switches)
 
 
@@ -243,29 +241,20 @@ class Call:
         longest = (sequences * cdiv(length, block) for length in self.max_seqlens)
         return sequences > 1 and all(2 * self.slots(bool(i), block) <= n for i, n in enumerate(longest))
 
-    def resident(self) -> bool:
-        """Whether resident kernels may run, as far as masks and dtypes go."""
-        # Gluon has no layout for the search of `primitives.packed_tile`.
-        packed = self.seqlens.slots is not None
-        return self.around.hopper and not packed and resident.unsupported(self.problem) is None
-
     def launch_tiles(
-        self, kernel: Kernel, name: str, *arguments: Any, over_keys: bool = False, tune: bool = True, done: int = 0,
+        self, kernel: Kernel, name: str, *arguments: Any, over_keys: bool = False, tune: bool = True,
         gluon: bool = True, **settings: Any,
     ) -> None:  # fmt: skip
         """Launch ``kernel`` of pass ``name``, one program a tile of queries (``over_keys``: of keys) and head, with the
         table's config; where programs are few, that for few; ``tune``: with the one that FLASHLLA_AUTOTUNE=1 finds.
-        Where there is one in Gluon that has the pass, that one, if ``gluon``.
-        ``done``: queries, from the first, that another launch has, in whole tiles of the table's config; not of packed
-        sequences."""
+        Where there is one in Gluon that has the pass, that one, if ``gluon``."""
         heads = self.problem.kv_heads if over_keys else self.problem.q_heads
         widest = max(self.problem.head_dim, self.problem.v_dim)
         key = name, widest, self.operand_dtype, configs.capability(self.device)
         usual, few = configs.config(*key), configs.config(*key, few=True)
 
         def programs(c: configs.Config | configs.HopperConfig) -> int:
-            rows = c.n if over_keys else c.m
-            return heads * (self.tiles(over_keys, rows) - self.problem.batch * (done // rows))
+            return heads * self.tiles(over_keys, c.n if over_keys else c.m)
 
         # Gluon has no layout for the search of `primitives.packed_tile`.
         gluon = gluon and self.around.hopper and self.seqlens.slots is None
@@ -277,7 +266,7 @@ class Call:
         if few is not usual and programs(usual) <= configs.FEW * configs.processors(self.device):
             chosen = [few]
         elif tune and self.around.tuned and self.device.type == "cuda":
-            chosen = [c for c in configs.candidates(*key) if done % c.m == 0]
+            chosen = configs.candidates(*key)
         self.plan.launch_fastest(
             key, kernel, name, {c: (programs(c),) for c in chosen}, *arguments, SHAPE=self.shape, **settings
         )
@@ -395,31 +384,21 @@ def _plan_forward(
     lse, k_mean = residuals.lse, residuals.k_mean
     if call.origin is not None:
         lse, k_mean = call.rows(), call.vectors()
-    made, done = None, 0
-    if (share := resident_share(call, preconditioner)) is not None:
-        made, done = call.output_like(q, problem.v_dim), share.q_tiles * configs.RESIDENT_TILE
-        attend_resident(call, share, residuals, omega, call.strided(made[1]), ended)
-    plain = done < call.max_seqlens[0]  # there are queries left
-    if plain:
-        lse2, image = call.rows(), None
-        many_keys = call.keys_seen > configs.FEW_KEYS
-        if preconditioner == "gram" or (call.origin is None and (preconditioner != "none" or many_keys)):
-            image = call.vectors(memory=call.until_solved)
-        call.launch_tiles(
-            forward_kernels.statistics_kernel, "statistics", call.q, call.k, call.units, call.flaws, lse, lse2, omega,
-            k_mean, image, *call.sight, problem.scale, FLIP=problem.scale < 0, done=done,
-        )  # fmt: skip
-        solve(
-            call, call.inputs.ridge_lambda, lse2, k_mean, image, residuals.probe, preconditioner, ended=ended, done=done
-        )  # fmt: skip
+    lse2, image = call.rows(), None
+    many_keys = call.keys_seen > configs.FEW_KEYS
+    if preconditioner == "gram" or (call.origin is None and (preconditioner != "none" or many_keys)):
+        image = call.vectors(memory=call.until_solved)
+    call.launch_tiles(
+        forward_kernels.statistics_kernel, "statistics", call.q, call.k, call.units, call.flaws, lse, lse2, omega,
+        k_mean, image, *call.sight, problem.scale, FLIP=problem.scale < 0,
+    )  # fmt: skip
+    solve(call, call.inputs.ridge_lambda, lse2, k_mean, image, residuals.probe, preconditioner, ended=ended)
     plan.drop(call.until_solved)
-    o, o_rows = made or call.output_like(q, problem.v_dim)
-    if plain:
-        call.launch_tiles(
-            forward_kernels.output_kernel, "output", call.q, call.k, call.v, call.units, call.origin, lse2, omega,
-            k_mean, residuals.probe, residuals.guard, call.strided(o_rows), *call.sight, problem.scale,
-            problem.delta_eps, done=done,
-        )  # fmt: skip
+    o, o_rows = call.output_like(q, problem.v_dim)
+    call.launch_tiles(
+        forward_kernels.output_kernel, "output", call.q, call.k, call.v, call.units, call.origin, lse2, omega,
+        k_mean, residuals.probe, residuals.guard, call.strided(o_rows), *call.sight, problem.scale, problem.delta_eps,
+    )  # fmt: skip
     if o_rows is not o:
         plan.compute(Tensor.copy_, o, o_rows)
     if call.origin is not None:
@@ -428,40 +407,11 @@ def _plan_forward(
     return plan.finished(_FORWARD.flat(of_buffers(Forward, o=o, residuals=residuals, report=report)))
 
 
-def resident_share(call: Call, preconditioner: str) -> resident.Share | None:
-    """Of which queries all of the forward pass is one launch, none of which the ``preconditioner`` is for."""
-    share = resident.attends(call.problem) if call.resident() and preconditioner != "jacobi" else None
-    if share is None or preconditioner == "none":
-        return share
-    # Of gram causal queries of the first segment have none.
-    if call.problem.mask != Mask() or call.problem.q_len != call.problem.k_len:
-        return None
-    tiles = min(share.q_tiles, configs.SEGMENT // configs.RESIDENT_TILE)
-    return resident.Share(tiles, min(share.k_tiles, tiles))
-
-
-def attend_resident(
-    call: Call, share: resident.Share, residuals: Any, omega: Buffer, o: Strided, ended: Ended
-) -> None:  # fmt: skip
-    """Launch the forward pass of queries that see few keys."""
-    # Not before: it takes Gluon.
-    from flashlla.backends.triton.resident_kernels import resident_forward_kernel
-
-    outs = Attended(**residuals._asdict(), omega=omega, o=o)
-    call.plan.launch(
-        resident_forward_kernel, "forward", (call.n_heads * share.q_tiles,), call.q, call.k, call.v, call.units,
-        call.flaws, call.strided(call.inputs.ridge_lambda), outs, ended, *call.sight, call.problem.scale,
-        call.problem.delta_eps, *tolerances(call.problem, False), share.q_tiles,
-        LAST=True, SHAPE=call.shape, **configs.resident_options(call.problem.head_dim, share.k_tiles),
-    )  # fmt: skip
-
-
 def solve(
     call: Call, ridge: Buffer, lse2: Buffer, k_mean: Buffer, b: Buffer | None, x: Buffer, preconditioner: str, *,
-    ended: Ended | None = None, adjoint: Adjoint | None = None, done: int = 0,
+    ended: Ended | None = None, adjoint: Adjoint | None = None,
 ) -> None:  # fmt: skip
-    """Launch the one solve kernel: for the probe, filling ``ended``, or for the ``adjoint`` probe; but for the first
-    ``done`` queries."""
+    """Launch the one solve kernel: for the probe, filling ``ended``, or for the ``adjoint`` probe."""
     of_ridge, segments = call.strided(ridge), cdiv(call.problem.q_len, configs.SEGMENT)
     made = None
     if preconditioner == "gram":
@@ -472,36 +422,13 @@ def solve(
     if adjoint is None and call.origin is not None:
         b = None
     for which in ("none", "gram") if preconditioner == "gram" else (preconditioner,):
-        others = done
-        if which == "none" and not done:
-            others = solve_resident(call, lse2, k_mean, of_ridge, b, made, x, adjoint, ended, *tail)
-        if others < call.max_seqlens[0]:
-            call.launch_tiles(
-                solve_kernel, "solve_gram" if which == "gram" else "solve",
-                call.q, call.k, call.units, call.origin, lse2, k_mean, of_ridge, b, made, x, adjoint, ended, *tail,
-                ADJOINT=adjoint is not None, PRECONDITIONER=which, SEGMENT=configs.SEGMENT,
-                tune=preconditioner != "gram",  # either may have no tile that is its own
-                done=others, gluon=which == "none",
-            )  # fmt: skip
-
-
-def solve_resident(
-    call: Call, lse2: Buffer, k_mean: Buffer, ridge: Strided, b: Buffer | None, made: Preconditioner | None, x: Buffer,
-    adjoint: Adjoint | None, ended: Ended | None, *tail: Any,
-) -> int:  # fmt: skip
-    """Launch the resident solve if it can run; how many queries it has, from the first."""
-    share = resident.solves(call.problem) if call.resident() else None
-    if share is None:
-        return 0
-    from flashlla.backends.triton.resident_kernels import resident_solve_kernel
-
-    call.plan.launch(
-        resident_solve_kernel, "solve", (call.n_heads * share.q_tiles,), call.q, call.k, call.units, lse2, k_mean,
-        ridge, b, made, x, adjoint, ended, *tail, share.q_tiles,
-        ADJOINT=adjoint is not None, SEGMENT=configs.SEGMENT, LAST=True, SHAPE=call.shape,
-        **configs.resident_options(call.problem.head_dim, share.k_tiles),
-    )  # fmt: skip
-    return share.q_tiles * configs.RESIDENT_TILE
+        call.launch_tiles(
+            solve_kernel, "solve_gram" if which == "gram" else "solve",
+            call.q, call.k, call.units, call.origin, lse2, k_mean, of_ridge, b, made, x, adjoint, ended, *tail,
+            ADJOINT=adjoint is not None, PRECONDITIONER=which, SEGMENT=configs.SEGMENT,
+            tune=preconditioner != "gram",  # either may have no tile that is its own
+            gluon=which == "none",
+        )  # fmt: skip
 
 
 def gram(

@@ -88,17 +88,6 @@ class Adjoint(NamedTuple):
     y: Scaled | None  # the solution itself, to be filled, of float16; None: where the solve's goes it is exact
 
 
-class Attended(NamedTuple):
-    """What a forward pass in one launch fills, beside `Ended`."""
-
-    lse: Buffer  # (B, Hq, Sq)
-    omega: Buffer
-    guard: Buffer
-    k_mean: Buffer  # (B, Hq, Sq, D)
-    probe: Buffer
-    o: Strided
-
-
 class Ended(NamedTuple):
     """How a solve went, to be filled: (B, Hq, Sq) each."""
 

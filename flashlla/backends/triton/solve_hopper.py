@@ -31,21 +31,18 @@ from flashlla.backends.triton.primitives import (
     units_of,
     visible,
 )
-from flashlla.backends.triton.resident_parts import (
-    barrier,
-    finite_or_zero,
-    left_by_step,
-    operand,
-    packed,
-)
 from flashlla.backends.triton.solve import LAST_MARGIN, LAST_MOST, RIDGE_MOST
 from flashlla.backends.triton.sweep_hopper import (
     add_sums,
+    barrier,
     begin,
     fetch,
+    finite_or_zero,
     load_queries,
     no_sums,
     ones_for,
+    operand,
+    packed,
     products,
     ring_of,
     sweep,
@@ -83,6 +80,14 @@ def matvec_body(
     else:
         acc, e = warpgroup_mma_wait(0, deps=(acc, e))
     return acc, totals, packed(e)
+
+
+@gluon.jit
+def left_by_step(square, inverse_curvature, lowest, highest):
+    """`solve.left_by_step`, given |A x|^2, whose sum need not wait for that of the curvature."""
+    spread = square * inverse_curvature * inverse_curvature
+    apart = (highest - lowest) * inverse_curvature
+    return gl.maximum(gl.where(spread > 1, spread - 1, 0.0), apart * apart)
 
 
 @gluon.jit(do_not_specialize=[*NUMBERS, "max_iters", "segments"])

@@ -9,14 +9,57 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
-from flashlla.backends.triton.primitives import cut_tile, queries_of
-from flashlla.backends.triton.resident_parts import barrier, operand, part_sums
+from flashlla.backends.triton.primitives import cut_tile, finite, queries_of
+
+# Triton 3.7 has renamed it.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.constexpr_function
 def products(rows, columns):
     """How threads have a product of so many rows: a warp 16 of them."""
     return gl.NVMMADistributedLayout([3, 0], [rows // 16, 1], [16, columns, 16])
+
+
+@gluon.jit
+def halves(x):
+    """Even and odd columns of (M, N), neighbours of which are one thread's: (M, N / 2) each."""
+    return gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+
+
+@gluon.jit
+def packed(x):
+    """float16 of x (M, N), two columns in an integer: (M, N / 2)."""
+    even, odd = halves(x)
+    return gl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def operand(w, OUT: gl.constexpr):
+    """Packed w (M, N / 2) as the left operand of a product with the layout OUT: (M, N)."""
+    even, odd = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [w], dtype=(gl.float16, gl.float16), is_pure=True, pack=1
+    )
+    wide = gl.reshape(gl.join(even, odd), [w.shape[0], 2 * w.shape[1]])
+    return gl.convert_layout(wide, gl.DotOperandLayout(0, OUT, 2))
+
+
+@gluon.jit
+def part_sums(w):
+    """Of packed w (M, N / 2) the sums of what each of four threads has of a row: (M, 4)."""
+    pairs = gl.inline_asm_elementwise(
+        "{ .reg .b16 a, b; .reg .f32 x, y; mov.b32 {a, b}, $1; cvt.f32.f16 x, a; cvt.f32.f16 y, b; add.f32 $0, x, y; }",
+        "=f,r", [w], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+    return gl.sum(gl.reshape(pairs, [w.shape[0], w.shape[1] // 4, 4]), 1)
+
+
+@gluon.jit
+def finite_or_zero(x):
+    """`primitives.finite_or_zero`, whose zeros have no layout."""
+    return gl.where(finite(x), x, 0.0)
 
 
 @gluon.jit

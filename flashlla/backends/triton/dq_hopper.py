@@ -1,18 +1,15 @@
-"""The adjoint's right-hand side and dq of 16-bit inputs in Gluon for Hopper: what backward.py's kernels do."""
+"""dq and dlambda of 16-bit inputs in Gluon for Hopper: what `backward.dq_kernel` does."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from flashlla.backends.triton.primitives import (
-    LIFTED,
     LOG2E,
     NUMBERS,
     TOP,
     WEIGHT,
-    WEIGHT_BITS,
     handed_on,
-    inverse_or_zero,
     inverse_power,
     key_range,
     keys_of,
@@ -21,145 +18,27 @@ from flashlla.backends.triton.primitives import (
     outside,
     place,
     power_of_two,
-    ridge_in_units,
     room,
     sees_some,
     units_of,
     visible,
 )
-from flashlla.backends.triton.resident_parts import finite_or_zero, operand, packed
 from flashlla.backends.triton.sweep_hopper import (
     add_sums,
     begin,
     fetch,
+    finite_or_zero,
     load_queries,
     no_sums,
     ones_for,
+    operand,
+    packed,
     products,
     ring_of,
     store_queries,
     sweep,
     tiles_of,
 )
-
-
-@gluon.jit
-def parts(x):
-    """Of x (M, N) the sums of what each thread has of a row, of even and of odd columns: (M, 8)."""
-    return gl.sum(gl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1)
-
-
-@gluon.jit
-def moments_body(
-    state, rows, rings, slot, before, coming, start, at, window, CUT: gl.constexpr, SHAPE: gl.constexpr,
-    ONES: gl.constexpr,
-):  # fmt: skip
-    """As `backward.moments_body`."""
-    w, acc, weighed, total, whole = state
-    q, do, row, zero, factor, shift, ones = rows
-    SCORES: gl.constexpr = zero.type.layout
-    VECTORS: gl.constexpr = acc.type.layout
-    N: gl.constexpr = zero.shape[1]
-    BESIDE: gl.constexpr = 2 if ONES else 1
-    k, v = rings[0].index(slot).permute((1, 0)), rings[1].index(slot).permute((1, 0))
-    s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
-    g = warpgroup_mma(do, v, zero, use_acc=False, is_async=True)
-    acc = warpgroup_mma(operand(w, VECTORS), rings[0].index(before), acc, is_async=True)
-    weighed = add_sums(weighed, w, ones, ONES)
-    fetch(rings, coming, N)
-    s = warpgroup_mma_wait(BESIDE + 1, deps=(s,)) * factor - shift[:, None]
-    if CUT:
-        key = start + gl.arange(0, N, layout=gl.SliceLayout(0, SCORES))
-        s = gl.where(visible(row[:, None], key[None, :], at, window, SHAPE.CAUSAL), s, float("-inf"))
-    e = gl.exp2(s)
-    g, e = warpgroup_mma_wait(BESIDE, deps=(g, e))
-    whole += parts(e)
-    e = e * g
-    total += parts(e)
-    if ONES:
-        acc, weighed, e = warpgroup_mma_wait(0, deps=(acc, weighed, e))
-    else:
-        acc, e = warpgroup_mma_wait(0, deps=(acc, e))
-    return packed(e), acc, weighed, total, whole
-
-
-@gluon.jit(do_not_specialize=NUMBERS)
-def moments_hopper_kernel(
-    q_in, k_in, v_in, do_ptr, units, lse_ptr, k_mean_ptr, g_near_ptr, z_size_ptr, ridge_in, lse2_out, t_out, t_size_out,
-    g_mean_out, tops,
-    seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
-    SLOTS: gl.constexpr, ONES: gl.constexpr, SHAPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-):  # fmt: skip
-    """What `backward.moments_kernel` does, where keys and values are as wide as their tiles."""
-    at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False)
-    if outside(at, at.q_len, seqlens.cu_q):
-        return
-    M: gl.constexpr = BLOCK_M
-    N: gl.constexpr = BLOCK_N
-    D: gl.constexpr = SHAPE.BLOCK_D
-    SCORES: gl.constexpr = products(M, N)
-    VECTORS: gl.constexpr = products(M, D)
-    ROWS: gl.constexpr = gl.SliceLayout(1, VECTORS)
-    SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
-    HALVES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], gl.float16)
-    q_unit, k_unit, _ = units_of(units, at, n_heads, group)
-    rings = ring_of(N, D, SLOTS), ring_of(N, D, SLOTS)
-    ranges = tiles_of(key_range(at, window, SHAPE.CAUSAL, M, N), N)
-    sources = ((keys_of(k_in, at), k_in.stride_s), (keys_of(v_in, at), v_in.stride_s)), at.k_stop
-    begin(rings, sources, ranges, N, SLOTS - 2)
-    row = at.start + gl.arange(0, M, layout=ROWS)
-    there = row < at.q_len
-    dim = gl.arange(0, D, layout=gl.SliceLayout(0, VECTORS))
-    vectors = (at.q_row + row)[:, None] * D + dim[None, :]  # (M, D)
-    numbers = at.q_row + row
-    q = load_queries(q_in, at, row, there, D, VECTORS)
-    do = gl.load(do_ptr + vectors, mask=there[:, None], other=0.0)
-    q_shared = gl.allocate_shared_memory(gl.float16, [M, D], HALVES, q)
-    do_shared = gl.allocate_shared_memory(gl.float16, [M, D], HALVES, do)
-    lse2 = gl.load(lse_ptr + numbers, mask=there, other=0.0) * LOG2E
-    score_row = at.start + gl.arange(0, M, layout=SCORE_ROWS)
-    zero = gl.zeros([M, N], gl.float32, SCORES)
-    ones = ones_for(q_shared, N, ONES)
-    w = packed(zero)
-    nothing = parts(zero)
-    state = w, gl.zeros([M, D], gl.float32, VECTORS), no_sums(w, ONES), nothing, nothing
-    if ranges[4] > 0:
-        rows = (
-            q_shared, do_shared, score_row, zero, scale * LOG2E * q_unit * k_unit,
-            gl.convert_layout(lse2 - WEIGHT_BITS, SCORE_ROWS), ones,
-        )  # fmt: skip
-        state, last = sweep(
-            moments_body, state, rows, rings, sources, ranges, at, window, SHAPE, N, SLOTS - 2, ONES
-        )  # fmt: skip
-        w, acc, weighed, total, whole = state
-        acc = warpgroup_mma(operand(w, VECTORS), rings[0].index(last), acc, is_async=True)
-        weighed = add_sums(weighed, w, ones, ONES)
-        if ONES:
-            acc, weighed = warpgroup_mma_wait(0, deps=(acc, weighed))
-        else:
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-        state = w, acc, weighed, total, whole
-    _, acc, weighed, total, whole = state
-    weighed = gl.convert_layout(gl.sum(weighed, 1), ROWS)
-    total = gl.convert_layout(gl.sum(total, 1), ROWS)
-    whole = gl.convert_layout(gl.sum(whole, 1), ROWS)
-    k_mean = gl.load(k_mean_ptr + vectors, mask=there[:, None], other=0.0) * inverse_power(k_unit)
-    # As of `backward.moments_kernel`.
-    share = inverse_or_zero(whole)
-    t = (acc - k_mean * weighed[:, None]) * share[:, None]
-    t_size = gl.sqrt(gl.sum(t * t, 1))
-    halves = gl.abs(weighed) * share * gl.sqrt(gl.sum(k_mean * k_mean, 1))
-    t_size = gl.where(t_size < 1e-6 * halves, 0.0, t_size)
-    gl.store(t_out + vectors, t * inverse_or_zero(t_size)[:, None], mask=there[:, None])
-    gl.store(t_size_out + numbers, t_size, mask=there)
-    gl.store(g_mean_out + numbers, total * share, mask=there)
-    gl.store(lse2_out + numbers, lse2 + (gl.log2(whole) - WEIGHT_BITS), mask=there)
-    ridge = load_ridge(ridge_in, row, at, 1.0)
-    z_size = gl.load(z_size_ptr + numbers, mask=there, other=0.0) * k_unit
-    y_most = gl.where(there, t_size, 0.0) / ridge_in_units(ridge, k_unit)  # A is at least the ridge
-    longest = gl.max(finite_or_zero(gl.maximum(z_size, y_most)), 0)
-    # Nor shall what weighs q outgrow what weighs the values.
-    gl.atomic_max(tops + at.k_head, gl.maximum(longest, gl.abs(scale * q_unit * k_unit) * LIFTED))
 
 
 @gluon.jit

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
@@ -133,7 +134,14 @@ for (_name, _case), _order, _method in itertools.product(CASES.items(), ORDERS, 
 ROWS = {"uneven": (0, 5, 5, 30, 41), "one": (0, 48), "short": (0, 13, 13, 13, 14, 48), "rest": (0, 0, 3)}
 
 
-def packed(order: str, method: str, edges: tuple[int, ...], keywords: dict[str, Any]) -> None:
+def packed(
+    order: str,
+    method: str,
+    edges: tuple[int, ...],
+    keywords: dict[str, Any],
+    of_heads: bool = False,
+    key_heads: int = 8,
+) -> None:
     keywords = {"solver": "direct", "cu_seqlens": cu(*edges), **keywords}
     q, k, v = (t[0].transpose(0, 1) for t in HEADS)
     compare(
@@ -141,8 +149,8 @@ def packed(order: str, method: str, edges: tuple[int, ...], keywords: dict[str, 
         lambda q, k, v, ridge: lla_attention_varlen_cp(
             q, k, v, ridge_lambda=ridge, group=world(), order=order, method=method, **keywords
         ),
-        (q, k, v, RIDGE_OF_TOKENS[0]),
-        (0, 0, 0, 1),
+        (q, k[:, :key_heads], v[:, :key_heads], RIDGE_OF_HEADS if of_heads else RIDGE_OF_TOKENS[0]),
+        (0, 0, 0, None if of_heads else 1),
         order,
     )
 
@@ -150,6 +158,7 @@ def packed(order: str, method: str, edges: tuple[int, ...], keywords: dict[str, 
 for (_name, _edges), _order, _method in itertools.product(ROWS.items(), ORDERS, METHODS):
     for _also, _keywords in {"": {}, "-window": {"window": 6}, "-all_keys": {"causal": False}}.items():
         check(_order, _method, _edges, _keywords, name=f"packed_{_name}-{_order}-{_method}{_also}")(packed)
+    check(_order, _method, _edges, {}, True, 4, name=f"packed_{_name}-{_order}-{_method}-shared")(packed)
 
 
 @check()
@@ -313,6 +322,11 @@ def ranks_that_disagree_all_say_so() -> None:
     mine = dist.get_rank() == 1
     q = normal(1, 2, 4, 4)
     more = normal(1, 2, 6, 4)
+    if mine:
+        os.environ["FLASHLLA_CHECK"] = "1"
+    with pytest.raises(ValueError, match="FLASHLLA_CHECK: False on rank 0, True on rank 1"):
+        lla_attention_cp(q, q, q, group=group)
+    os.environ.pop("FLASHLLA_CHECK", None)
     for own, words in (
         ({"ridge_lambda": torch.ones(2, 1, requires_grad=mine)}, "wanting gradients"),
         ({"window": 3 if mine else 4}, "window: 4 on rank 0, 3 on rank 1"),
@@ -493,7 +507,7 @@ def a_layer_across(ridge: str, edges: tuple[int, ...] | None, window: int | None
     sum_gradients(layer.parameters(), group=world())
     assert own.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        close(own[name], gradient, 1e-11)
+        close(own[name], gradient)
     with pytest.raises(ValueError, match="attention_mask: got one together with context_parallel"):
         layer(shard(x), attention_mask=torch.ones(1, LENGTH // dist.get_world_size()))
     with pytest.raises(ValueError, match="past_key_values: got one together"):
@@ -508,6 +522,22 @@ for _name, _case in {
     check(*_case, name=f"layer_across-{_name}")(a_layer_across)
 
 
+@check()
+def means_of_gradients_want_losses_times_the_ranks() -> None:
+    """DistributedDataParallel and FSDP2 over the ranks of the sequence, as docs/distributed.md has them."""
+    x, grad_o = normal(1, LENGTH, 16), normal(1, LENGTH, 16, seed=1)
+    _, gradients = gradients_of(layer_of("head"), x, grad_o)
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size,))
+    shard = functools.partial(shard_sequence, group=world(), dim=1)
+    for wrapped in (nn.parallel.DistributedDataParallel, functools.partial(fully_shard, mesh=mesh)):
+        layer = wrapped(layer_of("head", context_parallel=mesh))
+        _, own = gradients_of(layer, shard(x), size * shard(grad_o))
+        for name, gradient in gradients.items():
+            got = own[name if name in own else f"module.{name}"]
+            close(got.full_tensor() if isinstance(got, DTensor) else got, gradient)
+
+
 def a_layer_by_heads(ridge: str) -> None:
     x, grad_o = normal(2, 12, 16), normal(2, 12, 16, seed=1)
     own_x = x.clone().requires_grad_()
@@ -518,10 +548,10 @@ def a_layer_by_heads(ridge: str) -> None:
     layer = parallelize_module(layer, mesh, tensor_parallel_plan(layer, mesh))
     o_own, own = gradients_of(layer, own_x, grad_o)
     close(o_own, o)
-    close(own_x.grad, x.grad, 1e-11)
+    close(own_x.grad, x.grad)
     assert own.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        close(own[name].full_tensor(), gradient, 1e-11)
+        close(own[name].full_tensor(), gradient)
     assert own["ridge.raw"].to_local().shape == (8 // dist.get_world_size(),)
     odd = LocalLinearAttention(12, 3)
     with pytest.raises(ValueError, match=f"num_heads: got 3 on {dist.get_world_size()} ranks"):
@@ -530,6 +560,23 @@ def a_layer_by_heads(ridge: str) -> None:
 
 for _ridge in ("head", "token"):
     check(_ridge, name=f"layer_by_heads-{_ridge}")(a_layer_by_heads)
+
+
+@check()
+def a_layer_by_heads_across() -> None:
+    """Heads along one dimension of a mesh, the sequence along the other."""
+    x, grad_o = normal(1, LENGTH, 16), normal(1, LENGTH, 16, seed=1)
+    o, gradients = gradients_of(layer_of("head"), x, grad_o)
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("cp", "tp"))
+    cp = mesh["cp"]
+    layer = layer_of("head", context_parallel=cp)
+    layer = parallelize_module(layer, mesh["tp"], tensor_parallel_plan(layer, mesh["tp"]))
+    shard = functools.partial(shard_sequence, group=cp, dim=1)
+    o_own, own = gradients_of(layer, shard(x), shard(grad_o))
+    close(unshard_sequence(o_own, group=cp, dim=1), o)
+    sum_gradients(layer.parameters(), group=cp)
+    for name, gradient in gradients.items():
+        close(own[name].full_tensor(), gradient)
 
 
 @check()

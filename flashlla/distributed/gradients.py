@@ -27,8 +27,8 @@ def sum_gradients(parameters: Tensor | Iterable[Tensor], *, group: Group) -> Non
     by the number of ranks: the mean of the gradients is then that of the mean over all tokens.
 
     Args:
-        parameters: a tensor or several, such as ``layer.ridge.parameters()``. One that wants a gradient and has none is
-            given one of zeros: other ranks may have one.
+        parameters: a tensor or several, such as ``layer.ridge.parameters()``; of a DTensor the rank's shard is summed.
+            One that wants a gradient and has none is given one of zeros: other ranks may have one.
         group: a ProcessGroup, or a DeviceMesh of one dimension.
 
     Raises:
@@ -50,9 +50,19 @@ def sum_gradients(parameters: Tensor | Iterable[Tensor], *, group: Group) -> Non
     for t in wanting:
         if t.grad is None:
             t.grad = torch.zeros_like(t)
-        alike.setdefault((t.grad.dtype, t.grad.device), []).append(t.grad)
+        own = _own(t.grad)
+        alike.setdefault((own.dtype, own.device), []).append(own)
     for gradients in alike.values():
         summed = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(summed, group=ranks.group)
         for gradient, total in zip(gradients, summed.split([gradient.numel() for gradient in gradients])):
             gradient.copy_(total.view(gradient.shape))
+
+
+def _own(gradient: Tensor) -> Tensor:
+    """What this rank has of it, in the same memory."""
+    if not hasattr(gradient, "to_local"):
+        return gradient
+    with torch.no_grad():
+        own: Tensor = gradient.to_local()
+    return own

@@ -73,6 +73,8 @@ def agree(ranks: Ranks, device: torch.device, asked: dict[str, Any]) -> None:
     calls = _calls[ranks.group] = _calls.get(ranks.group, 0) + 1
     if ranks.size == 1 or (calls > COMPARED and os.environ.get("FLASHLLA_CHECK") != "1"):
         return
+    # A rank that compared in later calls what others do not would take their next collective for a comparison.
+    asked = {**asked, "FLASHLLA_CHECK": os.environ.get("FLASHLLA_CHECK") == "1"}
     told = {name: repr(value() if callable(value) else value) for name, value in asked.items()}
     digest = hashlib.sha256(repr(told).encode()).digest()[:8]
     own = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from flashlla.autograd import AdjointArguments, backward, forward, ran
 from flashlla.distributed.collectives import Pending, ahead
 from flashlla.distributed.groups import Ranks
-from flashlla.distributed.keys import Bringing, Part, bringing, parts_of
+from flashlla.distributed.keys import Bringing, OfKeys, Part, bringing, parts_of
 from flashlla.distributed.sharding import Shards
 from flashlla.problem import Arguments, Inputs, Report, Residuals, Settings, empty_output, empty_report
 
@@ -117,21 +117,16 @@ class Shared:
             leaving.clear()
 
         for heads, calls in self.calls(own):
-            sums: list[Tensor] = []
-            if of_keys:
-                many = own.k[:, heads.keys].shape[1]
-                sums = self.keys.sums(own.ridge_lambda, own.k.shape[0], many, columns_of[1].stop)
-            for i, (part, (inputs, _)) in enumerate(calls):
+            of_parts: list[OfKeys] = []
+            for part, (inputs, _) in calls:
                 place = slice(None), heads.queries, self.rows(part)
                 left = Residuals(*itertools.islice(residuals, len(Residuals._fields)))
                 found = backward(AdjointArguments(grad_o[place], inputs, left, settings, unrounded=of_keys))
                 dq[place], dridge[place] = found.q, found.ridge_lambda
-                if of_keys:
-                    for columns, gradient in zip(columns_of, (found.k, found.v)):
-                        self.keys.add(sums, i, columns, gradient.permute(2, 0, 1, 3))
+                of_parts.append(OfKeys(*(t.permute(2, 0, 1, 3) for t in (found.k, found.v))))
             arrive()
             if of_keys:
-                leaving.append((heads, self.keys.give_back(sums)))
+                leaving.append((heads, self.keys.give_back(of_parts)))
         arrive()
         return dq, dk if of_keys else None, dv if of_keys else None, dridge
 

@@ -28,6 +28,13 @@ class Part(NamedTuple):
         return range(self.keys.start, self.queries.start)
 
 
+class OfKeys(NamedTuple):
+    """Gradients of a part's keys, and of their values: (n, B, h, D) and (n, B, h, Dv), not rounded."""
+
+    k: Tensor
+    v: Tensor
+
+
 def parts_of(rank: int, shards: Shards, causal: bool, window: int | None) -> list[Part]:
     """Of the queries of ``rank``."""
     parts = []
@@ -53,24 +60,17 @@ class Everywhere:
 
         return gather(own, self.ranks).then(of_parts)
 
-    def sums(self, like: Tensor, *shape: int) -> list[Tensor]:
-        """Where gradients of keys, each of ``shape``, are added up: zeros."""
-        return [like.new_zeros((self.shards.total, *shape))]  # ranks' shards one behind the other, as they leave
-
-    def add(self, sums: list[Tensor], part: int, columns: slice, gradient: Tensor) -> None:
-        """Add to these ``columns`` the ``gradient`` of a part's keys, (n, ...)."""
-        (total,), keys = sums, self.parts[part].keys
-        for rank in range(self.ranks.size):
-            for mine, chunk in zip(total[self._of(rank)].split(self.shards.chunk), self.shards.chunks(rank)):
-                if len(common := _common(chunk, keys)):
-                    mine[_slice(common, chunk.start)][..., columns] += gradient[_slice(common, keys.start)]
-
-    def give_back(self, sums: list[Tensor]) -> Pending[Tensor]:
-        """All ranks' sums for this rank's own keys, (s, ...)."""
-        return reduce_scatter(sums[0], self.ranks)
-
-    def _of(self, rank: int) -> slice:
-        return slice(rank * self.shards.length, (rank + 1) * self.shards.length)
+    def give_back(self, found: Sequence[OfKeys]) -> Pending[Tensor]:
+        """All ranks' sums for this rank's own keys, (s, ...), of what each part has ``found``."""
+        widths, like = [t.shape[-1] for t in found[0]], found[0].k
+        total = like.new_empty((self.shards.total, *like.shape[1:-1], sum(widths)))
+        # Ranks' shards one behind the other, as they leave. A part's keys are whole chunks, from the first on.
+        chunks = [chunk for rank in range(self.ranks.size) for chunk in self.shards.chunks(rank)]
+        for rows, chunk in zip(total.split(self.shards.chunk), chunks):
+            seen = [gradients for part, gradients in zip(self.parts, found) if chunk.stop <= part.keys.stop]
+            for i, columns in enumerate(rows.split(widths, -1)):
+                _write_sum([gradients[i][_slice(chunk)] for gradients in seen], columns)
+        return reduce_scatter(total, self.ranks)
 
 
 class _Trip(NamedTuple):
@@ -117,13 +117,8 @@ class Neighbours:
 
         return exchange(sent, self.sends, self.receives, self.ranks).then(of_parts)
 
-    def sums(self, like: Tensor, *shape: int) -> list[Tensor]:
-        return [like.new_zeros((len(part.keys), *shape)) for part in self.parts]
-
-    def add(self, sums: list[Tensor], part: int, columns: slice, gradient: Tensor) -> None:
-        sums[part][..., columns] += gradient
-
-    def give_back(self, sums: list[Tensor]) -> Pending[Tensor]:
+    def give_back(self, found: Sequence[OfKeys]) -> Pending[Tensor]:
+        sums = [torch.cat(gradients, -1) for gradients in found]
         of_trip = lambda trip: sums[trip.part][_slice(trip.places, self.parts[trip.part].keys.start)]
         sent = torch.cat([of_trip(trip) for trip in self.coming] or [sums[0][:0]])
 
@@ -146,6 +141,16 @@ Bringing = Everywhere | Neighbours
 
 def bringing(ranks: Ranks, shards: Shards, parts: Sequence[Part], window: int | None) -> Bringing:
     return Everywhere(ranks, shards, parts) if window is None else Neighbours(ranks, shards, parts, window)
+
+
+def _write_sum(terms: Sequence[Tensor], out: Tensor) -> None:
+    """Of none it is 0, and of a head and a tail the head comes first."""
+    if len(terms) > 1:
+        torch.add(*terms, out=out)
+    elif terms:
+        out.copy_(terms[0])
+    else:
+        out.zero_()
 
 
 def _common(a: range, b: range) -> range:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import os
 import statistics
 import sys
@@ -38,7 +37,7 @@ from flashlla.distributed import (
     sum_gradients,
     unshard_sequence,
 )
-from flashlla.distributed.groups import Ranks
+from flashlla.distributed.groups import COMPARED, Ranks, agree
 from flashlla.distributed.sharding import Order, Shards
 from flashlla.nn import LocalLinearAttention
 
@@ -66,6 +65,11 @@ class World:
     def __init__(self, device: str, size: int) -> None:
         self.device, self.size, self.rank = device, size, dist.get_rank()
         self.group: Any = dist.new_group(list(range(size)))
+
+    def settle(self) -> None:
+        """Have done with what ranks do in a group's first calls alone: they compare what they ask for."""
+        for _ in range(COMPARED):
+            agree(Ranks(self.group, self.rank, self.size), torch.device(self.device), {})
 
     @property
     def mine(self) -> bool:
@@ -119,7 +123,7 @@ def stepper(attend: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[
 
 def accuracy(world: World, options: argparse.Namespace) -> list[Line]:
     """Errors of o and of the gradients, relative to float64; and how far they are from one GPU's."""
-    if world.size == 1 < dist.get_world_size():
+    if world.size < dist.get_world_size():
         return []
     heads, length, dim = min(4, options.heads), 2048, options.dim
     tensors = make((1, heads, length, dim), dtype=options.dtype, device=world.device)
@@ -201,62 +205,107 @@ def _told(line: Line) -> Line:
     return {name: round(x, 4) if isinstance(x, float) else x for name, x in line.items()}
 
 
-class Spans(NamedTuple):
-    """When kernels ran on this rank's GPU, in seconds: NCCL's, the pass over a cache, and all others."""
+class Span(NamedTuple):
+    """When a kernel ran on this rank's GPU, in seconds."""
 
-    nccl: list[tuple[float, float]]
-    cache: list[tuple[float, float]]
-    other: list[tuple[float, float]]
+    start: float
+    stop: float
+    kernel: str  # of this package by its name, of NCCL by what it carries, of torch "copies"
 
 
-def spans(world: World, call: Callable[[], Any]) -> Spans:
+def spans(world: World, call: Callable[[], Any]) -> list[Span]:
     """Of ``call``, which all ranks begin at once, by torch's profiler."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        world.every(0.0)  # to begin the profiler takes ranks different times
+        if world.size > 1:
+            world.every(0.0)  # to begin the profiler takes ranks different times
         world.wait()
         call()
         world.wait()
-    found = Spans([], [], [])
-    for event in sorted(profiler.events() or [], key=lambda event: float(event.time_range.start)):
-        if event.device_type.name == "CUDA":
-            name = event.name.lower()
-            of = found.nccl if "nccl" in name else found.cache if "decode_moments" in name else found.other
-            of.append((event.time_range.start * 1e-6, event.time_range.end * 1e-6))
-    _, begun = found.nccl.pop(0) if found.nccl else (0.0, 0.0)
-    return Spans(*([span for span in of if span[0] >= begun] for of in found))
+    found = [
+        Span(event.time_range.start * 1e-6, event.time_range.end * 1e-6, _kernel(event.name))
+        for event in profiler.events() or []
+        if event.device_type.name == "CUDA"
+    ]
+    found.sort()
+    begun = next((span.stop for span in found if _is_nccl(span)), 0.0)  # world.every
+    return [span for span in found if span.start >= begun]
+
+
+def _kernel(name: str) -> str:
+    if "nccl" in name.lower():
+        carries = ("AllGather", "ReduceScatter", "AllReduce", "SendRecv")
+        return f"NCCL {next((what for what in carries if what in name), 'others')}"
+    return name if name.endswith("_kernel") else "copies"
+
+
+def _is_nccl(span: Span) -> bool:
+    return span.kernel.startswith("NCCL")
 
 
 def communication(world: World, step: Callable[[], Any]) -> Line:
     """Of one step: seconds that NCCL's kernels take, that nothing else runs meanwhile, and that other kernels take, as
     a mean over ranks; and the latter's largest, divided by their mean. NCCL's wait for the slowest rank."""
-    nccl, *others = spans(world, step)
-    carrying, computing = _union(nccl), _union(list(itertools.chain(*others)))
-    both = _total(carrying) + _total(computing) - _total(_union(carrying + computing))
+    found = spans(world, step)
+    nccl, other = ([span for span in found if _is_nccl(span) == which] for which in (True, False))
+    exposed = _busy(found) - _busy(other)
     mean = lambda number: sum(world.every(number)) / world.size
-    compute = world.every(_total(computing))
+    compute = world.every(_busy(other))
     return {
-        "nccl_s": mean(_total(carrying)),
-        "nccl_exposed_s": mean(_total(carrying) - both),
+        "nccl_s": mean(_busy(nccl)),
+        "nccl_exposed_s": mean(exposed),
         "compute_s": sum(compute) / world.size,
         "imbalance": max(compute) * world.size / max(sum(compute), 1e-9),
     }
 
 
-def _total(of: Sequence[tuple[float, float]]) -> float:
-    return sum(stop - start for start, stop in of)
+def _total(spans: Sequence[Span]) -> float:
+    return sum(span.stop - span.start for span in spans)
 
 
-def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Spans that do not overlap."""
-    found: list[tuple[float, float]] = []
-    for start, stop in sorted(spans):
-        if found and start <= found[-1][1]:
-            found[-1] = found[-1][0], max(stop, found[-1][1])
-        else:
-            found.append((start, stop))
-    return found
+def _busy(spans: Sequence[Span]) -> float:
+    """Seconds in which at least one of them, in order of their starts, is on its way."""
+    busy, until = 0.0, float("-inf")
+    for span in spans:
+        busy += max(0.0, span.stop - max(span.start, until))
+        until = max(until, span.stop)
+    return busy
+
+
+def parts(world: World, options: argparse.Namespace) -> list[Line]:
+    """What a forward pass and a step of SHORT tokens consist of, by all_gather, and on one GPU without: seconds of each
+    kernel; of those from the first one's start to the last one's end how many there are, and in how many none runs."""
+    if world.device != "cuda":
+        return []
+    tensors = make(
+        (1, options.heads, SHORT // world.size, options.dim),
+        dtype=options.dtype,
+        device=world.device,
+        seed=world.rank,
+    )
+    attend: Callable[..., Any] = functools.partial(lla_attention, ridge_lambda=RIDGE)
+    if world.size > 1:
+        attend = functools.partial(lla_attention_cp, ridge_lambda=RIDGE, group=world.group)
+    line = {"gpus": world.size, "length": SHORT}
+    calls = {"forward": lambda: attend(*tensors[:3]), "step": stepper(attend, tensors)}
+    return [{**line, "pass": which, **_parts(world, call)} for which, call in calls.items()]
+
+
+def _parts(world: World, call: Callable[[], Any]) -> Line:
+    call()
+    found = spans(world, call)
+    elapsed = max(span.stop for span in found) - found[0].start
+    own = {kernel: _total([span for span in found if span.kernel == kernel]) for kernel in {s.kernel for s in found}}
+    own |= {"none": elapsed - _busy(found), "elapsed": elapsed}
+    everyones: list[dict[str, float]] = [{} for _ in range(world.size)]
+    dist.all_gather_object(everyones, own, group=world.group)
+    line: Line = {"mean_s": {}, "most_s": {}}
+    for name in sorted({name for each in everyones for name in each}):
+        took = [each.get(name, 0.0) for each in everyones]
+        line["mean_s"][name], line["most_s"][name] = sum(took) / world.size, max(took)
+        world.say(f"parts of {world.size}: {name:<28} {1e3 * sum(took) / world.size:8.3f} {1e3 * max(took):8.3f} ms")
+    return line
 
 
 def bandwidth(world: World, options: argparse.Namespace) -> list[Line]:
@@ -295,8 +344,6 @@ def decode(world: World, options: argparse.Namespace) -> list[Line]:
     if world.size > 1:
         call = lambda: lla_decode_cp(q, k, v, full(share[2]), group=world.group, ridge_lambda=RIDGE)
     many = lambda: [call() for _ in range(10)]
-    many()
-    many()  # ranks compare what they ask for, at first
     line: Line = {"cached": length, "heads": options.heads, "dim": options.dim, "gpus": world.size}
     line["us"] = 1e6 * world.cost(many, calls=9).seconds / 10
     if world.device == "cuda":
@@ -314,9 +361,11 @@ def kernels(world: World, call: Callable[[], Any], calls: int) -> Line:
     """Of one of the ``calls`` that ``call`` makes: how many kernels it takes, and microseconds of the pass over the
     cache, on the rank where that takes longest, of NCCL's kernels, on the rank that waits least, and of all others."""
     found = spans(world, call)
-    nccl, cache, other = (world.every(1e6 * _total(of) / calls) for of in found)
-    count = sum(map(len, found)) / calls
-    return {"pass_us": max(cache), "nccl_us": min(nccl), "other_us": max(other), "kernels": count}
+    kinds = (_is_nccl, lambda span: "decode_moments" in span.kernel)
+    nccl, cache = ([span for span in found if of(span)] for of in kinds)
+    us = lambda of: world.every(1e6 * _total(of) / calls)
+    other = us([span for span in found if span not in nccl and span not in cache])
+    return {"pass_us": max(us(cache)), "nccl_us": min(us(nccl)), "other_us": max(other), "kernels": len(found) / calls}
 
 
 def training(world: World, options: argparse.Namespace) -> list[Line]:
@@ -411,6 +460,7 @@ KINDS = {
     "decode": decode,
     "training": training,
     "balance": balance,
+    "parts": parts,
 }
 
 
@@ -442,15 +492,20 @@ def main(options: argparse.Namespace) -> int:
     first = dist.get_rank() == 0
     kept = record.Record(options, options.device)
     worlds[0].say(kept.figures)
+    for world in worlds:
+        if world.mine:
+            world.settle()
+    begun = time.perf_counter()
     for kind in options.only:
         lines: list[Line] = []
         for world in worlds:
             if world.mine:
                 lines += KINDS[kind](world, options)
             dist.barrier()
-        kept.figures[kind] = with_efficiencies(lines)
-        if first:
-            kept.write()
+            kept.figures[kind] = with_efficiencies(lines)
+            if first:
+                kept.write()
+            worlds[0].say(f"{kind} of {world.size}: {time.perf_counter() - begun:.1f} s since the start")
     if first:
         kept.end()
     dist.destroy_process_group()

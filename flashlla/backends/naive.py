@@ -48,11 +48,12 @@ class Naive(Framed):
         g = (do @ v.mT).where(p > 0, 0)  # a hidden value may be too large for the product
         g_mean = (p * g).sum(-1, keepdim=True)
         y = solve(found.systems, moment(p, g, g_mean, k, k_mean))  # (3.1)
-        e = g - g_mean - covariate(y, k, k_mean)  # (3.2)
+        e = error(do, v, g, g_mean, y, k, k_mean)  # (3.2)
         dridge = dot(z, y)  # (3.6)
-        dl = p * ((1 - a) * e + given.ridge_lambda.unsqueeze(-1) * dridge)
-        dq = problem.scale * dense.about_mean(dl, k, k_mean) + y  # (3.3)
-        dk = problem.scale * (dl.mT @ q) - (p * e).mT @ z - (p * (1 - a)).mT @ y  # (3.4)
+        moved = (1 - a) * e + given.ridge_lambda.unsqueeze(-1) * dridge  # dl / p
+        dq = problem.scale * dense.about_mean(p * moved, k, k_mean) + y  # (3.3)
+        p = of_keys(problem, p, q, k)
+        dk = problem.scale * ((p * moved).mT @ q) - (p * e).mT @ z - (p * (1 - a)).mT @ y  # (3.4)
         dv = (p * (1 - a)).mT @ do  # (3.5)
         return dense.as_gradients(problem, inputs, dq, dk, dv, dridge)
 
@@ -71,6 +72,16 @@ def whole(problem: Problem, inputs: Inputs) -> tuple[dense.Operands, dense.Stati
 def moment(p: Tensor, g: Tensor, g_mean: Tensor, k: Tensor, k_mean: Tensor) -> Tensor:
     """t of (3.1), (H, M, D)."""
     return dense.about_mean(p * (g - g_mean), k, k_mean)
+
+
+def error(do: Tensor, v: Tensor, g: Tensor, g_mean: Tensor, y: Tensor, k: Tensor, k_mean: Tensor) -> Tensor:
+    """e of (3.2), (H, M, Sk)."""
+    return g - g_mean - covariate(y, k, k_mean)
+
+
+def of_keys(problem: Problem, p: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The weights again, for the sums over queries."""
+    return p
 
 
 def covariate(x: Tensor, k: Tensor, k_mean: Tensor) -> Tensor:

@@ -214,7 +214,7 @@ def _judge(call: Call, case: Case, found: Outcome, due: Due, clean: dict[str, Te
             tolerance=0.0 if direct else numbers.tolerance(call.options),
             units=numbers.units,
             draws=draws,
-            moved=not call.backend.startswith("triton") or call.dtype == torch.float32,  # docs/math.md, section 6
+            fused=call.backend.startswith("triton"),
         )
     except torch.linalg.LinAlgError:  # the oracle's own: not even float64 carries these
         return "loose"

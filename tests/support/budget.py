@@ -25,7 +25,8 @@ from torch import Tensor
 
 from flashlla.backends import naive
 from flashlla.backends.dense import about_mean
-from flashlla.problem import KeySpans, resolution
+from flashlla.covariance import dot
+from flashlla.problem import KeySpans, Problem, resolution
 from tests.support.cases import LAYOUTS, Case
 from tests.support.helpers import problem_of
 from tests.support.oracle import Reference, reference
@@ -38,6 +39,8 @@ _DRAWS = 3
 _KINDS = ("operand", "sum", "residual")
 
 OPERAND = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-11}
+# The spacing of float16's smallest numbers, 2^-24, beside what operands are scaled to, 2^15.
+_LEAST = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 2.0**-40, torch.bfloat16: 2.0**-40}
 _SUM = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-24}
 _RESULT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
@@ -120,22 +123,27 @@ def budget_of(
     tolerance: float = 0.0,
     units: Mapping[str, float] | None = None,
     draws: int = _DRAWS,
-    moved: bool = True,
+    fused: bool = False,
 ) -> Budget:
     """The budget of other numbers, ``leaves``, in the shape of ``case``; ``tolerance`` and ``units``, by the name of a
     result, as in :func:`allowance`; from so many ``draws`` of each disturbance. Without any it is what every call is
-    allowed, however well its numbers bear rounding. moved: for who takes keys relative to the first."""
+    allowed, however well its numbers bear rounding. fused: for the fused kernels."""
     exact = reference(case, leaves)
-    with contextlib.nullcontext() if moved else _unmoved():
+    with _fused(dtype.itemsize == 2) if fused else contextlib.nullcontext():
         spread = spreads_of(case, leaves, exact, draws)
     return _budget(exact, spread, dtype, iterative, truncates, tolerance, units or {})
 
 
 @contextlib.contextmanager
-def _unmoved() -> Iterator[None]:
-    """The naive backend takes keys, and in (3.1) what weighs them, as they come: docs/math.md, section 6."""
-    no_origin = mock.patch.object(KeySpans, "first_of", lambda _, k: torch.zeros_like(k[:, :, :1]))
-    with no_origin, mock.patch.object(naive, "moment", _of_halves):
+def _fused(half: bool) -> Iterator[None]:
+    """The naive backend computes as fused kernels do; ``half``: those of 16-bit operands, which take keys as they come.
+    docs/math.md, section 6."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(naive, "error", _of_one_sum))
+        stack.enter_context(mock.patch.object(naive, "of_keys", _made_anew))
+        if half:
+            stack.enter_context(mock.patch.object(KeySpans, "first_of", lambda _, k: torch.zeros_like(k[:, :, :1])))
+            stack.enter_context(mock.patch.object(naive, "moment", _of_halves))
         yield
 
 
@@ -144,6 +152,23 @@ def _of_halves(p: Tensor, g: Tensor, g_mean: Tensor, k: Tensor, k_mean: Tensor) 
     halves = (p * g).sum(-1, keepdim=True).abs() * k_mean.norm(dim=-1, keepdim=True)
     exact = about_mean(p * (g - g_mean), k, k_mean)
     return torch.where(exact.norm(dim=-1, keepdim=True) < _ROUNDING * halves, 0, about_mean(p * g, k, k_mean))
+
+
+def _of_one_sum(
+    do: Tensor, v: Tensor, g: Tensor, g_mean: Tensor, y: Tensor, k: Tensor, k_mean: Tensor
+) -> Tensor:  # fmt: skip
+    """e of (3.2) as one sum, made anew in every pass: the products with y are added to those with do."""
+    e = (do @ v.mT).where(g != 0, 0)  # where a value is hidden g is 0
+    of_each = y @ k.mT / k.shape[-1]
+    for _ in range(k.shape[-1]):
+        e = e - of_each
+    return e - (g_mean - dot(y, k_mean))
+
+
+def _made_anew(problem: Problem, p: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The weights from logits that are rounded otherwise than those that lse was made of."""
+    apart = q @ k.mT - q @ k.mT
+    return p * (problem.scale * apart).where(p > 0, 0).exp()
 
 
 def _budget(
@@ -190,7 +215,8 @@ def allowance(
     error = torch.stack([(size * spread[kind]).square() for kind, size in sizes.items()]).sum(0).sqrt()
     size = row_norm(result)
     error = error + _SUM[dtype] * size.square().mean().sqrt()  # for rows whose own size vanishes
-    error = error + 4 * _SUM[dtype] ** 2 * unit  # for results that are exactly zero: a rounding of a rounding
+    # For results that are exactly zero: a rounding of a rounding, or what float16 cannot tell from 0.
+    error = error + max(4 * _SUM[dtype] ** 2, _LEAST[dtype]) * unit
     result_rounding = _RESULT[dtype] * (2 if truncates and dtype == torch.bfloat16 else 1)
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # numbers below are told apart no more
     columns = result.shape[-1] if result.dim() else 1

@@ -1,9 +1,11 @@
-"""Triton's interpreter, a few times faster."""
+"""Triton's interpreter, a few times faster, and its products as GPUs make them."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
+
+import numpy as np
 
 
 def hasten() -> None:
@@ -18,6 +20,7 @@ def hasten() -> None:
 
     _read_by_item(interpreter)
     _mask_by_truth(interpreter)
+    _add_in_order(interpreter)
     patched: set[int] = set()
 
     def call(self: interpreter.InterpretedFunction, *arguments: object, **keywords: object) -> object:
@@ -47,3 +50,20 @@ def _mask_by_truth(interpreter: Any) -> None:
     true = lambda mask: interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
     builder.create_masked_load = lambda self, at, mask, *rest: load(self, at, true(mask), *rest)
     builder.create_masked_store = lambda self, at, value, mask, *rest: store(self, at, value, true(mask), *rest)
+
+
+def _add_in_order(interpreter: Any) -> None:
+    """Products of float32 are sums of fused multiply-adds, one term after the other: the same bits in a product as in
+    its transpose, which BLAS does not promise, and kernels that compute weights anew in another pass count on."""
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def in_order(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        if a.data.dtype != np.float32:
+            return dot(self, a, b, d, *rest)
+        rows, columns, total = a.data.astype(np.float64), b.data.astype(np.float64), d.data
+        for i in range(rows.shape[-1]):
+            total = (rows[..., :, i, None] * columns[..., None, i, :] + total).astype(np.float32)
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    builder.create_dot = in_order

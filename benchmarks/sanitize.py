@@ -33,8 +33,8 @@ TOOLS: dict[str, tuple[str, ...]] = {
     "racecheck": _OURS,
     "initcheck": (),
 }
-# What each tool's calls are made under. racecheck tells of threads that write different numbers to one place: where lanes
-# hold copies of a sum, and a product is fused with its first exchange, they differ in the last bit, by which lane
+# What each tool's calls are made under. racecheck tells of threads that write different numbers to one place: where
+# lanes hold copies of a sum, and a product is fused with its first exchange, they differ in the last bit, by which lane
 # rounded its own (docs/reliability.md).
 BEFORE = {"racecheck": "from flashlla.backends.triton import runtime\nruntime.COMPILER['enable_fp_fusion'] = False\n"}
 # What is made on purpose for each tool.

@@ -18,6 +18,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from flashlla.backends import naive
 from flashlla.backends.dense import about_mean
 from flashlla.covariance import dot
-from flashlla.problem import KeySpans, Problem, resolution
+from flashlla.problem import Inputs, KeySpans, Problem, resolution
 from tests.support.cases import LAYOUTS, Case
 from tests.support.helpers import problem_of
 from tests.support.oracle import Reference, reference
@@ -141,6 +142,7 @@ def _fused(half: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(naive, "error", _of_one_sum))
         stack.enter_context(mock.patch.object(naive, "of_keys", _made_anew))
+        stack.enter_context(mock.patch.object(naive, "whole", functools.partial(_from_lse, naive.whole)))
         if half:
             stack.enter_context(mock.patch.object(KeySpans, "first_of", lambda _, k: torch.zeros_like(k[:, :, :1])))
             stack.enter_context(mock.patch.object(naive, "moment", _of_halves))
@@ -163,6 +165,15 @@ def _of_one_sum(
     for _ in range(k.shape[-1]):
         e = e - of_each
     return e - (g_mean - dot(y, k_mean))
+
+
+def _from_lse(whole: Callable[..., Any], problem: Problem, inputs: Inputs) -> Any:
+    """The systems' weights from lse, which is rounded: they sum to 1 but for that."""
+    given, found = whole(problem, inputs)
+    lse = lambda: found.m + found.omega.log()
+    apart = (lse() - lse()).where(found.omega > 0, 0)
+    systems = replace(found.systems, p=found.p * apart.exp())
+    return given, found._replace(systems=systems)
 
 
 def _made_anew(problem: Problem, p: Tensor, q: Tensor, k: Tensor) -> Tensor:

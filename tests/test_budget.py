@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from tests.support import cases
-from tests.support.budget import budget, evaluations, reference_of, row_norm
+from tests.support.budget import budget, budget_of, evaluations, reference_of, row_norm
 from tests.support.cases import BY_NAME, CASES, Case
 from tests.support.poison import poisoned
 from tests.support.rounding import EXACT
@@ -32,6 +34,18 @@ def test_budget_is_no_blank_cheque() -> None:
         assert float(allowed.o.norm() / allowed.reference.o.norm()) < size
         for name, gradient in allowed.reference.gradients.items():
             assert float(allowed.gradients[name].norm() / gradient.norm()) < size
+
+
+@pytest.mark.parametrize(("name", "spared"), [("length_64", True), ("keys_far", False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_kernels_are_allowed_what_they_compute_anew(dtype: torch.dtype, name: str, spared: bool) -> None:
+    """Little, where logits are small and keys about the origin; both far off, what docs/math.md derives."""
+    case = BY_NAME["length_64"]
+    case = case if spared else dataclasses.replace(case, name=name, data="offset", scale=2.0)
+    plain, fused = (budget_of(case, case.make(dtype), dtype, True, draws=8, fused=fused) for fused in (False, True))
+    ratios = [float(fused.gradients[name].norm() / plain.gradients[name].norm()) for name in plain.gradients]
+    assert all(ratio < 1.5 for ratio in ratios) == spared, ratios
+    assert min(ratios) > 0.5
 
 
 @pytest.mark.parametrize("error", [0.01, float("nan"), float("inf")])

@@ -133,10 +133,12 @@ def row(kept: dict[str, Any], name: str) -> str:
     total: Counter[str] = Counter()
     for counts in kept["verdicts"].values():
         total.update(counts)
+    kinds = f" of {kept['forms']} kinds" if kept.get("forms", kept["calls"]) != kept["calls"] else ""
     where = f"{kept['device']}, Python {kept['python']}, torch {kept['torch'].split('+')[0]}, Triton {kept['triton']}"
     cells = [
         f"{', '.join(f'`{backend}`' for backend in kept['verdicts'])}{', interpreted' * kept['interpreted']}",
-        *(str(n) for n in (kept["seed"], kept["calls"])),
+        str(kept["seed"]),
+        f"{kept['calls']}{kinds}",
         *(str(total[verdict]) for verdict in ("right", "refused", "unconverged", "loose", "wrong")),
         f"{kept['date'].split()[0]}, {where}",
         f"`benchmarks/results/{name}.json`",

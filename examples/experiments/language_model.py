@@ -242,8 +242,8 @@ def draw(runs: dict[str, Run], path: Path, arms: Sequence[Arm]) -> None:
         if (resolved := resolve(arm, runs)) is None:
             continue
         colour = colours.setdefault((arm.kind, arm.as_lla, arm.steps), f"C{len(colours)}")
-        label = f"{'LLA' if arm.kind == 'lla' else 'softmax'}{', as long as LLA' * arm.as_lla}"
-        label += f", {arm.steps} steps" * (arm.steps != Arm.steps)
+        label = "LLA" if arm.kind == "lla" else "softmax"
+        label += f", as long as LLA's {arm.steps} steps" if arm.as_lla else f", {arm.steps} steps"
         label += ", no qk-norm" * (not arm.qk_norm) + ", Muon" * (arm.optimizer == "muon")
         for run in by_arm(runs).get(replace(resolved, steps=arm.steps).name(), []):
             steps, _, losses = zip(*run["curve"])

@@ -171,6 +171,47 @@ FOUND_IN_KERNELS |= {
 }
 
 
+# And what fused kernels compute anew: weights from lse, in each pass; some that float16 has no digits for.
+FOUND_IN_KERNELS |= {
+    "systems of weights that come from a rounded lse": Call(
+        Case(
+            "fuzz_31_291",
+            length=61,
+            data="power_law",
+            ridge_lambda=0.057,
+            ridge="scalar",
+            scale=74000.0,
+            delta_eps=0.0,
+            sizes=(0.0001, 1.0, 1.0, 1.0),
+            layout="bsd",
+        ),
+        torch.float32,
+        "triton_pcg",
+    ),
+    "weights too small for float16": Call(
+        Case(
+            "fuzz_31_1055",
+            length=5,
+            data="offset",
+            ridge_lambda=80.0,
+            scale=0.53,
+            keys=47,
+            packed=(0, 1),
+            packed_keys=(19, 5),
+        ),
+        torch.bfloat16,
+        "triton",
+    ),
+    "logits rounded otherwise in another pass": Call(
+        Case("fuzz_31_234", heads=2, length=1, scale=43.0, sizes=(0.1, 1.0, 0.01, 1.0), keys=49),
+        torch.float32,
+        "triton",
+    ),
+    "a product and its transpose": Call(Case("fuzz_13_653", length=7, dim=5, scale=1e4), torch.float32, "triton"),
+    "the same, of a lone key": Call(Case("fuzz_13_406", length=13, seqstarts=(12,)), torch.float32, "triton_pcg"),
+}
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found_is_right(name: str) -> None:

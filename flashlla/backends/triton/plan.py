@@ -130,13 +130,8 @@ class Memory:
     output: Layout | None = None
     size: int = 0
 
-    def allocate(self, device: torch.device) -> Tensor:
-        if self.output is None:
-            t = torch.empty(self.size, dtype=torch.uint8, device=device)
-        else:
-            shape, strides, dtype, _ = self.output
-            t = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-        return t if self.fill is None else t.fill_(self.fill)
+    def layout(self) -> Layout:
+        return self.output or contiguous((self.size,), torch.uint8)
 
 
 class Running(NamedTuple):
@@ -232,6 +227,7 @@ class Stage:
     `Running.values`: by its seat there an address, of which memory and with what offset, or what makes a record."""
 
     memories: list[Memory] = field(default_factory=list)
+    allocations: list[tuple[Any, ...]] = field(default_factory=list)  # of these shape, strides, dtype and filling
     addresses: list[tuple[int, int, int]] = field(default_factory=list)
     records: list[tuple[int, Callable[[list[Any]], Any]]] = field(default_factory=list)
     steps: list[Launch | Tuned | Compute] = field(default_factory=list)
@@ -314,6 +310,8 @@ class Plan:
     def finished(self, outputs: Sequence[Buffer]) -> Plan:
         """This plan, once all of it is written down: `run` returns ``outputs``."""
         self.outputs = list(outputs)
+        for stage in self.stages:
+            stage.allocations = [(*memory.layout()[:3], memory.fill) for memory in stage.memories]
         return self
 
     def compile(self) -> None:
@@ -327,15 +325,19 @@ class Plan:
         """The outputs. Nothing here waits for the device."""
         if not self.compiles:
             self.compile()
-        with on(self.device):
+        device = self.device
+        with on(device):
             memories: list[Any] = list(given)
             values = list(self.values)
-            call = Running(memories, values, runtime.stream(self.device))
+            call = Running(memories, values, runtime.stream(device))
             addresses = [0 if t is None else t.data_ptr() for t in given]
             for stage in self.stages:
-                for allocation in stage.memories:
-                    memories.append(allocation.allocate(self.device))
-                    addresses.append(memories[-1].data_ptr())
+                for shape, strides, dtype, fill in stage.allocations:
+                    t = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+                    if fill is not None:
+                        t.fill_(fill)
+                    memories.append(t)
+                    addresses.append(t.data_ptr())
                 for seat, memory, offset in stage.addresses:
                     values[seat] = addresses[memory] + offset
                 for seat, record in stage.records:

@@ -58,7 +58,9 @@ def steps(attend: Callable[..., Tensor], tensors: list[Tensor], ridge: Tensor | 
     return lambda: torch.autograd.grad(attend(*leaves), leaves, grad_o)
 
 
-def of_shape(data: str, batch: int, heads: int, length: int, dim: int, ridge: float | None) -> dict[str, Any]:
+def of_shape(
+    data: str, batch: int, heads: int, length: int, dim: int, ridge: float | None, eager: bool
+) -> dict[str, Any]:  # fmt: skip
     shape = batch, heads, length, dim
     tensors = make(shape, data)
     # (H, 1), as layers learn it.
@@ -82,7 +84,7 @@ def of_shape(data: str, batch: int, heads: int, length: int, dim: int, ridge: fl
         "new_length_us": microseconds(step_at_new_length, calls=1),
         "sdpa_forward_us": softmax, "sdpa_step_us": microseconds(steps(sdpa, tensors, None)),
     }  # fmt: skip
-    if (data, *shape, ridge) == COMPILED:
+    if (data, *shape, ridge) == COMPILED and not eager:
         line["compiled_us"] = microseconds(steps(torch.compile(attend, fullgraph=True), tensors, lam))
         line["sdpa_compiled_us"] = microseconds(steps(torch.compile(sdpa, fullgraph=True), tensors, None))
     return line
@@ -134,6 +136,7 @@ def show(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     record.add_arguments(parser)
 
 
@@ -142,10 +145,13 @@ def main(options: argparse.Namespace) -> int:
     needs.triton()
     kept = record.Record(options, "cuda")
     print(kept.figures)
-    kept.figures["torch"] = show(of_torch())
-    kept.figures["host"] = [show(of_shape(*shape)) for shape in SHAPES]
-    kept.figures["decoding"] = [show(of_decoding(*shape)) for shape in DECODING]
-    kept.figures["torch_again"] = show(of_torch())
+    kept.figures["parts"] = show(of_torch())
+    lines: list[dict[str, Any]] = []
+    kept.figures |= {"host": lines, "decoding": [show(of_decoding(*shape)) for shape in DECODING]}
+    for shape in SHAPES:
+        lines.append(show(of_shape(*shape, options.eager)))
+        kept.write()
+    kept.figures["parts_again"] = show(of_torch())
     kept.write()
     kept.end()
     return 0

@@ -90,10 +90,10 @@ TABLES = {
         Case((4, 16, 4096, 64), "power_law", (1.0, 0.1)),
         Case((4, 16, 4096, 64), "sharp", (1.0, 0.1)),
         *(Case((2, 32, 4096, dim), ridges=(1.0,), window=512) for dim in (64, 128)),
+        *(Case((4, 8, length, 128)) for length in (4096, 1024)),
         Case((4, 16, 1024, 64)),
-        Case((1, 8, 16384, 64)),
+        *(Case((1, 8, 16384, dim)) for dim in (64, 128)),
         Case((1, 8, 65536, 64), passes=("forward",)),
-        *(Case((*heads, length, 128)) for heads, length in (((4, 8), 1024), ((4, 8), 4096), ((1, 8), 16384))),
     ),
     "cpu": (
         *(_trained((1, 2, length, 64)) for length in (256, 1024)),

@@ -156,7 +156,8 @@ def first() -> str:
             found.setdefault(f"{batch * heads}, {length}, {dim}", {})[line["what"]] = line
         for size, by in found.items():
             kernels = str(len(by["empty cache"]["compiled"]))
-            seconds = (f"{by[what]['first_s']:.1f}" for what in ("one by one", "empty cache", "full cache"))
+            order = "one by one", "empty cache", "full cache"
+            seconds = (f"{by[what]['first_s']:.1f}" if what in by else "" for what in order)
             yield [size, kernels, *seconds]
 
     return table(["batch x heads, S, D", "kernels", "one by one", "side by side", "from disk"], rows())
@@ -214,7 +215,7 @@ def wanted() -> str:
         of_first, of_host = record("first_h100"), record("host_h100")
         for name, most in (("forward", "0.2"), ("step", "0.6")):
             some = [line[f"{name}_us"]["median"] / 1e3 for line in of_host["host"]]
-            added = of_host["torch"]["addition_us"]["median"]
+            added = of_host["parts"]["addition_us"]["median"]
             what = f"milliseconds of the host, {name}, eager (an addition: {added:.1f} us)"
             yield what, most, [f"{min(some):.2f} to {max(some):.2f}"]
         of_model = {(line["mode"], line["tolerance"]): line for line in record("model_h100")["rows"]}
@@ -233,6 +234,52 @@ def wanted() -> str:
 
     rows = ((what, figures, ", ".join(found)) for some in (of_calls, of_others) for what, figures, found in some())
     return table(["what", "wanted", "measured"], rows)
+
+
+def surface() -> str:
+    """Masks and shared heads: time a visible pair beside plain causal attention, forward and backward."""
+
+    def rows() -> Iterator[list[str]]:
+        found: dict[str, dict[int, str]] = {}
+        for line in record("gpu_h100").get("surface", []):
+            pair = f"{line['forward_a_pair']:.2f}, {line['backward_a_pair']:.2f}"
+            found.setdefault(line["what"], {})[line["dim"]] = pair
+        for what, by_dim in found.items():
+            if what != "causal":
+                yield [what, *(by_dim.get(dim, "") for dim in (64, 128))]
+
+    return table(["", "D = 64", "D = 128"], rows())
+
+
+def accuracy() -> str:
+    """Errors of o in the first 128 rows and in later ones."""
+
+    def rows() -> Iterator[list[str]]:
+        found: dict[str, dict[float, list[str]]] = {}
+        for line in record("gpu_h100").get("accuracy", []):
+            if line["backend"] == "triton":
+                short = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}[line["dtype"]]
+                errors = (f"{line[which]:.1e}".replace("e-0", "e-") for which in ("o_first_128", "o_later"))
+                found.setdefault(f"D = {line['dim']}, {short}", {})[line["ridge"]] = list(errors)
+        for what, by_ridge in found.items():
+            yield [what, *(error for errors in by_ridge.values() for error in errors)]
+
+    headings = [f"lambda {ridge:g}, {rows}" for ridge in (0.1, 1.0, 10.0) for rows in ("rows < 128", "later")]
+    return table(["", *headings], rows())
+
+
+def passes() -> str:
+    """Microseconds of each pass of a step."""
+    lines = record("gpu_h100").get("speed", [])
+    names = list(dict.fromkeys(name for line in lines for name in line["passes_ms"]))
+
+    def rows() -> Iterator[list[str]]:
+        for line in lines:
+            size = f"{line['batch_heads']}, {line['length']}, {line['dim']}, {line['data']}, lambda {line['ridge']:g}"
+            times_of = line["passes_ms"]
+            yield [size, *(f"{times_of[name] * 1e3:.0f}" if name in times_of else "" for name in names)]
+
+    return table(["", *names], rows())
 
 
 def distributed(name: str = "distributed_h100") -> str:
@@ -287,6 +334,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "model": model,
     "first": first,
     "wanted": wanted,
+    "surface": surface,
+    "accuracy": accuracy,
+    "passes": passes,
     "distributed": distributed,
     "distributed_one_call": functools.partial(distributed, "distributed_one_call_h100"),
     "distributed_decode": distributed_decode,

@@ -3,7 +3,6 @@ docs/speed_tables.py`` writes them anew, from the records in benchmarks/results.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -282,7 +281,7 @@ def passes() -> str:
     return table(["", *names], rows())
 
 
-def distributed(name: str = "distributed_h100") -> str:
+def distributed() -> str:
     """Forward passes and steps of one sequence over several GPUs: seconds, efficiencies and GiB at the peak."""
     of_method = {
         "forward": ("forward_s", "{:.4f}"), "efficiency": ("forward_efficiency", "{:.0%}"),
@@ -291,7 +290,7 @@ def distributed(name: str = "distributed_h100") -> str:
     }  # fmt: skip
 
     def rows() -> Iterator[list[str]]:
-        for line in sorted(record(name)["speed"], key=lambda line: (line["length"], line["gpus"])):
+        for line in sorted(record("distributed_h100")["speed"], key=lambda line: (line["length"], line["gpus"])):
             for prefix, method in {"": "all_gather" if line["gpus"] > 1 else "", "all_to_all_": "all_to_all"}.items():
                 if f"{prefix}step_s" in line:
                     cells = ((line.get(prefix + name), form) for name, form in of_method.values())
@@ -299,6 +298,34 @@ def distributed(name: str = "distributed_h100") -> str:
                     yield [str(line["length"]), str(line["gpus"]), method, *told]
 
     return table(["S", "GPUs", "method", *of_method], rows())
+
+
+def distributed_groups() -> str:
+    """All_gather with other numbers of heads at a time and of streams: milliseconds and GiB."""
+
+    def rows() -> Iterator[list[str]]:
+        for line in sorted(
+            record("distributed_groups_h100")["lines"], key=lambda line: (line["length"], line["streams"])
+        ):
+            counts = (str(line[name]) for name in ("length", "streams", "key_heads_at_once"))
+            yield [*counts, *(f"{1e3 * line[name]:.1f}" for name in ("forward_s", "step_s")), f"{line['peak_gib']:.1f}"]
+
+    return table(["S", "streams", "key heads at a time", "forward", "step", "GiB"], rows())
+
+
+def distributed_parts() -> str:
+    """What a step by all_gather consists of, all heads at once, beside the same share of one GPU's: milliseconds."""
+    (one,) = (line["mean_s"] for line in record("distributed_h100")["parts"] if line["gpus"] == 1)
+    several = next(line for line in record("distributed_groups_h100")["parts"] if line["streams"] == 1)
+    gpus, mean, most = several["gpus"], several["mean_s"], several["most_s"]
+
+    def rows() -> Iterator[list[str]]:
+        names = sorted({*one, *mean} - {"elapsed", "none"}, key=lambda name: -mean.get(name, 0.0))
+        for name in [*names, "none", "elapsed"]:
+            cells = one.get(name, 0.0) / gpus, mean.get(name, 0.0), most.get(name, 0.0)
+            yield [{"none": "none runs", "elapsed": "all"}.get(name, name), *(f"{1e3 * x:.2f}" for x in cells)]
+
+    return table(["kernel", f"1/{gpus} of one GPU's", f"mean of {gpus}", "slowest"], rows())
 
 
 def distributed_decode() -> str:
@@ -316,7 +343,7 @@ def distributed_balance() -> str:
     """The most that a rank computes beside the mean, by iterations."""
 
     def rows() -> Iterator[list[str]]:
-        for line in record("distributed_h100")["balance"]:
+        for line in record("distributed_balance_h100")["balance"]:
             keys = f"{KEYS.get(line['data'], line['data'])}, D = {line['dim']}, {line['tokens']} tokens"
             most = (f"{x:.3f}" for order in ("head_tail", "contiguous") for x in line[order].values())
             yield [keys, line["ridge"], f"{line['iterations']:.1f}", *most]
@@ -338,7 +365,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "passes": passes,
     "distributed": distributed,
-    "distributed_one_call": functools.partial(distributed, "distributed_one_call_h100"),
+    "distributed_groups": distributed_groups,
+    "distributed_parts": distributed_parts,
     "distributed_decode": distributed_decode,
     "distributed_balance": distributed_balance,
 }

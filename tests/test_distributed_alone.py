@@ -43,9 +43,10 @@ def test_heads_are_gathered_as_far_as_they_fit() -> None:
         q, k = (torch.empty(1, n, tokens // size, 128, dtype=torch.bfloat16, device="meta") for n in (16, kv_heads))
         return heads_at_once(Inputs(q, k, k, q[..., 0]), Shards(tokens // size, size, "head_tail"))
 
-    assert heads(32768, 2) == heads(32768, 4) == 16  # of 16 MiB each
+    assert heads(32768, 2) == heads(32768, 4) == 8  # of 16 MiB each
     assert heads(131072, 4) == 4
-    assert heads(8192, 2, kv_heads=4) == 4
+    assert heads(8192, 2, kv_heads=4) == 2
+    assert heads(4096, 4) == 16  # with 8 of them a GPU is not busy
     assert heads(10 * 2**20, 1024) == 1  # of 5 GiB
 
 
@@ -89,6 +90,30 @@ def test_what_is_not_known_is_refused(keywords: dict[str, Any], words: str, alon
         lla_attention_cp(tensors[0], tensors[1][:, :, :4], tensors[2][:, :, :4], group=alone)
     with pytest.raises(TypeError, match="scale"):
         lla_attention_cp(*tensors, group=alone, scale=1.0)
+
+
+@pytest.mark.gpu
+def test_heads_in_lanes_are_those_of_one_call() -> None:
+    """Two streams of a GPU, each with some of the heads: as exact as one call, and the same in every run."""
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        tensors = [t.cuda() for t in qkv(1, 4, 2048, 64, dtype=torch.float64)]
+        grad_o = normal(1, 4, 2048, 64, seed=9).cuda()
+
+        def found(call: Any, dtype: torch.dtype, **keywords: Any) -> list[torch.Tensor]:
+            given = [t.to(dtype).requires_grad_() for t in tensors]
+            o = call(*given, ridge_lambda=1.0, **keywords)
+            return [o.detach(), *torch.autograd.grad(o, given, grad_o.to(dtype))]
+
+        exact = found(lla_attention, torch.float64, solver="direct")
+        alone = found(lla_attention, torch.bfloat16)
+        runs = [found(lla_attention_cp, torch.bfloat16, group=dist.group.WORLD, key_heads_at_once=1) for _ in range(3)]
+    finally:
+        dist.destroy_process_group()
+    for run in runs:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+        for got, one, want in zip(run, alone, exact):
+            assert (got - want).norm() < 1.5 * (one - want).norm()
 
 
 def test_a_compiled_model_may_call_it(alone: dist.ProcessGroup) -> None:

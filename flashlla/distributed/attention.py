@@ -63,8 +63,8 @@ def lla_attention_cp(
             compute, and again in the backward pass; with a window only those that it reaches into travel.
             "all_to_all": heads are exchanged for tokens, and each rank has whole sequences of its share of the heads;
             their numbers must divide. Default "all_gather".
-        key_heads_at_once: how many heads' keys are gathered at once. Default None: as many as fit in 256 MiB, at least
-            one.
+        key_heads_at_once: how many heads' keys are gathered at once. Default None: half of them, more where these have
+            few queries, and no more than fit in 256 MiB; at least one.
         options: the other arguments of :func:`flashlla.lla_attention`. Lengths (``seqlens_k``, ``seqstarts_k``) are
             those of whole sequences, the same on all ranks; ridge_lambda broadcasts to (B, Hq, s).
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,6 +16,8 @@ from flashlla.distributed.groups import Ranks
 T = TypeVar("T")
 U = TypeVar("U")
 
+# Streams of a GPU that work is handed to in turn, where there is so much of it.
+LANES = 2
 # By the names that they have had since torch 2.13, and before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -57,16 +61,56 @@ def exchange(x: Tensor, sends: Sequence[int], receives: Sequence[int], ranks: Ra
     return Pending(work, x, lambda: out)
 
 
-def ahead(items: Iterable[T], start: Callable[[T], Pending[U]]) -> Iterator[tuple[T, U]]:
+class Lanes:
+    """Streams of a GPU that ``pieces`` of work are handed to in turn: kernels of one fill the processors that those of
+    another, at their end, leave idle. Elsewhere, and for one piece, the caller's stream."""
+
+    def __init__(self, device: torch.device, pieces: int) -> None:
+        self.device = device
+        self.streams = _streams(device)[:pieces] if device.type == "cuda" and pieces > 1 else []
+
+    @property
+    def number(self) -> int:
+        return max(1, len(self.streams))
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Lanes begin after what the caller's stream has to do, and it goes on when they have ended. So whatever lies
+        in memory of the caller's stream may be used in them, if it lives until then; what they allocate may not be
+        used outside, but in the same lane of a later call."""
+        if not self.streams:
+            yield
+            return
+        own = torch.cuda.current_stream(self.device)
+        for stream in self.streams:
+            stream.wait_stream(own)
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(own)  # whoever failed within a lane is still there
+            for stream in self.streams:
+                own.wait_stream(stream)
+
+    def lane(self, number: int) -> AbstractContextManager[Any]:
+        """Where the ``number``-th piece of work is done."""
+        return torch.cuda.stream(self.streams[number % len(self.streams)]) if self.streams else nullcontext()
+
+
+@functools.cache
+def _streams(device: torch.device) -> list[torch.cuda.Stream]:
+    """The same ones in all calls: torch keeps memory for each."""
+    return [torch.cuda.Stream(device) for _ in range(LANES)]
+
+
+def ahead(items: Iterable[T], start: Callable[[T], Pending[U]]) -> Iterator[tuple[T, Pending[U]]]:
     """Each item with what ``start`` brings for it, which is on its way while the one before is worked on."""
     coming: tuple[T, Pending[U]] | None = None
     for item in items:
-        arrived = None if coming is None else (coming[0], coming[1].wait())
-        coming = item, start(item)
-        if arrived is not None:
-            yield arrived
+        before, coming = coming, (item, start(item))
+        if before is not None:
+            yield before
     if coming is not None:
-        yield coming[0], coming[1].wait()
+        yield coming
 
 
 def swap(x: Tensor, ranks: Ranks) -> Tensor:

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from flashlla.autograd import AdjointArguments, backward, forward, ran
-from flashlla.distributed.collectives import Pending, ahead
+from flashlla.distributed.collectives import Lanes, Pending, ahead
 from flashlla.distributed.groups import Ranks
 from flashlla.distributed.keys import Bringing, OfKeys, Part, bringing, parts_of
 from flashlla.distributed.sharding import Shards
 from flashlla.problem import Arguments, Inputs, Report, Residuals, Settings, empty_output, empty_report
 
-# Bytes of keys and values that are gathered at once, unless the caller says how many heads.
+# Unless the caller says how many heads' keys are gathered at once: half of them, so that the others travel and compute
+# meanwhile; more where these have fewer queries of a part, counted for each head, than keep a GPU busy; and of keys and
+# values no more than so many bytes.
+BUSY = 16384
 GATHERED = 256 * 2**20
 
 
@@ -34,6 +37,7 @@ class Heads(NamedTuple):
 
     keys: slice
     queries: slice
+    lane: int
 
 
 class Lengths(NamedTuple):
@@ -57,19 +61,25 @@ class Shared:
         if at_once is None:
             at_once = heads_at_once(inputs, shards)
         self.heads = [
-            Heads(slice(first, last), slice(first * group, last * group))
+            Heads(slice(first, last), slice(first * group, last * group), first // at_once)
             for first in range(0, kv_heads, at_once)
             for last in [min(first + at_once, kv_heads)]
         ]
+        # Each lane has its own memory: what is large goes through one.
+        self.lanes = Lanes(inputs.q.device, len(self.heads) if bytes_of_head(inputs, shards) <= GATHERED else 1)
 
     def bring(self, own: Differentiable, heads: Heads) -> Pending[list[Tensor]]:
         """Keys and values of ``heads``, for each part."""
-        return self.keys.bring(torch.cat([t[:, heads.keys].permute(2, 0, 1, 3) for t in (own.k, own.v)], -1))
+        with self.lanes.lane(heads.lane):
+            return self.keys.bring(torch.cat([t[:, heads.keys].permute(2, 0, 1, 3) for t in (own.k, own.v)], -1))
 
     def calls(self, own: Differentiable) -> Iterator[tuple[Heads, list[tuple[Part, Arguments]]]]:
-        """For some heads at a time the call of each part, once its keys are there."""
-        for heads, arrived in ahead(self.heads, lambda heads: self.bring(own, heads)):
-            yield heads, [(part, self.call(own, heads, part, keys)) for part, keys in zip(self.parts, arrived)]
+        """For some heads at a time the call of each part, once its keys are there, to be made before the next: until
+        then whoever asks is in their lane."""
+        for heads, coming in ahead(self.heads, lambda heads: self.bring(own, heads)):
+            with self.lanes.lane(heads.lane):
+                arrived = coming.wait()
+                yield heads, [(part, self.call(own, heads, part, keys)) for part, keys in zip(self.parts, arrived)]
 
     def rows(self, part: Part) -> slice:
         """Its queries among this rank's."""
@@ -108,13 +118,14 @@ class Shared:
         columns_of = slice(0, width), slice(width, width + own.v.shape[-1])
         dq, dridge = torch.empty_like(own.q), own.ridge_lambda.new_empty(own.ridge_lambda.shape)
         dk, dv = torch.empty_like(own.k), torch.empty_like(own.v)
-        leaving: list[tuple[Heads, Pending[Tensor]]] = []  # at most one, while the next heads are computed
+        leaving: list[tuple[Heads, Pending[Tensor]]] = []  # at most one a lane, while its next heads are computed
 
-        def arrive() -> None:
-            for heads, coming in leaving:
-                both = coming.wait().permute(1, 2, 0, 3)
-                dk[:, heads.keys], dv[:, heads.keys] = (both[..., columns] for columns in columns_of)
-            leaving.clear()
+        def arrive(but: int) -> None:
+            while len(leaving) > but:
+                heads, coming = leaving.pop(0)
+                with self.lanes.lane(heads.lane):
+                    both = coming.wait().permute(1, 2, 0, 3)
+                    dk[:, heads.keys], dv[:, heads.keys] = (both[..., columns] for columns in columns_of)
 
         for heads, calls in self.calls(own):
             of_parts: list[OfKeys] = []
@@ -124,17 +135,24 @@ class Shared:
                 found = backward(AdjointArguments(grad_o[place], inputs, left, settings, unrounded=of_keys))
                 dq[place], dridge[place] = found.q, found.ridge_lambda
                 of_parts.append(OfKeys(*(t.permute(2, 0, 1, 3) for t in (found.k, found.v))))
-            arrive()
+            arrive(but=self.lanes.number - 1)
             if of_keys:
                 leaving.append((heads, self.keys.give_back(of_parts)))
-        arrive()
+        arrive(but=0)
         return dq, dk if of_keys else None, dv if of_keys else None, dridge
+
+
+def bytes_of_head(inputs: Inputs, shards: Shards) -> int:
+    """Of the keys and values of all tokens of a key head."""
+    return inputs.k.shape[0] * shards.total * (inputs.k.shape[-1] + inputs.v.shape[-1]) * inputs.k.element_size()
 
 
 def heads_at_once(inputs: Inputs, shards: Shards) -> int:
     """How many heads' keys are gathered at once where the caller does not say."""
-    size = inputs.k.shape[0] * shards.total * (inputs.k.shape[-1] + inputs.v.shape[-1]) * inputs.k.element_size()
-    return max(1, min(inputs.k.shape[1], GATHERED // max(1, size)))
+    batch, kv_heads = inputs.k.shape[:2]
+    queries = batch * shards.chunk * inputs.q.shape[1] // max(1, kv_heads)  # of a part and key head
+    wanted = max(-(-kv_heads // 2), -(-BUSY // max(1, queries)))
+    return max(1, min(kv_heads, wanted, GATHERED // max(1, bytes_of_head(inputs, shards))))
 
 
 class _Attend(torch.autograd.Function):
@@ -147,13 +165,14 @@ class _Attend(torch.autograd.Function):
         o, report = empty_output(own.q, own.v), empty_report(own.q)
         residuals: list[Tensor] = []
         settings = shared.settings
-        for heads, calls in shared.calls(own):
-            for part, arguments in calls:
-                found, place = forward(arguments), (slice(None), heads.queries, shared.rows(part))
-                settings = ran(arguments).settings
-                for whole, rows in zip((o, *report), (found.o, *found.report)):
-                    whole[place] = rows
-                residuals += found.residuals
+        with shared.lanes.open():
+            for heads, calls in shared.calls(own):
+                for part, arguments in calls:
+                    found, place = forward(arguments), (slice(None), heads.queries, shared.rows(part))
+                    settings = ran(arguments).settings
+                    for whole, rows in zip((o, *report), (found.o, *found.report)):
+                        whole[place] = rows
+                    residuals += found.residuals
         ctx.shared, ctx.settings = shared, settings
         ctx.save_for_backward(*row, *residuals)
         ctx.mark_non_differentiable(*report)
@@ -164,7 +183,7 @@ class _Attend(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: who checkpoints counts
         own = Differentiable(*saved[: len(Differentiable._fields)])
         of_keys = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        with torch.no_grad():
+        with torch.no_grad(), ctx.shared.lanes.open():
             gradients = ctx.shared.adjoint(own, iter(saved[len(own) :]), grad_o, ctx.settings, of_keys)
         return None, *(_Final.apply(grad_o, *own, *gradients) if torch.is_grad_enabled() else gradients)
 

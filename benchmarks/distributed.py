@@ -46,6 +46,7 @@ SHORT = 32768  # tokens; what is compiled for so many serves longer sequences
 LONG = 131072  # tokens; of more, a call takes so long that it is timed once, and not on one GPU
 FOR_FOUR = 524288  # tokens that want four GPUs at least
 LEARNING_STEPS = 20
+DECODED = 10  # calls of decoding, one after the other
 BALANCED_OVER = (2, 4, 8)  # ranks
 TILE = 64  # queries that go on until the last of them has converged
 
@@ -112,6 +113,16 @@ class World:
             times.append(self.most(time.perf_counter() - start))
         peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
         return Cost(statistics.median(times), self.most((peak - before) / 2**30))
+
+    def begun(self, call: Callable[[], Any]) -> float:
+        """Seconds that the host of the slowest rank takes to begin what ``call`` asks of the device."""
+        self.most(0.0)
+        self.wait()
+        start = time.perf_counter()
+        call()
+        took = time.perf_counter() - start
+        self.wait()
+        return self.most(took)
 
 
 def stepper(attend: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[], Any]:
@@ -343,11 +354,12 @@ def decode(world: World, options: argparse.Namespace) -> list[Line]:
     call = lambda: one(q, k, v)
     if world.size > 1:
         call = lambda: lla_decode_cp(q, k, v, full(share[2]), group=world.group, ridge_lambda=RIDGE)
-    many = lambda: [call() for _ in range(10)]
+    many = lambda: [call() for _ in range(DECODED)]
     line: Line = {"cached": length, "heads": options.heads, "dim": options.dim, "gpus": world.size}
-    line["us"] = 1e6 * world.cost(many, calls=9).seconds / 10
+    line["us"] = 1e6 * world.cost(many, calls=9).seconds / DECODED
+    line["host_us"] = 1e6 * world.begun(many) / DECODED
     if world.device == "cuda":
-        line |= kernels(world, many, 10)
+        line |= kernels(world, many, DECODED)
     if world.size > 1:
         whole = [unshard_sequence(t, group=world.group, order="contiguous", dim=2) for t in (k, v)]
         of_head = lambda h: (t[:, h : h + 1].double() for t in (q, *whole))

@@ -496,6 +496,7 @@ def test_a_group_of_one_is_as_exact_as_the_call_itself(tmp_path: Path, monkeypat
             assert line[what]["across"] < 1.5 * line[what]["alone"] < 1e-4
     assert figures["speed"][0]["step_s"] > figures["speed"][0]["forward_s"] > 0
     assert figures["decode"][0]["us"] > 0
+    assert figures["decode"][0]["host_us"] > 0
     for line in figures["balance"]:
         for ranks, most in line["head_tail"].items():
             assert 1 <= most < line["contiguous"][ranks]

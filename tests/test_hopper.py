@@ -59,21 +59,23 @@ def test_what_has_a_config() -> None:
         problem = dataclasses.replace(PLAIN, head_dim=head_dim, v_dim=head_dim)
         assert set(table) <= set(hopper.MODULES)
         assert {name: hopper.config(name, problem) for name in table} == table
-        assert hopper.config("dq", dataclasses.replace(problem, v_dim=head_dim // 2)) is None
-        assert hopper.config("dq", dataclasses.replace(problem, dtype=torch.float32)) is None
+        assert hopper.config("dk", dataclasses.replace(problem, v_dim=head_dim // 2)) is None
+        assert hopper.config("dk", dataclasses.replace(problem, dtype=torch.float32)) is None
     assert hopper.config("solve_gram", PLAIN) is None
-    assert hopper.config("dq", dataclasses.replace(PLAIN, head_dim=80, v_dim=80)) is None
+    assert hopper.config("dk", dataclasses.replace(PLAIN, head_dim=80, v_dim=80)) is None
 
 
 @pytest.mark.quick
 def test_tiles_are_those_that_the_kernels_take() -> None:
-    """A warp has 16 rows of a product; of a ring, a tile is used, one is read by the last product of the tile before,
-    and one comes; dk reads what dq writes of whole tiles of queries."""
+    """A warp has 16 rows of a product; of a ring, a tile is used, one is read by the last product of the tile before
+    (but in dk), and one comes; dk reads what dq writes of whole tiles of queries."""
     for head_dim, table in configs.HOPPER.items():
-        for c in table.values():
-            assert c.m == 16 * c.warps
-            assert c.slots >= 3
-        assert table["dq"].m % configs.config("dk", head_dim, torch.float16, (9, 0)).m == 0
+        for name, c in table.items():
+            assert (c.n if name == "dk" else c.m) == 16 * c.warps
+            assert c.slots >= (2 if name == "dk" else 3)
+        key = head_dim, torch.float16, (9, 0)
+        for dq in (configs.config("dq", *key).m, *(c.m for name, c in table.items() if name == "dq")):
+            assert dq % table["dk"].m == 0
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, problem: Problem, preconditioner: str = "none") -> dict[str, str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashlla import CG
+from benchmarks.launches import recorded
+from flashlla import CG, lla_attention_varlen
+from flashlla.backends.triton import configs
 from tests.support.kernels import NAMES, check, interpreted, make, step
 
 
@@ -87,3 +89,23 @@ def test_keys_whose_difference_lies_otherwise() -> None:
     tensors = make((1, 1, 7, 16), torch.float32)
     tensors[1] = torch.randn(1, 1, 22, generator=torch.Generator().manual_seed(0)).unfold(-1, 16, 1)
     check(step(tensors, 1.0, backend="triton"), tensors, 1.0)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_are_cast_alike_in_one_launch_and_in_two(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """With shared heads, sequences of several lengths, and numbers that are not finite."""
+    tensors = make((1, 4, 80, 8), dtype)
+    tensors[1:3] = (t[:, :2] for t in tensors[1:3])
+    tensors[1][0, 1, 20, 3], tensors[2][0, 0, 70, 0], tensors[0][0, 2, 50, 1] = float("nan"), float("inf"), 1e30
+    cu_seqlens = torch.tensor([0, 35, 35, 70, 75], dtype=torch.int32)
+    options = {"cu_seqlens": cu_seqlens, "max_seqlen": 35}
+    launches = {}
+    for longest in (0, configs.CAST_HEAD):
+        monkeypatch.setattr(configs, "CAST_HEAD", longest)
+        with recorded() as found:
+            launches[longest] = step(tensors, 1.0, lla_attention_varlen, backend="triton", **options)
+        assert ("cast_heads_kernel" in {x.kernel.__name__ for x in found}) == (longest > 0)
+    in_two, in_one = launches.values()
+    for name in NAMES:
+        assert torch.equal(in_one[name].nan_to_num(7.0), in_two[name].nan_to_num(7.0)), name

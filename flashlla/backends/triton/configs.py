@@ -18,6 +18,8 @@ ROWS_PAD = 128
 # Rows that one program of the cast kernels takes. They do little but load and store: a row stays in its program's
 # registers, 128 float32 a thread of four warps at 256 columns.
 CAST_ROWS = 64
+# Rows of heads that one program casts, if it takes so many programs to fill the chip, and rows of a tile then.
+CAST_HEAD, CAST_HEAD_ROWS = 512, 128
 # Chunks of a head's rows that look for its largest number side by side; the interpreter has no sides.
 CAST_CHUNKS = 16
 # Programs that run side by side on a processor: a pass with no more of them takes its config for few, if it has one.
@@ -122,28 +124,39 @@ _SINGLE_SMALL: dict[int, dict[str, Config]] = {
 
 class HopperConfig(NamedTuple):
     """Of a kernel in Gluon for Hopper: queries and keys a tile, tiles that are there or on their way, cap on registers
-    a thread, warps a program: one for 16 rows of its products."""
+    a thread, warps a program: one for 16 rows of its products.
+
+    Of the solve, too: whether sums of weights are a product with ones, and of how many tiles of keys it keeps them.
+    """
 
     m: int
     n: int
     slots: int
     registers: int | None = None
-    ones: bool = True
     warps: int = 4
+    ones: bool | None = None
+    kept: int | None = None
 
     def options(self) -> dict[str, Any]:
         """What Triton is told."""
         options = {
-            "BLOCK_M": self.m, "BLOCK_N": self.n, "SLOTS": self.slots, "ONES": self.ones, "num_warps": self.warps,
+            "BLOCK_M": self.m, "BLOCK_N": self.n, "SLOTS": self.slots, "num_warps": self.warps,
         }  # fmt: skip
+        options |= {} if self.ones is None else {"ONES": self.ones}
+        options |= {} if self.kept is None else {"KEPT": self.kept}
         return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
 # By head dim and pass, those that Gluon has faster than _HALF's kernels (docs/performance.md).
 HOPPER: dict[int, dict[str, HopperConfig]] = {
+    64: {
+        "solve": HopperConfig(64, 64, 4, 255, ones=True, kept=5),
+        "dk": HopperConfig(32, 64, 3, 168),
+    },
     128: {
-        "solve": HopperConfig(64, 64, 4, 255, False),
-        "dq": HopperConfig(128, 64, 3, 255, False, 8),
+        "solve": HopperConfig(64, 32, 4, 255, ones=False, kept=0),
+        "dq": HopperConfig(128, 64, 3, 255, warps=8),
+        "dk": HopperConfig(32, 64, 2),
     },
 }
 

@@ -24,15 +24,13 @@ from flashlla.backends.triton.primitives import (
     visible,
 )
 from flashlla.backends.triton.sweep_hopper import (
-    add_sums,
     begin,
     fetch,
     finite_or_zero,
     load_queries,
-    no_sums,
-    ones_for,
     operand,
     packed,
+    part_sums,
     products,
     ring_of,
     store_queries,
@@ -44,36 +42,32 @@ from flashlla.backends.triton.sweep_hopper import (
 @gluon.jit
 def dq_body(
     state, rows, rings, slot, before, coming, start, at, window, CUT: gl.constexpr, SHAPE: gl.constexpr,
-    ONES: gl.constexpr,
+    OPTIONS: gl.constexpr,
 ):  # fmt: skip
     """As `backward.dq_body`."""
     acc, totals, dl = state
-    q, z, do, y_neg, minus_size, rest, e_mean, push, shift, factor, ones, row, zero = rows
+    q, z, do, y_neg, minus_size, rest, e_mean, push, shift, factor, row, zero = rows
     N: gl.constexpr = zero.shape[1]
     SCORES: gl.constexpr = zero.type.layout
     VECTORS: gl.constexpr = acc.type.layout
-    BESIDE: gl.constexpr = 2 if ONES else 1  # products issued after the first four
     k, v = rings[0].index(slot).permute((1, 0)), rings[1].index(slot).permute((1, 0))
     s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
     a = warpgroup_mma(z, k, zero, use_acc=False, is_async=True)
     e = warpgroup_mma(do, v, zero, use_acc=False, is_async=True)
     e = warpgroup_mma(y_neg, k, e, is_async=True)
     acc = warpgroup_mma(operand(dl, VECTORS), rings[0].index(before), acc, is_async=True)
-    totals = add_sums(totals, dl, ones, ONES)
+    totals += part_sums(dl)
     fetch(rings, coming, N)
-    s = warpgroup_mma_wait(BESIDE + 3, deps=(s,)) * factor - shift[:, None]
+    s = warpgroup_mma_wait(4, deps=(s,)) * factor - shift[:, None]
     if CUT:
         key = start + gl.arange(0, N, layout=gl.SliceLayout(0, SCORES))
         s = gl.where(visible(row[:, None], key[None, :], at, window, SHAPE.CAUSAL), s, float("-inf"))
     w = gl.exp2(s)
-    a, w = warpgroup_mma_wait(BESIDE + 2, deps=(a, w))
+    a, w = warpgroup_mma_wait(3, deps=(a, w))
     a = a * minus_size[:, None] + rest[:, None]  # 1 - a of (2.2)
-    e, a = warpgroup_mma_wait(BESIDE, deps=(e, a))
+    e, a = warpgroup_mma_wait(1, deps=(e, a))
     w = w * (a * (e - e_mean[:, None]) + push[:, None])  # (3.2)
-    if ONES:
-        acc, totals, w = warpgroup_mma_wait(0, deps=(acc, totals, w))
-    else:
-        acc, w = warpgroup_mma_wait(0, deps=(acc, w))
+    acc, w = warpgroup_mma_wait(0, deps=(acc, w))
     return acc, totals, packed(w)
 
 
@@ -82,7 +76,7 @@ def dq_hopper_kernel(
     q_in, k_in, v_in, do_in, y_neg_ptr, z_in, units, origin_ptr, z_y_ptr, lse2_ptr, k_mean_ptr, ridge_in, g_mean_ptr,
     y_in, dq_out, dridge_out, rows_out, rows_len, tops,
     seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
-    SLOTS: gl.constexpr, ONES: gl.constexpr, SHAPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    SLOTS: gl.constexpr, SHAPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """What `backward.dq_kernel` does, where keys and values are as wide as their tiles."""
     at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False)
@@ -129,7 +123,6 @@ def dq_hopper_kernel(
     dl_top = spread * e_top + gl.abs(push)
     gain = gl.minimum(power_of_two((1 / (dl_top + 1e-30)) * TOP), WEIGHT * WEIGHT)
     q_shared = gl.allocate_shared_memory(gl.float16, [M, D], HALVES, q)
-    ones = ones_for(q_shared, N, ONES)
     zero = gl.zeros([M, N], gl.float32, SCORES)
     rows = (
         q_shared, gl.allocate_shared_memory(gl.float16, [M, D], HALVES, z),
@@ -137,22 +130,19 @@ def dq_hopper_kernel(
         gl.allocate_shared_memory(gl.float16, [M, D], HALVES, y_neg),
         gl.convert_layout(-z_size, SCORE_ROWS), gl.convert_layout(1 + a_mean, SCORE_ROWS),
         gl.convert_layout(e_mean, SCORE_ROWS), gl.convert_layout(push, SCORE_ROWS),
-        gl.convert_layout(lse2 - gl.log2(gain), SCORE_ROWS), scale * LOG2E * q_unit * k_unit, ones,
+        gl.convert_layout(lse2 - gl.log2(gain), SCORE_ROWS), scale * LOG2E * q_unit * k_unit,
         at.start + gl.arange(0, M, layout=SCORE_ROWS), zero,
     )  # fmt: skip
     dl = packed(zero)
-    state = gl.zeros([M, D], gl.float32, VECTORS), no_sums(dl, ONES), dl
+    state = gl.zeros([M, D], gl.float32, VECTORS), part_sums(dl), dl
     if ranges[4] > 0:
         state, last = sweep(
-            dq_body, state, rows, rings, sources, ranges, at, window, SHAPE, N, SLOTS - 2, ONES
+            dq_body, state, rows, rings, sources, ranges, at, window, SHAPE, N, SLOTS - 2
         )  # fmt: skip
         acc, totals, dl = state
         acc = warpgroup_mma(operand(dl, VECTORS), rings[0].index(last), acc, is_async=True)
-        totals = add_sums(totals, dl, ones, ONES)
-        if ONES:
-            acc, totals = warpgroup_mma_wait(0, deps=(acc, totals))
-        else:
-            acc = warpgroup_mma_wait(0, deps=(acc,))
+        totals += part_sums(dl)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
         state = acc, totals, dl
     acc, totals, _ = state
     total = gl.convert_layout(gl.sum(totals, 1), ROWS)

@@ -186,17 +186,23 @@ class Call:
     def cast(self, q: Buffer, k: Buffer, v: Buffer) -> tuple[Operands, Buffer, Flaws]:
         """q, k and v contiguous and finite, in the operands' dtype and in units of a head; these units; and which heads
         and which rows of q, k and v were not finite."""
-        tokens = max(self.problem.q_len, self.problem.k_len) // max(1, self.problem.sequences)  # of a sequence
-        chunks = configs.cast_chunks(tokens) if self.device.type == "cuda" else 1
         longest, slots = max(self.max_seqlens), self.n_heads + 2 * self.n_kv_heads
-        chunk = cdiv(cdiv(longest, chunks), configs.CAST_ROWS) * configs.CAST_ROWS
-        largest, flawed = self.scratch(slots, chunks), self.scratch(slots, chunks)
         units, flaws = self.scratch(slots), self.scratch(slots)
         of_operand = lambda t: self.scratch(*t.shape, dtype=self.operand_dtype)
         of_rows = lambda t: self.scratch(*t.shape[:3])
         outs = Operands(q=of_operand(q), k=of_operand(k), v=of_operand(v))
         found = Flaws(heads=flaws, q=of_rows(q), k=of_rows(k), v=of_rows(v))
         given = self.strided(q), self.strided(k), self.strided(v)
+        if longest <= configs.CAST_HEAD and slots >= configs.processors(self.device):
+            self.plan.launch(
+                prepare.cast_heads_kernel, "cast", (self.n_heads, 3), *given, self.k_most, self.origin, outs, units,
+                found, self.seqlens, *self.lengths, SHAPE=self.shape, BLOCK_M=configs.CAST_HEAD_ROWS,
+            )  # fmt: skip
+            return outs, units, found
+        tokens = max(self.problem.q_len, self.problem.k_len) // max(1, self.problem.sequences)  # of a sequence
+        chunks = configs.cast_chunks(tokens) if self.device.type == "cuda" else 1
+        chunk = cdiv(cdiv(longest, chunks), configs.CAST_ROWS) * configs.CAST_ROWS
+        largest, flawed = self.scratch(slots, chunks), self.scratch(slots, chunks)
         tiles = {"SHAPE": self.shape, "CHUNKS": chunks, "BLOCK_M": configs.CAST_ROWS}
         self.plan.launch(
             prepare.largest_kernel, "cast", (self.n_heads * chunks, 3), *given, self.k_most, largest, flawed,
@@ -247,7 +253,7 @@ class Call:
     ) -> None:  # fmt: skip
         """Launch ``kernel`` of pass ``name``, one program a tile of queries (``over_keys``: of keys) and head, with the
         table's config; where programs are few, that for few; ``tune``: with the one that FLASHLLA_AUTOTUNE=1 finds.
-        Where there is one in Gluon that has the pass, that one, if ``gluon``."""
+        Elsewhere, if ``gluon``, the kernel in Gluon where one has the pass."""
         heads = self.problem.kv_heads if over_keys else self.problem.q_heads
         widest = max(self.problem.head_dim, self.problem.v_dim)
         key = name, widest, self.operand_dtype, configs.capability(self.device)
@@ -257,14 +263,14 @@ class Call:
             return heads * self.tiles(over_keys, c.n if over_keys else c.m)
 
         # Gluon has no layout for the search of `primitives.packed_tile`.
-        gluon = gluon and self.around.hopper and self.seqlens.slots is None
-        if gluon and (mine := hopper.config(name, self.problem)) is not None:
-            settings |= {"SHAPE": self.shape, **mine.options()}
-            self.plan.launch(hopper.kernel(name), name, (programs(mine),), *arguments, **settings)
-            return
+        here = self.around.hopper and self.seqlens.slots is None
         chosen = [usual]
         if few is not usual and programs(usual) <= configs.FEW * configs.processors(self.device):
             chosen = [few]
+        elif gluon and here and (mine := hopper.config(name, self.problem)) is not None:
+            settings |= {"SHAPE": self.shape, **mine.options()}
+            self.plan.launch(hopper.kernel(name), name, (programs(mine),), *arguments, **settings)
+            return
         elif tune and self.around.tuned and self.device.type == "cuda":
             chosen = configs.candidates(*key)
         self.plan.launch_fastest(

@@ -89,6 +89,44 @@ def tile_of_operand(
         return sequence * own_heads + own, (own < own_heads) & (tile >= 0), tile * BLOCK
 
 
+@triton.jit
+def searched(
+    base, stride, first, stop, most, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr
+):  # fmt: skip
+    """The largest finite magnitude of rows ``first`` to ``stop`` of a (., WIDTH) matrix, and 1 where some number is
+    not finite or is larger than ``most``, else 0."""
+    found, flaw = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
+    for i in tl.range(first, stop, M):
+        tile = tl.abs(load_tile(base, stride, i, stop, WIDTH, M, COLUMNS, True).to(tl.float32))  # (M, COLUMNS)
+        sound = tile <= most
+        found = tl.maximum(found, tl.max(tl.where(sound, tile, 0.0), 1))
+        flaw = tl.maximum(flaw, tl.max(tl.where(sound, 0.0, 1.0), 1))
+    return tl.max(found, 0), tl.max(flaw, 0)
+
+
+@triton.jit
+def unit_of(top):
+    """What numbers no larger than ``top`` are divided by: the power of two under it."""
+    return tl.where(top > 0, tl.maximum(power_of_two(top), LEAST_UNIT), 1.0)
+
+
+@triton.jit
+def cast_tile(
+    base, stride, i, length, most, flaw, row_flaws, origin_ptr, head, unit, out, WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Rows from i on of a head, less its origin, over ``unit`` to ``out``; where it has a ``flaw``, 0 for what is not
+    finite, and which rows have such to ``row_flaws``."""
+    tile = load_tile(base, stride, i, length, WIDTH, M, COLUMNS, True).to(tl.float32)  # (M, COLUMNS)
+    if flaw > 0:
+        tile, row_flaw = cleaned(tile, most)
+        store_rows(row_flaws, i, length, row_flaw)
+    if origin_ptr is not None:
+        dim = tl.arange(0, COLUMNS)
+        tile -= tl.load(origin_ptr + head.to(tl.int64) * WIDTH + dim, mask=dim < WIDTH, other=0.0)[None, :]
+    store_tile(out, WIDTH, i, length, tile * inverse_power(unit), WIDTH)
+
+
 @triton.jit(do_not_specialize=[*NUMBERS, "chunk"])
 def largest_kernel(
     q_in, k_in, v_in, k_most, largest, flawed,
@@ -100,7 +138,6 @@ def largest_kernel(
     program, part = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
     n_kv_heads = n_heads // group
     tensors = (q_in, k_in, v_in)
-    found, flaw = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for which in tl.static_range(3):
         here = (tl.program_id(1) == which) & ((which == 0) | (program < n_kv_heads))
         if here:
@@ -109,15 +146,12 @@ def largest_kernel(
             base, length, _ = rows_of_operand(
                 program, tensors[which], seqlens, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, which > 0
             )
-            for i in tl.range(part * chunk, tl.minimum((part + 1) * chunk, length), BLOCK_M):
-                tile = load_tile(base, tensors[which].stride_s, i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
-                tile = tl.abs(tile.to(tl.float32))
-                sound = tile <= (k_most if which == 1 else MOST)
-                found = tl.maximum(found, tl.max(tl.where(sound, tile, 0.0), 1))
-                flaw = tl.maximum(flaw, tl.max(tl.where(sound, 0.0, 1.0), 1))
+            stop = tl.minimum((part + 1) * chunk, length)
+            most = k_most if which == 1 else MOST
+            found, flaw = searched(base, tensors[which].stride_s, part * chunk, stop, most, WIDTH, COLUMNS, BLOCK_M)
             slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_kv_heads) + program
-            tl.store(largest + slot * CHUNKS + part, tl.max(found, 0))
-            tl.store(flawed + slot * CHUNKS + part, tl.max(flaw, 0))
+            tl.store(largest + slot * CHUNKS + part, found)
+            tl.store(flawed + slot * CHUNKS + part, flaw)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -142,23 +176,49 @@ def cast_kernel(
             WIDTH: tl.constexpr = SHAPE.V_DIM if which == 2 else SHAPE.HEAD_DIM
             COLUMNS: tl.constexpr = SHAPE.BLOCK_V if which == 2 else SHAPE.BLOCK_D
             slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_kv_heads) + program
-            top = tl.max(tl.load(largest + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
-            unit = tl.where(top > 0, tl.maximum(power_of_two(top), LEAST_UNIT), 1.0)
+            unit = unit_of(tl.max(tl.load(largest + slot * CHUNKS + tl.arange(0, CHUNKS)), 0))
             flaw = tl.max(tl.load(flawed + slot * CHUNKS + tl.arange(0, CHUNKS)), 0)
             tl.store(units + slot, unit, mask=i == 0)
             tl.store(flaws.heads + slot, flaw, mask=i == 0)
             base, length, row = rows_of_operand(
                 program, tensors[which], seqlens, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, which > 0
             )
-            tile = load_tile(base, tensors[which].stride_s, i, length, WIDTH, BLOCK_M, COLUMNS, True)  # (M, D or V)
-            tile = tile.to(tl.float32)
-            if flaw > 0:
-                tile, row_flaw = cleaned(tile, k_most if which == 1 else MOST)
-                store_rows(row_flaws[which] + row, i, length, row_flaw)
-            if which == 1 and origin_ptr is not None:
-                dim = tl.arange(0, COLUMNS)
-                tile -= tl.load(origin_ptr + program.to(tl.int64) * WIDTH + dim, mask=dim < WIDTH, other=0.0)[None, :]
-            store_tile(outs[which] + row * WIDTH, WIDTH, i, length, tile * inverse_power(unit), WIDTH)
+            cast_tile(
+                base, tensors[which].stride_s, i, length, k_most if which == 1 else MOST, flaw, row_flaws[which] + row,
+                origin_ptr if which == 1 else None, program, unit, outs[which] + row * WIDTH, WIDTH, COLUMNS, BLOCK_M,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def cast_heads_kernel(
+    q_in, k_in, v_in, k_most, origin_ptr, outs, units, flaws,
+    seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """`largest_kernel` and `cast_kernel` in one, where heads are many and short: a program has all rows of a head, and
+    reads them twice, the second time from a cache."""
+    program = tl.program_id(0)
+    n_kv_heads = n_heads // group
+    tensors, row_flaws = (q_in, k_in, v_in), (flaws.q, flaws.k, flaws.v)
+    for which in tl.static_range(3):
+        if (tl.program_id(1) == which) & ((which == 0) | (program < n_kv_heads)):
+            WIDTH: tl.constexpr = SHAPE.V_DIM if which == 2 else SHAPE.HEAD_DIM
+            COLUMNS: tl.constexpr = SHAPE.BLOCK_V if which == 2 else SHAPE.BLOCK_D
+            base, length, row = rows_of_operand(
+                program, tensors[which], seqlens, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, which > 0
+            )
+            most = k_most if which == 1 else MOST
+            top, flaw = searched(base, tensors[which].stride_s, 0, length, most, WIDTH, COLUMNS, BLOCK_M)
+            unit = unit_of(top)
+            slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_kv_heads) + program
+            tl.store(units + slot, unit)
+            tl.store(flaws.heads + slot, flaw)
+            for i in tl.range(0, length, BLOCK_M):
+                cast_tile(
+                    base, tensors[which].stride_s, i, length, most, flaw, row_flaws[which] + row,
+                    origin_ptr if which == 1 else None, program, unit, outs[which] + row * WIDTH, WIDTH, COLUMNS,
+                    BLOCK_M,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NUMBERS)

@@ -1,7 +1,7 @@
 """The plain solve of 16-bit inputs in Gluon for Hopper: what solve.py's kernel does.
 
-Directions stay in registers as operands of the products; the residual is in shared memory meanwhile, and the solution
-in device memory.
+Directions stay in registers as operands of the products; the residual is in shared memory meanwhile. So is the
+solution where it is wide; where it is not, registers have it, and shared memory the weights of a sweep's first tiles.
 """
 
 from triton.experimental import gluon
@@ -33,21 +33,51 @@ from flashlla.backends.triton.primitives import (
 )
 from flashlla.backends.triton.solve import LAST_MARGIN, LAST_MOST, RIDGE_MOST
 from flashlla.backends.triton.sweep_hopper import (
-    add_sums,
     barrier,
     begin,
     fetch,
     finite_or_zero,
     load_queries,
-    no_sums,
-    ones_for,
     operand,
     packed,
+    part_sums,
     products,
     ring_of,
-    sweep,
+    sweep_from,
+    sweep_part,
     tiles_of,
+    weighed,
 )
+
+
+@gluon.jit
+def no_sums(w, ONES: gl.constexpr):
+    """Sums of what is packed like ``w``, before any."""
+    if ONES:
+        LAYOUT: gl.constexpr = products(w.shape[0], 8)
+        return gl.zeros([w.shape[0], 8], gl.float32, LAYOUT)
+    else:
+        return part_sums(w) * 0.0
+
+
+@gluon.jit
+def add_sums(totals, w, ones, ONES: gl.constexpr):
+    if not ONES:
+        return totals + part_sums(w)
+    else:
+        LAYOUT: gl.constexpr = totals.type.layout
+        return warpgroup_mma(operand(w, LAYOUT), ones, totals, is_async=True)
+
+
+@gluon.jit
+def ones_for(other, N: gl.constexpr, ONES: gl.constexpr):
+    if ONES:
+        LIKE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, 8], gl.float16)
+        WARPS: gl.constexpr = gl.num_warps()
+        WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [WARPS, 1], [1, 0])
+        return gl.allocate_shared_memory(gl.float16, [N, 8], LIKE, gl.full([N, 8], 1 / 8, gl.float16, WHOLE))
+    else:
+        return other
 
 
 @gluon.jit
@@ -55,9 +85,9 @@ def matvec_body(
     state, rows, rings, slot, before, coming, start, at, window, CUT: gl.constexpr, SHAPE: gl.constexpr,
     ONES: gl.constexpr,
 ):  # fmt: skip
-    """As `solve.matvec_body`."""
+    """As `solve.matvec_body`. Weights of tiles that ``kept`` has room for are stored there."""
     acc, totals, w = state
-    q, x, x_mean, shift, factor, ones, row, zero = rows
+    q, x, x_mean, shift, factor, ones, row, zero, kept = rows
     N: gl.constexpr = zero.shape[1]
     SCORES: gl.constexpr = zero.type.layout
     VECTORS: gl.constexpr = acc.type.layout
@@ -73,6 +103,10 @@ def matvec_body(
         key = start + gl.arange(0, N, layout=gl.SliceLayout(0, SCORES))
         s = gl.where(visible(row[:, None], key[None, :], at, window, SHAPE.CAUSAL), s, float("-inf"))
     e = gl.exp2(s)
+    if kept.dtype == gl.int32:  # not what stands for none
+        step = coming[1] - (rings[0].shape[0] - 2)
+        if step < kept.shape[0]:
+            kept.index(step).store(packed(e))
     c, e = warpgroup_mma_wait(BESIDE, deps=(c, e))
     e = e * (c - x_mean[:, None])
     if ONES:
@@ -80,6 +114,45 @@ def matvec_body(
     else:
         acc, e = warpgroup_mma_wait(0, deps=(acc, e))
     return acc, totals, packed(e)
+
+
+@gluon.jit
+def kept_body(
+    state, rows, rings, slot, before, coming, start, at, window, CUT: gl.constexpr, SHAPE: gl.constexpr,
+    ONES: gl.constexpr,
+):  # fmt: skip
+    """The same of a tile whose weights are kept."""
+    acc, totals, w = state
+    _, x, x_mean, _, _, ones, _, zero, kept = rows
+    VECTORS: gl.constexpr = acc.type.layout
+    BESIDE: gl.constexpr = 2 if ONES else 1  # products issued after the first
+    k = rings[0].index(slot).permute((1, 0))
+    c = warpgroup_mma(x, k, zero, use_acc=False, is_async=True)
+    acc = warpgroup_mma(operand(w, VECTORS), rings[0].index(before), acc, is_async=True)
+    totals = add_sums(totals, w, ones, ONES)
+    fetch(rings, coming, zero.shape[1])
+    e = kept.index(coming[1] - (rings[0].shape[0] - 2)).load(w.type.layout)
+    c, e = warpgroup_mma_wait(BESIDE, deps=(c, e))
+    e = weighed(e, c - x_mean[:, None])
+    if ONES:
+        acc, totals, e = warpgroup_mma_wait(0, deps=(acc, totals, e))
+    else:
+        acc, e = warpgroup_mma_wait(0, deps=(acc, e))
+    return acc, totals, e
+
+
+@gluon.jit
+def room_for(KEPT: gl.constexpr, other, M: gl.constexpr, N: gl.constexpr):
+    """For the weights of so many tiles; of none ``other``."""
+    if KEPT > 0:
+        return gl.allocate_shared_memory(gl.int32, [KEPT, M, N // 2], gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
+    else:
+        return other
+
+
+@gluon.jit
+def larger(a, b, c, d):
+    return gl.maximum(a, c), gl.maximum(b, d)
 
 
 @gluon.jit
@@ -96,9 +169,9 @@ def solve_hopper_kernel(
     seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
     tolerances, max_iters, segments,
     ADJOINT: gl.constexpr, PRECONDITIONER: gl.constexpr, SEGMENT: gl.constexpr, SLOTS: gl.constexpr,
-    ONES: gl.constexpr, SHAPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    KEPT: gl.constexpr, ONES: gl.constexpr, SHAPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """What `solve.solve_kernel` does without a preconditioner. What was at b_ptr is lost if ADJOINT."""
+    """What `solve.solve_kernel` does without a preconditioner. KEPT: tiles whose weights are in shared memory."""
     at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False)
     if outside(at, at.q_len, seqlens.cu_q):
         return
@@ -115,6 +188,7 @@ def solve_hopper_kernel(
     ROWS: gl.constexpr = gl.SliceLayout(1, VECTORS)
     SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     HALVES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], gl.float16)
+    WIDE: gl.constexpr = D > 64
     SINGLES: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     q_unit, k_unit, _ = units_of(units, at, n_heads, group)
     rings = (ring_of(N, D, SLOTS),)
@@ -149,15 +223,15 @@ def solve_hopper_kernel(
         lowest = gl.where(highest > 0, highest, lowest)
         solution = guess[:, None] * u
         r = r - guess[:, None] * image
-    # Where no program but this reads or writes: at the probe to be, or at b, which has been read.
-    far = (b_ptr if ADJOINT else x_out) + vectors
-    gl.store(far, solution, mask=there[:, None])
+    if WIDE:
+        solution_shared = gl.allocate_shared_memory(gl.float32, [M, D], SINGLES, solution)
     r2 = gl.sum(r * r, 1)
     r_mean = gl.sum(r * k_mean, 1)
     r_shared = gl.allocate_shared_memory(gl.float32, [M, D], SINGLES, r)
+    kept = room_for(KEPT, mean_shared, M, N)
     ones = ones_for(mean_shared, N, ONES)
     q_operand = gl.convert_layout(q, OPERAND)
-    if D <= 64:  # wider, registers have room, and shared memory has not
+    if not WIDE:  # wider, registers have room, and shared memory has not
         q_operand = gl.allocate_shared_memory(gl.float16, [M, D], HALVES, q)
 
     score_row = at.start + gl.arange(0, M, layout=SCORE_ROWS)
@@ -190,16 +264,27 @@ def solve_hopper_kernel(
     sweeps = 0
     nothing = packed(zero)
     while (sweeps < max_iters) & (most * left > 1):
-        nought = sweeps >> 20  # 0, but no compiler knows: what is addressed with it is not kept through the loop
         moves = excess * left > 1
         unsolved = excess > 1
         rows = (
             q_operand, gl.convert_layout(x, OPERAND), gl.convert_layout(x_mean, SCORE_ROWS), shift, factor, ones,
-            score_row, zero,
+            score_row, zero, kept,
         )  # fmt: skip
         state = gl.zeros([M, D], gl.float32, VECTORS), no_sums(nothing, ONES), nothing
-        state, last = sweep(
-            matvec_body, state, rows, rings, sources, ranges, at, window, SHAPE, N, SLOTS - 2, ONES
+        fence_async_shared()
+        nought = ranges[4] * 0
+        so_far = state, nought, nought
+        cut_from = nought
+        if KEPT > 0:  # by the first sweep, whose weights they are
+            cut_from = gl.where(sweeps == 0, 0, gl.minimum(ranges[4], KEPT))
+            so_far = sweep_part(
+                kept_body, so_far, rows, nought, cut_from, rings, sources, ranges, at, window, False, SHAPE, N,
+                SLOTS - 2, ONES,
+            )  # fmt: skip
+        whole_from = gl.maximum(ranges[3], cut_from)
+        state, last = sweep_from(
+            matvec_body, so_far, rows, cut_from, whole_from, rings, sources, ranges, at, window, SHAPE, N, SLOTS - 2,
+            ONES,
         )  # fmt: skip
         acc, total, w = state
         acc = warpgroup_mma(operand(w, VECTORS), rings[0].index(last), acc, is_async=True)
@@ -243,16 +328,19 @@ def solve_hopper_kernel(
         share_left = gl.where(moves & many_keys, share, share_left)
         last_size = gl.where(moves & many_keys, inverse_curvature, last_size)
         excess = gl.where(unsolved & (r2 > goal), r2 / goal, 0.0)
-        most = gl.max(excess, 0)
-        rest = gl.max(share_left, 0) * (LAST_MARGIN * LAST_MARGIN)
+        most, rest = gl.reduce((excess, share_left), 0, larger)
+        rest = rest * (LAST_MARGIN * LAST_MARGIN)
         left = gl.where((rest < LAST_MOST * LAST_MOST) & tells, rest, 1.0)
         r_shared.store(r)
-        so_far = (b_ptr if ADJOINT else x_out) + (vectors + nought)
-        gl.store(so_far, gl.load(so_far, mask=there[:, None]) + step[:, None] * x_wide, mask=there[:, None])
+        if WIDE:
+            solution_shared.store(solution_shared.load(VECTORS) + step[:, None] * x_wide)
+        else:
+            solution += step[:, None] * x_wide
         sweeps += 1
 
     async_copy.wait_group(0)  # what was fetched for no sweep
-    solution = gl.load(far, mask=there[:, None], other=0.0)
+    if WIDE:
+        solution = solution_shared.load(VECTORS)
     solution += gl.where(left < 1, last_size, 0.0)[:, None] * r_shared.load(VECTORS)
     r2 *= gl.where(last_size > 0, left, 1.0)
     solution += (0.0 * r2)[:, None]  # NaN where the right-hand side was

@@ -7,7 +7,7 @@ needed. Keys, and values where a pass takes them, come ahead through a rings of 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from flashlla.backends.triton.primitives import cut_tile, finite, queries_of
 
@@ -34,6 +34,16 @@ def packed(x):
     return gl.inline_asm_elementwise(
         "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def weighed(w, c):
+    """float16 of w c, packed, for w packed (M, N / 2) and c (M, N)."""
+    even, odd = halves(c)
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 c; cvt.rn.f16x2.f32 c, $3, $2; mul.rn.f16x2 $0, $1, c; }",
+        "=r,r,f,f", [w, even, odd], dtype=gl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -121,9 +131,12 @@ def begin(rings, sources, ranges, TILE: gl.constexpr, AHEAD: gl.constexpr):
 
 @gluon.jit
 def sweep_part(
-    body: gl.constexpr, state, rows, steps_from, steps_to, rings, slot, before, sources, ranges, at, window,
+    body: gl.constexpr, so_far, rows, steps_from, steps_to, rings, sources, ranges, at, window,
     CUT: gl.constexpr, SHAPE: gl.constexpr, TILE: gl.constexpr, AHEAD: gl.constexpr, OPTIONS: gl.constexpr,
 ):  # fmt: skip
+    """What ``so_far`` becomes by ``body`` on the tiles of these steps: the state, and where in the rings the next tile
+    is, and the last."""
+    state, slot, before = so_far
     SLOTS: gl.constexpr = rings[0].shape[0]
     for step in range(steps_from, steps_to):
         # All warps have this tile, and are done with the one whose place the next to come takes.
@@ -139,6 +152,23 @@ def sweep_part(
 
 
 @gluon.jit
+def sweep_from(
+    body: gl.constexpr, so_far, rows, cut_from, whole_from, rings, sources, ranges, at, window,
+    SHAPE: gl.constexpr, TILE: gl.constexpr, AHEAD: gl.constexpr, OPTIONS: gl.constexpr,
+):  # fmt: skip
+    """`sweep` from these steps on, of the tiles that the mask cuts and of those that are whole."""
+    so_far = sweep_part(
+        body, so_far, rows, cut_from, ranges[3], rings, sources, ranges, at, window, True, SHAPE, TILE, AHEAD, OPTIONS
+    )  # fmt: skip
+    state, _, last = sweep_part(
+        body, so_far, rows, whole_from, ranges[4], rings, sources, ranges, at, window, False, SHAPE, TILE,
+        AHEAD, OPTIONS,
+    )  # fmt: skip
+    async_copy.wait_group(0)  # what was fetched for no step
+    return state, last
+
+
+@gluon.jit
 def sweep(
     body: gl.constexpr, state, rows, rings, sources, ranges, at, window,
     SHAPE: gl.constexpr, TILE: gl.constexpr, AHEAD: gl.constexpr, OPTIONS: gl.constexpr = None,
@@ -147,47 +177,10 @@ def sweep(
     last is. AHEAD: tiles on their way, of a ring's one less than it has room for beside those that products read."""
     fence_async_shared()  # what ``rows`` has in shared memory
     nought = ranges[4] * 0
-    cut, steps = ranges[3], ranges[4]
-    state, slot, before = sweep_part(
-        body, state, rows, nought, cut, rings, nought, nought, sources, ranges, at, window, True, SHAPE, TILE, AHEAD,
-        OPTIONS,
+    so_far = state, nought, nought
+    return sweep_from(
+        body, so_far, rows, nought, ranges[3], rings, sources, ranges, at, window, SHAPE, TILE, AHEAD, OPTIONS
     )  # fmt: skip
-    state, slot, before = sweep_part(
-        body, state, rows, cut, steps, rings, slot, before, sources, ranges, at, window, False, SHAPE, TILE, AHEAD,
-        OPTIONS,
-    )  # fmt: skip
-    async_copy.wait_group(0)  # what was fetched for no step
-    return state, before
-
-
-@gluon.jit
-def no_sums(w, ONES: gl.constexpr):
-    """Sums of what is packed like ``w``, before any."""
-    if ONES:
-        LAYOUT: gl.constexpr = products(w.shape[0], 8)
-        return gl.zeros([w.shape[0], 8], gl.float32, LAYOUT)
-    else:
-        return part_sums(w) * 0.0
-
-
-@gluon.jit
-def add_sums(totals, w, ones, ONES: gl.constexpr):
-    if not ONES:
-        return totals + part_sums(w)
-    else:
-        LAYOUT: gl.constexpr = totals.type.layout
-        return warpgroup_mma(operand(w, LAYOUT), ones, totals, is_async=True)
-
-
-@gluon.jit
-def ones_for(other, N: gl.constexpr, ONES: gl.constexpr):
-    if ONES:
-        LIKE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, 8], gl.float16)
-        WARPS: gl.constexpr = gl.num_warps()
-        WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [WARPS, 1], [1, 0])
-        return gl.allocate_shared_memory(gl.float16, [N, 8], LIKE, gl.full([N, 8], 1 / 8, gl.float16, WHOLE))
-    else:
-        return other
 
 
 @gluon.jit

@@ -288,6 +288,22 @@ def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:
     assert [phrase for phrase in told if phrase not in page] == []
 
 
+def test_figures_told_of_the_small_model_are_those_of_the_record() -> None:
+    runs = json.loads((RESULTS / "language_model_small.json").read_text())["runs"]
+    page = " ".join((Path(__file__).parents[1] / "docs" / "experiments.md").read_text().split())
+    loss, choice = (lambda arm, of=of: runs[f"{arm} lr=0.002 seed=0"][of] for of in ("reported", "choice"))
+    worse = lambda setting: f"{loss(f'lla {setting}') - loss('lla'):.3f}"
+    told = [
+        f"LLA is ahead by {loss('softmax') - loss('lla'):.3f} at equal steps",
+        f"0.1 makes it {worse('tolerance=0.1')} worse",
+        f"{worse('ridge_init=10.0')} worse, and {choice('lla') - choice('lla ridge_init=10.0'):.3f} better on the other "
+        f"set. One that begins at 0.1 makes it {worse('ridge_init=0.1')} worse, "
+        f"a ridge of each token's own {worse('ridge=token')}: both are behind softmax attention",
+    ]
+    assert [phrase for phrase in told if phrase not in page] == []
+    assert min(loss("lla ridge_init=0.1"), loss("lla ridge=token")) > loss("softmax")
+
+
 def test_figures_told_of_recall_are_those_of_the_record() -> None:
     runs = json.loads((RESULTS / "associative_recall.json").read_text())["runs"]
     page = " ".join((Path(__file__).parents[1] / "docs" / "experiments.md").read_text().split())

@@ -296,8 +296,8 @@ def test_figures_told_of_the_small_model_are_those_of_the_record() -> None:
     told = [
         f"LLA is ahead by {loss('softmax') - loss('lla'):.3f} at equal steps",
         f"0.1 makes it {worse('tolerance=0.1')} worse",
-        f"{worse('ridge_init=10.0')} worse, and {choice('lla') - choice('lla ridge_init=10.0'):.3f} better on the other "
-        f"set. One that begins at 0.1 makes it {worse('ridge_init=0.1')} worse, "
+        f"{worse('ridge_init=10.0')} worse, and {choice('lla') - choice('lla ridge_init=10.0'):.3f} better on the "
+        f"other set. One that begins at 0.1 makes it {worse('ridge_init=0.1')} worse, "
         f"a ridge of each token's own {worse('ridge=token')}: both are behind softmax attention",
     ]
     assert [phrase for phrase in told if phrase not in page] == []

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from flashlla import lla_attention, lla_decode
-from flashlla.distributed import lla_attention_cp, lla_decode_cp
+from flashlla.distributed import collectives, context, lla_attention_cp, lla_decode_cp
 from flashlla.distributed.context import heads_at_once
 from flashlla.distributed.sharding import Shards
 from flashlla.nn import LocalLinearAttention
@@ -90,6 +91,58 @@ def test_what_is_not_known_is_refused(keywords: dict[str, Any], words: str, alon
         lla_attention_cp(tensors[0], tensors[1][:, :, :4], tensors[2][:, :, :4], group=alone)
     with pytest.raises(TypeError, match="scale"):
         lla_attention_cp(*tensors, group=alone, scale=1.0)
+
+
+class Streams:
+    """What torch.cuda has of streams, and which of them is the current one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.waits, self.entered = "caller's", [], []
+        monkeypatch.setattr(collectives, "_streams", lambda device: [self.Stream(self, "a"), self.Stream(self, "b")])
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.Stream(self, "caller's"))
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+
+    class Stream(NamedTuple):
+        of: Any
+        name: str
+
+        def wait_stream(self, other: Any) -> None:
+            self.of.waits.append((self.name, other.name))
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.now = self.now, stream.name
+        self.entered.append(stream.name)
+        try:
+            yield
+        finally:
+            self.now = before
+
+
+def test_lanes_begin_and_end_with_the_callers_stream(alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch)
+    ends = [("a", "caller's"), ("b", "caller's"), ("caller's", "a"), ("caller's", "b")]
+    q, k, v = (t.requires_grad_() for t in qkv(1, 4, LENGTH, 4, dtype=torch.float64))
+    o = lla_attention_cp(q, k, v, group=alone, key_heads_at_once=1)
+    assert streams.waits == ends
+    assert {"a", "b"} == set(streams.entered)
+    streams.waits.clear()
+    gradients = torch.autograd.grad(o.sum(), (q, k, v))
+    assert streams.waits == ends
+    torch.testing.assert_close(gradients, torch.autograd.grad(lla_attention(q, k, v).sum(), (q, k, v)))
+    streams.entered.clear()
+    lla_attention_cp(q, k, v, group=alone, key_heads_at_once=4)
+    assert not streams.entered  # of one piece
+
+    def fails(arguments: Any) -> Any:
+        assert streams.now in ("a", "b")
+        raise RuntimeError("as asked")
+
+    monkeypatch.setattr(context, "forward", fails)
+    with pytest.raises(RuntimeError, match="as asked") as raised:
+        lla_attention_cp(q, k, v, group=alone, key_heads_at_once=1)
+    assert streams.now == "caller's"
+    del raised
 
 
 @pytest.mark.gpu

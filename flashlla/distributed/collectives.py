@@ -67,7 +67,7 @@ class Lanes:
 
     def __init__(self, device: torch.device, pieces: int) -> None:
         self.device = device
-        self.streams = _streams(device)[:pieces] if device.type == "cuda" and pieces > 1 else []
+        self.streams = _streams(device)[:pieces] if pieces > 1 else []
 
     @property
     def number(self) -> int:
@@ -87,7 +87,6 @@ class Lanes:
         try:
             yield
         finally:
-            torch.cuda.set_stream(own)  # whoever failed within a lane is still there
             for stream in self.streams:
                 own.wait_stream(stream)
 
@@ -99,7 +98,7 @@ class Lanes:
 @functools.cache
 def _streams(device: torch.device) -> list[torch.cuda.Stream]:
     """The same ones in all calls: torch keeps memory for each."""
-    return [torch.cuda.Stream(device) for _ in range(LANES)]
+    return [torch.cuda.Stream(device) for _ in range(LANES)] if device.type == "cuda" else []
 
 
 def ahead(items: Iterable[T], start: Callable[[T], Pending[U]]) -> Iterator[tuple[T, Pending[U]]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -73,9 +74,9 @@ class Shared:
         with self.lanes.lane(heads.lane):
             return self.keys.bring(torch.cat([t[:, heads.keys].permute(2, 0, 1, 3) for t in (own.k, own.v)], -1))
 
-    def calls(self, own: Differentiable) -> Iterator[tuple[Heads, list[tuple[Part, Arguments]]]]:
+    def calls(self, own: Differentiable) -> Generator[tuple[Heads, list[tuple[Part, Arguments]]]]:
         """For some heads at a time the call of each part, once its keys are there, to be made before the next: until
-        then whoever asks is in their lane."""
+        then whoever asks is in their lane; who stops before the last must close this, to be where it was."""
         for heads, coming in ahead(self.heads, lambda heads: self.bring(own, heads)):
             with self.lanes.lane(heads.lane):
                 arrived = coming.wait()
@@ -127,17 +128,18 @@ class Shared:
                     both = coming.wait().permute(1, 2, 0, 3)
                     dk[:, heads.keys], dv[:, heads.keys] = (both[..., columns] for columns in columns_of)
 
-        for heads, calls in self.calls(own):
-            of_parts: list[OfKeys] = []
-            for part, (inputs, _) in calls:
-                place = slice(None), heads.queries, self.rows(part)
-                left = Residuals(*itertools.islice(residuals, len(Residuals._fields)))
-                found = backward(AdjointArguments(grad_o[place], inputs, left, settings, unrounded=of_keys))
-                dq[place], dridge[place] = found.q, found.ridge_lambda
-                of_parts.append(OfKeys(*(t.permute(2, 0, 1, 3) for t in (found.k, found.v))))
-            arrive(but=self.lanes.number - 1)
-            if of_keys:
-                leaving.append((heads, self.keys.give_back(of_parts)))
+        with closing(self.calls(own)) as of_heads:
+            for heads, calls in of_heads:
+                of_parts: list[OfKeys] = []
+                for part, (inputs, _) in calls:
+                    place = slice(None), heads.queries, self.rows(part)
+                    left = Residuals(*itertools.islice(residuals, len(Residuals._fields)))
+                    found = backward(AdjointArguments(grad_o[place], inputs, left, settings, unrounded=of_keys))
+                    dq[place], dridge[place] = found.q, found.ridge_lambda
+                    of_parts.append(OfKeys(*(t.permute(2, 0, 1, 3) for t in (found.k, found.v))))
+                arrive(but=self.lanes.number - 1)
+                if of_keys:
+                    leaving.append((heads, self.keys.give_back(of_parts)))
         arrive(but=0)
         return dq, dk if of_keys else None, dv if of_keys else None, dridge
 
@@ -165,8 +167,8 @@ class _Attend(torch.autograd.Function):
         o, report = empty_output(own.q, own.v), empty_report(own.q)
         residuals: list[Tensor] = []
         settings = shared.settings
-        with shared.lanes.open():
-            for heads, calls in shared.calls(own):
+        with shared.lanes.open(), closing(shared.calls(own)) as of_heads:
+            for heads, calls in of_heads:
                 for part, arguments in calls:
                     found, place = forward(arguments), (slice(None), heads.queries, shared.rows(part))
                     settings = ran(arguments).settings

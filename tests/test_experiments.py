@@ -292,6 +292,7 @@ def test_figures_told_of_the_small_model_are_those_of_the_record() -> None:
     runs = json.loads((RESULTS / "language_model_small.json").read_text())["runs"]
     page = " ".join((Path(__file__).parents[1] / "docs" / "experiments.md").read_text().split())
     loss, choice = (lambda arm, of=of: runs[f"{arm} lr=0.002 seed=0"][of] for of in ("reported", "choice"))
+    muon = "optimizer=muon"
     worse = lambda setting: f"{loss(f'lla {setting}') - loss('lla'):.3f}"
     told = [
         f"LLA is ahead by {loss('softmax') - loss('lla'):.3f} at equal steps",
@@ -299,6 +300,8 @@ def test_figures_told_of_the_small_model_are_those_of_the_record() -> None:
         f"{worse('ridge_init=10.0')} worse, and {choice('lla') - choice('lla ridge_init=10.0'):.3f} better on the "
         f"other set. One that begins at 0.1 makes it {worse('ridge_init=0.1')} worse, "
         f"a ridge of each token's own {worse('ridge=token')}: both are behind softmax attention",
+        f"LLA is at {loss(f'lla {muon}'):.3f} and softmax attention at {loss(f'softmax {muon}'):.3f}. On the other set "
+        f"softmax attention is ahead, by {choice(f'lla {muon}') - choice(f'softmax {muon}'):.3f}:",
     ]
     assert [phrase for phrase in told if phrase not in page] == []
     assert min(loss("lla ridge_init=0.1"), loss("lla ridge=token")) > loss("softmax")

@@ -70,7 +70,8 @@ def calls(head_dim: int, dtype: torch.dtype, architecture: int) -> Iterator[tupl
         Inputs(long, long, long, meta(2, 6, 2048, dtype=torch.float32)), "none",
     )  # fmt: skip
     yield plain, Inputs(q, q, q, rows), "jacobi"
-    if head_dim <= configs.gram_widest(dtype, divmod(architecture, 10)):
+    capability = divmod(architecture, 10)
+    if configs.gram_compiles(capability) and head_dim <= configs.gram_widest(dtype, capability):
         yield plain, Inputs(q, q, q, rows), "gram"
     yield dataclasses.replace(plain, mask=Mask(causal=False)), Inputs(q, q, q, rows), "none"
     yield grouped, Inputs(q, shared, shared, rows), "none"

@@ -23,6 +23,29 @@ def test_what_a_chip_has_no_shared_memory_for() -> None:
     assert configs.gram_widest(torch.float32, (8, 0)) == configs.gram_widest(torch.float16, (8, 9)) == 128
 
 
+@pytest.mark.parametrize(("version", "capability", "compiles"), [
+    ("3.6.0", (10, 0), False), ("3.6.0", (9, 0), True), ("3.7.1", (10, 0), True), ("3.6.0", (12, 0), True),
+])  # fmt: skip
+def test_gram_is_left_where_triton_does_not_compile_it(
+    monkeypatch: pytest.MonkeyPatch, version: str, capability: tuple[int, int], compiles: bool
+) -> None:
+    """There the solver's plain steps take its place, and who asks for it by name is told."""
+    import triton
+
+    from flashlla import explain
+    from flashlla.backends.triton import configs
+
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(configs, "capability", lambda device: capability)
+    assert configs.gram_compiles(capability) == compiles
+    q = torch.zeros(1, 1, 1100, 16, dtype=torch.bfloat16)
+    reason = explain(q, q, q, backend="triton", solver="pcg_gram").reasons["triton"]
+    assert (reason is None) == compiles, reason
+    if not compiles:
+        assert "Triton 3.6" in str(reason)
+    assert explain(q, q, q, backend="triton").reasons["triton"] is None
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
 @pytest.mark.parametrize("operand", [torch.float16, torch.float32])
 @pytest.mark.parametrize("head_dim", [1, 16, 40, 64, 128, 200, 256])

@@ -162,8 +162,11 @@ def _without_gram(problem: Problem) -> str | None:
     """Why the preconditioner "gram" is not made for this problem; None where it is."""
     if problem.mask.packed:
         return "its preconditioner 'gram' is not made for packed sequences"
+    capability = configs.capability(problem.device)
+    if not configs.gram_compiles(capability):
+        return "Triton 3.6 does not compile its preconditioner 'gram' for compute capability 10"
     widest = max(problem.head_dim, problem.v_dim)
-    most = configs.gram_widest(problem.dtype, configs.capability(problem.device))
+    most = configs.gram_widest(problem.dtype, capability)
     if widest > most:
         return f"its preconditioner 'gram' takes head dims up to {most}, and this one is {widest}"
     return None

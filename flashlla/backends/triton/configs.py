@@ -185,6 +185,15 @@ def too_large(head_dim: int, operand: torch.dtype, capability: tuple[int, int]) 
     return None
 
 
+def gram_compiles(capability: tuple[int, int]) -> bool:
+    """Whether the preconditioner "gram" does: at its sums for Blackwell an assertion of Triton 3.6 ends the process."""
+    if capability[0] != 10:
+        return True
+    import triton
+
+    return not triton.__version__.startswith("3.6.")
+
+
 def gram_widest(dtype: torch.dtype, capability: tuple[int, int]) -> int:
     """The widest head dim that the preconditioner "gram" is made for: while it is made, registers hold its matrix, and
     shared memory two of them."""

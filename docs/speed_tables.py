@@ -51,6 +51,14 @@ def record(name: str) -> dict[str, Any]:
     return found
 
 
+def kept(name: str) -> dict[str, Any]:
+    """The same; nothing where there is no such record."""
+    try:
+        return record(name)
+    except FileNotFoundError:
+        return {}
+
+
 def table(headings: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
     """Markdown, without columns that are empty; nothing where there are no rows."""
     cells = list(rows)
@@ -211,23 +219,23 @@ def wanted() -> str:
             yield f"{key[0]}, {key[1]}, {key[2]}, window 512, a pair", ", ".join(WANTED_WINDOWS[key[2]]), found
 
     def of_others() -> Iterator[Sequence[str]]:
-        of_first, of_host = record("first_h100"), record("host_h100")
+        of_host = kept("host_h100")
         for name, most in (("forward", "0.2"), ("step", "0.6")):
-            some = [line[f"{name}_us"]["median"] / 1e3 for line in of_host["host"]]
-            added = of_host["parts"]["addition_us"]["median"]
-            what = f"milliseconds of the host, {name}, eager (an addition: {added:.1f} us)"
-            yield what, most, [f"{min(some):.2f} to {max(some):.2f}"]
-        of_model = {(line["mode"], line["tolerance"]): line for line in record("model_h100")["rows"]}
+            if some := [line[f"{name}_us"]["median"] / 1e3 for line in of_host.get("host", [])]:
+                added = of_host["parts"]["addition_us"]["median"]
+                what = f"milliseconds of the host, {name}, eager (an addition: {added:.1f} us)"
+                yield what, most, [f"{min(some):.2f} to {max(some):.2f}"]
+        of_model = {(line["mode"], line["tolerance"]): line for line in kept("model_h100").get("rows", [])}
         if line := of_model.get(("eager", 0.1)):
             yield "a model's step beside softmax's, eager, tolerance 0.1", "1.35x", [f"{line['ratio']:.2f}x"]
         if line := of_model.get(("compiled", 0.01)):
             what = "milliseconds that a layer adds to it, compiled, tolerance 0.01"
             yield what, "2", [f"{line['added_ms']:.2f}"]
-        for line in record("decode_h100")["speed"]:
+        for line in kept("decode_h100").get("speed", []):
             size = line["batch"], line["length"], line["dim"]
             if size in WANTED:
                 yield f"decode {', '.join(map(str, size))}, microseconds", WANTED[size], [f"{line['us']:.0f}"]
-        for line in of_first["first"]:
+        for line in kept("first_h100").get("first", []):
             if line["what"] == "empty cache":
                 yield "seconds of the first forward and backward, empty cache", "12", [f"{line['first_s']:.1f}"]
 

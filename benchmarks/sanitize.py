@@ -134,6 +134,7 @@ CALLS: dict[str, Callable[[str], None]] = {
     "odd sizes": lambda device: _attend(device, torch.float32, 65, 67, dim=17, v_dim=5),
     "shared heads": lambda device: _attend(device, group=3),
     "many heads": lambda device: _attend(device, queries=20, heads=40),
+    "many keys": lambda device: _attend(device, queries=3, keys=520, dim=16),
     "no mask": lambda device: _attend(device, queries=33, keys=70, causal=False),
     "window": lambda device: _attend(device, window=20),
     "lengths": lambda device: _attend(device, seqlens_k=[100, 37], seqstarts_k=[13, 0]),

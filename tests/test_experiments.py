@@ -291,8 +291,9 @@ def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:
 def test_figures_told_of_the_small_model_are_those_of_the_record() -> None:
     runs = json.loads((RESULTS / "language_model_small.json").read_text())["runs"]
     page = " ".join((Path(__file__).parents[1] / "docs" / "experiments.md").read_text().split())
-    loss, choice = (lambda arm, of=of: runs[f"{arm} lr=0.002 seed=0"][of] for of in ("reported", "choice"))
-    muon = "optimizer=muon"
+    loss, choice = (lambda arm, lr="0.002", of=of: runs[f"{arm} lr={lr} seed=0"][of] for of in ("reported", "choice"))
+    lla, softmax = (f"{kind} optimizer=muon" for kind in ("lla", "softmax"))
+    rates = ("0.002", "0.004", "0.008", "0.016")
     worse = lambda setting: f"{loss(f'lla {setting}') - loss('lla'):.3f}"
     told = [
         f"LLA is ahead by {loss('softmax') - loss('lla'):.3f} at equal steps",
@@ -300,11 +301,14 @@ def test_figures_told_of_the_small_model_are_those_of_the_record() -> None:
         f"{worse('ridge_init=10.0')} worse, and {choice('lla') - choice('lla ridge_init=10.0'):.3f} better on the "
         f"other set. One that begins at 0.1 makes it {worse('ridge_init=0.1')} worse, "
         f"a ridge of each token's own {worse('ridge=token')}: both are behind softmax attention",
-        f"LLA is at {loss(f'lla {muon}'):.3f} and softmax attention at {loss(f'softmax {muon}'):.3f}. On the other set "
-        f"softmax attention is ahead, by {choice(f'lla {muon}') - choice(f'softmax {muon}'):.3f}:",
+        f"LLA is at {loss(lla, rates[-1]):.3f} and softmax attention at {loss(softmax, rates[-1]):.3f}. On the "
+        f"other set softmax attention is ahead, by {choice(lla, rates[-1]) - choice(softmax, rates[-1]):.3f}:",
     ]
     assert [phrase for phrase in told if phrase not in page] == []
     assert min(loss("lla ridge_init=0.1"), loss("lla ridge=token")) > loss("softmax")
+    for arm in (lla, softmax):
+        losses = [loss(arm, lr) for lr in rates]
+        assert losses == sorted(losses, reverse=True)
 
 
 def test_figures_told_of_recall_are_those_of_the_record() -> None:

@@ -359,16 +359,17 @@ def test_registering_in_anothers_place(picky):
 def test_import_is_light():
     """Neither Triton nor SciPy is imported with the package, and it adds little to torch's own import."""
     code = (
-        "import time, torch, sys; before = set(sys.modules); t = time.perf_counter(); import flashlla; "
-        "took = time.perf_counter() - t; new = {m.split('.')[0] for m in set(sys.modules) - before}; "
-        "print(took); assert not new & {'triton', 'scipy', 'matplotlib', 'statsmodels'}, new; "
+        "import sys; from time import process_time as clock; begun = clock(); import torch; before = set(sys.modules); "
+        "between = clock(); import flashlla; print((clock() - between) / (between - begun)); "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "assert not new & {'triton', 'scipy', 'matplotlib', 'statsmodels'}, new; "
         "flashlla.lla_attention(*torch.randn(3, 1, 4, 4), backend='chunked'); "
         "assert 'torch._dynamo' not in sys.modules, 'the compiler was imported'"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, env=environment)
-    times = [float(run([sys.executable, "-c", code]).stdout) for _ in range(3)]
-    assert min(times) < 0.3
+    shares = [float(run([sys.executable, "-c", code]).stdout) for _ in range(3)]
+    assert min(shares) < 0.25  # of processor time, which a busy machine changes little; 0.08 when this was written
 
 
 def test_info_names_the_backend_of_the_call_not_of_what_it_calls():

@@ -123,7 +123,8 @@ def test_which_kernels_a_step_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 CASES: dict[str, tuple[int, int, int, int, float, dict[str, Any]]] = {
     "1": (2, 2, 1, 1, 1.0, {}),
     "63": (2, 2, 63, 63, 1.0, {}),
-    "65": (2, 2, 65, 65, 0.1, {}),
+    # Of few keys and a weak ridge a single row may have most of dlambda's error: many heads, or luck decides.
+    "65": (32, 32, 65, 65, 0.1, {}),
     "1000": (2, 2, 1000, 1000, 1.0, {}),
     "with a first guess": (1, 1, 1500, 1500, 10.0, {}),
     "with gram": (1, 1, 1500, 1500, 1.0, {"solver": "pcg_gram"}),

@@ -52,9 +52,7 @@ class Naive(Framed):
         dridge = dot(z, y)  # (3.6)
         moved = (1 - a) * e + given.ridge_lambda.unsqueeze(-1) * dridge  # dl / p
         dq = problem.scale * dense.about_mean(p * moved, k, k_mean) + y  # (3.3)
-        p = of_keys(problem, p, q, k)
-        dk = problem.scale * ((p * moved).mT @ q) - (p * e).mT @ z - (p * (1 - a)).mT @ y  # (3.4)
-        dv = (p * (1 - a)).mT @ do  # (3.5)
+        dk, dv = of_keys(problem, p, q, k, a, e, moved, do, y, z)
         return dense.as_gradients(problem, inputs, dq, dk, dv, dridge)
 
 
@@ -79,9 +77,13 @@ def error(do: Tensor, v: Tensor, g: Tensor, g_mean: Tensor, y: Tensor, k: Tensor
     return g - g_mean - covariate(y, k, k_mean)
 
 
-def of_keys(problem: Problem, p: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """The weights again, for the sums over queries."""
-    return p
+def of_keys(
+    problem: Problem, p: Tensor, q: Tensor, k: Tensor, a: Tensor, e: Tensor, moved: Tensor, do: Tensor, y: Tensor,
+    z: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk of (3.4) and dv of (3.5), (H, Sk, D) and (H, Sk, V)."""
+    dk = problem.scale * ((p * moved).mT @ q) - (p * e).mT @ z - (p * (1 - a)).mT @ y
+    return dk, (p * (1 - a)).mT @ do
 
 
 def covariate(x: Tensor, k: Tensor, k_mean: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def _fused(half: bool) -> Iterator[None]:
     docs/math.md, section 6."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(naive, "error", _of_one_sum))
-        stack.enter_context(mock.patch.object(naive, "of_keys", _made_anew))
+        stack.enter_context(mock.patch.object(naive, "of_keys", functools.partial(_made_anew, naive.of_keys)))
         stack.enter_context(mock.patch.object(naive, "whole", functools.partial(_from_lse, naive.whole)))
         if half:
             stack.enter_context(mock.patch.object(KeySpans, "first_of", lambda _, k: torch.zeros_like(k[:, :, :1])))
@@ -176,10 +176,10 @@ def _from_lse(whole: Callable[..., Any], problem: Problem, inputs: Inputs) -> An
     return given, found._replace(systems=systems)
 
 
-def _made_anew(problem: Problem, p: Tensor, q: Tensor, k: Tensor) -> Tensor:
+def _made_anew(of_keys: Callable[..., Any], problem: Problem, p: Tensor, q: Tensor, k: Tensor, *rest: Tensor) -> Any:
     """The weights from logits that are rounded otherwise than those that lse was made of."""
     apart = q @ k.mT - q @ k.mT
-    return p * (problem.scale * apart).where(p > 0, 0).exp()
+    return of_keys(problem, p * (problem.scale * apart).where(p > 0, 0).exp(), q, k, *rest)
 
 
 def _budget(

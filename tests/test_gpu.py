@@ -210,11 +210,15 @@ def test_packed_does_not_synchronise() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_is_each_sequence_alone(dtype: torch.dtype) -> None:
-    lengths = [300, 1, 0, 83, 1000]
+@pytest.mark.parametrize(("lengths", "hopper"), [([300, 1, 0, 83, 1000], "0"), ([200, 150, 199, 200], "1")])
+def test_packed_is_each_sequence_alone(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, lengths: list[int], hopper: str
+) -> None:
+    """By the same kernels: those in Gluon run on packed sequences of about one length, and on any that is alone."""
+    monkeypatch.setenv("FLASHLLA_HOPPER", hopper)
     tensors, edges = packed(lengths)
     leaves = [t.to(dtype).requires_grad_() for t in tensors[:3]]
-    o = flashlla.lla_attention_varlen(*leaves, ridge_lambda=0.3, cu_seqlens=edges, max_seqlen=1000)
+    o = flashlla.lla_attention_varlen(*leaves, ridge_lambda=0.3, cu_seqlens=edges, max_seqlen=max(lengths))
     got = (o, *torch.autograd.grad(o, leaves, tensors[3].to(dtype)))
     for first, last in itertools.pairwise(edges.tolist()):
         alone = [t[first:last].to(dtype).transpose(0, 1)[None].requires_grad_() for t in tensors[:3]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import pathlib
 import threading
 from typing import Any
 
@@ -18,8 +19,22 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.quick
 
 
+class _Loads:
+    """Stands for what Triton has compiled of a kernel with arguments of these ``types``."""
+
+    def __init__(self, *types: str) -> None:
+        self.src = types_of = type("Source", (), {})()
+        types_of.signature = dict(enumerate(types))
+
+    def run(self, *_: Any) -> None:
+        """Nothing, as does `_Loads[grid]`, which launches Triton's way."""
+
+    def __getitem__(self, _: Any) -> Any:
+        return self.run
+
+
 class _Compiles:
-    """Stands for a kernel: it compiles by ``how``, to what does nothing."""
+    """Stands for a kernel of one pointer: it compiles by ``how``, to what does nothing."""
 
     arg_names = ("n",)
     __name__ = "kernel"
@@ -30,10 +45,7 @@ class _Compiles:
     def run(self, *_: Any, grid: Any, warmup: bool, **settings: Any) -> Any:
         assert warmup
         self.how()
-        return self
-
-    def __getitem__(self, _: Any) -> Any:
-        return lambda *_: None
+        return _Loads("*fp16")
 
 
 def _plan(*kernels: _Compiles) -> Any:
@@ -110,6 +122,102 @@ def test_a_forked_process_compiles_by_itself() -> None:
 def _compile_both(stuck: _Compiles) -> None:
     stuck.how = lambda: None
     _plan(stuck, _Compiles()).run([])
+
+
+@pytest.fixture
+def older_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+
+
+def _hold(folder: str, inside: Any, go: Any) -> None:
+    """A launcher of one pointer is being made until ``go``."""
+    import triton
+
+    from flashlla.backends.triton import runtime
+
+    triton.__version__, triton.knobs.cache.dir = "3.6.0", folder
+    with runtime._launcher_alone(_Loads("*fp16")):
+        inside.set()
+        go.wait(60)
+
+
+def _enters(*types: str) -> tuple[threading.Thread, threading.Event]:
+    """A thread that makes a launcher, and whether it was let in."""
+    from flashlla.backends.triton import runtime
+
+    inside = threading.Event()
+
+    def make() -> None:
+        with runtime._launcher_alone(_Loads(*types)):
+            inside.set()
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    return thread, inside
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+@pytest.mark.usefixtures("older_triton")
+def test_a_launcher_is_made_by_one_at_a_time(tmp_path: pathlib.Path, kind: str) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    inside, go = (spawn.Event(), spawn.Event()) if kind == "process" else (threading.Event(), threading.Event())
+    worker: Any = (spawn.Process if kind == "process" else threading.Thread)(
+        target=_hold, args=(str(tmp_path), inside, go)
+    )
+    worker.start()
+    assert inside.wait(60)
+    same, let_in = _enters("*fp16")
+    other, other_let_in = _enters("*fp16", "i32")
+    assert other_let_in.wait(20)
+    assert not let_in.wait(0.2)
+    go.set()
+    assert let_in.wait(20)
+    for each in (worker, same, other):
+        each.join(20)
+
+
+@pytest.mark.usefixtures("older_triton")
+def test_a_kernel_that_compiles_waits_for_its_launcher() -> None:
+    from flashlla.backends.triton import runtime
+
+    plan = _plan(_Compiles())
+    call = threading.Thread(target=plan.run, args=([],))
+    with runtime._launcher_alone(_Loads("*fp16")):
+        call.start()
+        call.join(0.5)
+        assert call.is_alive()
+    call.join(20)
+    assert not call.is_alive()
+
+
+@pytest.mark.usefixtures("older_triton")
+def test_a_process_forked_meanwhile_holds_no_launcher() -> None:
+    from flashlla.backends.triton import runtime
+
+    go = multiprocessing.get_context("fork").Event()
+    child = multiprocessing.get_context("fork").Process(target=go.wait, args=(60,))
+    with runtime._launcher_alone(_Loads("*fp16")):
+        child.start()
+    thread, let_in = _enters("*fp16")
+    assert let_in.wait(20)
+    go.set()
+    thread.join(20)
+    child.join(20)
+
+
+@pytest.mark.usefixtures("older_triton")
+def test_launchers_are_made_where_nothing_can_be_locked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    import triton
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "file" / "in it"))
+    _, let_in = _enters("*fp16")
+    assert let_in.wait(20)
 
 
 @interpreted

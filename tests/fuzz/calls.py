@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -102,6 +103,7 @@ class Sizes(NamedTuple):
 
     alike: values have the dimension of keys, or the next one of ``dims``: kernels are compiled for each pair.
     turns: calls that follow one another and differ in nothing that kernels are compiled for.
+    work: queries times the cube of dim, at most, which the oracle's systems and the budget's take time for.
     """
 
     lengths: tuple[int, ...]
@@ -111,6 +113,7 @@ class Sizes(NamedTuple):
     few: bool = False
     alike: bool = False
     turns: int = 1
+    work: float = math.inf
 
 
 USUAL = Sizes(
@@ -123,7 +126,9 @@ INTERPRETED = USUAL._replace(lengths=(1, 2, 3, 5, 8, 15, 16, 17), rooms=(1, 2, 7
 # Of kernels there are as many as kinds of calls: dims and strides that are multiples of 16 make one where others make
 # several, and a kind of calls is worth its seconds of compiling only to several calls. What is beside the tiles,
 # tests/test_conformance.py has on GPUs.
-COMPILED = USUAL._replace(lengths=(*USUAL.lengths, 200, 257), dims=(16, 64, 128, 64), alike=True, turns=40)
+COMPILED = USUAL._replace(
+    lengths=(*USUAL.lengths, 200, 257), dims=(16, 64, 128, 64), alike=True, turns=80, work=100 * 128**3
+)
 
 
 def draw(seed: int, number: int, backends: Sequence[str], sizes: Sizes = USUAL) -> Call:
@@ -205,6 +210,7 @@ def _case(rng: random.Random, name: str, sizes: Sizes, dtype: torch.dtype) -> Ca
     key_heads, group, batch = rng.choice([1, 1, 2]), rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3])
     if sizes.few and key_heads * group * batch > 2:
         key_heads, group, batch = rng.choice([(1, 1, 2), (1, 2, 1), (2, 1, 1)])
+    length = _little_work(length, batch * key_heads * group, dim, sizes)
     varlen = rng.random() < 0.3
     layouts = ["bhsd", "transposed", "sliced"]
     if varlen:
@@ -262,10 +268,23 @@ def _case(rng: random.Random, name: str, sizes: Sizes, dtype: torch.dtype) -> Ca
     )
 
 
+def _kind(n: int) -> tuple[bool, bool]:
+    """Which kernel a stride takes: of all numbers, 1 and what 16 divides have kernels of their own."""
+    return n == 1, n % 16 == 0
+
+
 def _size_alike(rng: random.Random, n: int, of: Sequence[int]) -> int:
-    """One that takes no other kernel, as a stride: of all numbers, 1 and what 16 divides make kernels of their own."""
-    kind = lambda n: (n == 1, n % 16 == 0)
-    return rng.choice([n, *(other for other in of if kind(other) == kind(n))])
+    """One that takes no other kernel."""
+    return rng.choice([n, *(other for other in of if _kind(other) == _kind(n))])
+
+
+def _little_work(length: int, heads: int, dim: int, sizes: Sizes) -> int:
+    """``length``, or one that takes no other kernel and less work."""
+    fits = lambda n: n * heads * dim**3 <= sizes.work
+    if fits(length):
+        return length
+    of_kind = [n for n in sizes.lengths if _kind(n) == _kind(length)]
+    return max(filter(fits, of_kind), default=min(of_kind))
 
 
 def _starts(rng: random.Random, given: tuple[int, ...] | None, many: int, room: int) -> tuple[int, ...] | None:
@@ -279,6 +298,7 @@ def _case_alike(rng: random.Random, case: Case, sizes: Sizes, dtype: torch.dtype
     keys = None if case.keys is None else _size_alike(rng, case.keys, sizes.lengths)
     batch, key_heads = several(case.batch), several(case.key_heads or case.heads)
     group = case.heads // (case.key_heads or case.heads)
+    length = _little_work(length, batch * key_heads * group, case.dim, sizes)
     room = length if keys is None else keys
     many = 0 if case.packed is None else 1 if len(case.packed) == 1 else rng.choice([2, 3, 5])
     odd = rng.choice([(), (), rng.choices("qkvg", k=3)])

@@ -14,8 +14,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,15 @@ PLANTED = {
     "racecheck": "all threads at one place of shared memory",
     "initcheck": "a read of what nobody wrote",
 }
+# A line that begins with it names the kernels that ran; and how much is kept of what else is said.
+_RAN, _KEPT = "ran:", 3000
 _SUMMARY = re.compile(r"^=+ *((?:ERROR|RACECHECK) SUMMARY:.*)$", re.MULTILINE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--only", nargs="+", metavar="CALL", help="of the calls that are watched (default: all)")
-    parser.add_argument("--side-by-side", action="store_true", help="all tools at a time")
+    parser.add_argument("--processes", type=int, default=1, help="side by side (default 1); each compiles what it runs")
     record.add_arguments(parser)
 
 
@@ -174,20 +177,17 @@ def written() -> dict[int, str]:
     return {id(v): name for module in modules for name, v in vars(module).items() if name.endswith("_kernel")}
 
 
-def watched(names: Iterable[str], device: str = "cuda") -> int:
-    """Make the calls, by the kernels in Gluon and by the others; say how many kernels ran, and which did not."""
+def ran(name: str, device: str = "cuda") -> set[str]:
+    """Make that call, by the kernels in Gluon and by the others; the kernels that ran, by name."""
     from flashlla.backends.triton import runtime
 
-    for name, asked in itertools.product(names, "01" if device == "cuda" else "0"):
+    for asked in "01" if device == "cuda" else "0":
         with patch.dict(os.environ, FLASHLLA_HOPPER=asked):
             CALLS[name](device)
     if device == "cuda":
         torch.cuda.synchronize()
     all_of = written()
-    ran = {all_of[key[0]] for key in runtime.compiled if key[0] in all_of}
-    missing = sorted(set(all_of.values()) - ran)
-    print(f"ran {len(ran)} kernels, {len(runtime.compiled)} of their forms; not {', '.join(missing) or 'one less'}")
-    return 1 if missing else 0
+    return {all_of[key[0]] for key in runtime.compiled if key[0] in all_of}
 
 
 def plant(tool: str) -> None:
@@ -219,33 +219,57 @@ def _under(tool: str, program: str) -> dict[str, Any]:
     watch = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *TOOLS[tool], "--print-limit", "20"]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     begun = time.monotonic()
-    ran = subprocess.run(
-        [*watch, sys.executable, "-c", f"import sys\nfrom benchmarks import sanitize\n{program}"],
+    made = subprocess.run(
+        [*watch, sys.executable, "-c", f"from benchmarks import sanitize\n{program}"],
         env=environment, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    summary = _SUMMARY.findall(ran.stdout)
+    summary = _SUMMARY.findall(made.stdout)
     return {
-        "status": ran.returncode,
+        "status": made.returncode,
         "summary": summary[-1] if summary else "none",
         "seconds": round(time.monotonic() - begun),
-        "said": ran.stdout[-6000:],
+        "said": made.stdout,
     }
 
 
-def examine(tool: str, names: list[str]) -> dict[str, Any]:
-    """What ``tool`` says of what is planted for it, and of the calls."""
-    planted = _under(tool, f"sanitize.plant({tool!r})")
-    found = _under(tool, f"{BEFORE.get(tool, '')}sys.exit(sanitize.watched({names!r}))")
-    found["planted"] = {"what": PLANTED[tool], "found": planted["status"] == 9, "summary": planted["summary"]}
-    if planted["status"] != 9:
-        found["planted"]["said"] = planted["said"]
-    if found["status"] == 0:
-        found["said"] = [line for line in found["said"].splitlines() if line.startswith("ran ")]
-    print(f"== {tool}, {found['seconds']} s, exit {found['status']}: {found['summary']}")
-    print(f"   planted, {PLANTED[tool]}: {planted['summary']}", flush=True)
-    if found["status"]:
-        print(found["said"], flush=True)
-    return found
+def planted(tool: str) -> dict[str, Any]:
+    """Whether ``tool`` finds what is planted for it."""
+    said = _under(tool, f"sanitize.plant({tool!r})")
+    found = {"what": PLANTED[tool], "found": said["status"] == 9, "summary": said["summary"]}
+    return found if found["found"] else {**found, "said": _brief(said["said"])}
+
+
+def examine(tool: str, name: str) -> dict[str, Any]:
+    """What ``tool`` says of a call, and the kernels that it saw."""
+    found = _under(tool, f"{BEFORE.get(tool, '')}print({_RAN!r}, *sorted(sanitize.ran({name!r})))")
+    said = found.pop("said")
+    kernels = [line.split()[1:] for line in said.splitlines() if line.startswith(_RAN)]
+    found["kernels"] = kernels[-1] if kernels else []
+    return found if found["status"] == 0 else {**found, "said": _brief(said)}
+
+
+def _brief(said: str) -> str:
+    """The tool's first reports, and how it ended."""
+    reports = "\n".join(line for line in said.splitlines() if line.startswith("=="))
+    return f"{reports[:_KEPT]}\n...\n{said[-_KEPT:]}"
+
+
+def summed(tools: dict[str, Any], names: list[str]) -> None:
+    """To what each tool found of each call, how many of them are clean, and what is still to be watched."""
+    kernels = set(written().values())
+    for of in tools.values():
+        seen = {kernel for call in of["calls"].values() for kernel in call["kernels"]}
+        of["clean"] = sum(call["status"] == 0 for call in of["calls"].values())
+        of["not_watched"] = {
+            "kernels": sorted(kernels - seen),
+            "calls": [name for name in names if name not in of["calls"]],
+        }
+
+
+def clean(of: dict[str, Any]) -> bool:
+    """Whether a tool that finds what is planted found nothing else, in every kernel and call."""
+    watched = not any(of["not_watched"].values()) and of["clean"] == len(of["calls"])
+    return watched and bool(of.get("planted", {}).get("found"))
 
 
 def main(options: argparse.Namespace) -> int:
@@ -254,10 +278,27 @@ def main(options: argparse.Namespace) -> int:
         raise needs.Missing("it needs NVIDIA's compute-sanitizer on the PATH; try /usr/local/cuda/bin, or install CUDA")
     names = options.only or list(CALLS)
     kept = record.Record(options, "cuda")
-    kept.figures |= {"calls": names, "tools": {}}
-    with ThreadPoolExecutor(len(options.tools) if options.side_by_side else 1) as threads:
-        for tool, found in zip(options.tools, threads.map(lambda tool: examine(tool, names), options.tools)):
-            kept.figures["tools"][tool] = found
+    tools: dict[str, Any] = {tool: {"calls": {}} for tool in options.tools}
+    kept.figures["tools"] = tools
+
+    def keep(tool: str, name: str | None) -> None:
+        found = planted(tool) if name is None else examine(tool, name)
+        with kept_by_one:
+            if name is None:
+                tools[tool]["planted"] = found
+            else:
+                tools[tool]["calls"][name] = found
+            summed(tools, names)
             kept.write()
+            print(f"{tool}, {name or 'planted'}: {found['summary']}, {found.get('seconds', '')} s", flush=True)
+            if "said" in found:
+                print(found["said"], flush=True)
+
+    kept_by_one = threading.Lock()
+    work = [(tool, name) for name in (None, *names) for tool in options.tools]
+    work.sort(key=lambda of: of[0] == "initcheck")  # last, with the kernels that memcheck had compiled
+    with ThreadPoolExecutor(options.processes) as threads:
+        for done in [threads.submit(keep, *of) for of in work]:
+            done.result()
     kept.end()
-    return int(any(found["status"] or not found["planted"]["found"] for found in kept.figures["tools"].values()))
+    return int(not all(map(clean, tools.values())))

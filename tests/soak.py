@@ -7,12 +7,16 @@ kernels are compiled and caches are full. The status is 1 where something does, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import math
 import multiprocessing
 import os
+import queue
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +99,18 @@ def caches() -> dict[str, int]:
     return found
 
 
-def soak(device: str, seconds: float, seed: int) -> dict[str, Any]:
-    """What memory was like while calls were made for so long."""
+def soak(device: str, seconds: float, seed: int, tell: Callable[[tuple[int, dict[str, float]]], None]) -> None:
+    """Calls for so long, and now and then to ``tell`` of ``seed`` what memory is like."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    rng, begun, calls = random.Random(seed), time.monotonic(), 0
-    looks: list[dict[str, float]] = []
+    rng, begun, calls, told = random.Random(seed), time.monotonic(), 0, -math.inf
     while (now := time.monotonic() - begun) < seconds:
         call(rng, device)
         calls += 1
-        if not looks or now > looks[-1]["second"] + _APART:
-            looks.append({"second": round(now, 1), "calls": calls, **memory(device), **caches()})
-            print(f"process {seed}: {looks[-1]}", flush=True)
-    return {"seed": seed, "seconds": round(now), "calls": calls, "growth": growth(looks), "looks": looks}
+        if now > told + _APART:
+            told = now
+            tell((seed, {"second": round(now, 1), "calls": calls, **memory(device), **caches()}))
+    tell((seed, {"second": round(now, 1), "calls": calls, **memory(device), **caches()}))
 
 
 def growth(looks: list[dict[str, float]]) -> dict[str, float]:
@@ -134,15 +137,37 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.command = "soak"
     kept = record.Record(options, options.device)
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        work = [(options.device, options.seconds, seed) for seed in range(options.processes)]
-        found = pool.starmap(soak, work, chunksize=1)
-    kept.figures |= {"processes": found}
-    kept.write()
+    looks: list[list[dict[str, float]]] = [[] for _ in range(options.processes)]
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, context.Pool(options.processes) as pool:
+        told = manager.Queue()
+        work = [(options.device, options.seconds, seed, told.put) for seed in range(options.processes)]
+        running = pool.starmap_async(soak, work, chunksize=1)
+        while not (running.ready() and told.empty()):
+            with contextlib.suppress(queue.Empty):
+                seed, look = told.get(timeout=1)
+                looks[seed].append(look)
+                print(f"process {seed}: {look}", flush=True)
+                kept.figures["processes"] = [summed(seed, of) for seed, of in enumerate(looks) if of]
+                kept.write()  # what there is so far
+        running.get()  # raises what a process has raised
+    found = kept.figures["processes"]
     for one in found:
         print({name: value for name, value in one.items() if name != "looks"})
     kept.end()
     return int(any(leaks(one["growth"]) for one in found))
+
+
+def summed(seed: int, looks: list[dict[str, float]]) -> dict[str, Any]:
+    """What is kept of a process."""
+    last = looks[-1]
+    return {
+        "seed": seed,
+        "seconds": round(last["second"]),
+        "calls": last["calls"],
+        "growth": growth(looks),
+        "looks": looks,
+    }
 
 
 if __name__ == "__main__":

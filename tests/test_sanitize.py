@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 import sys
@@ -14,9 +16,50 @@ from tests.support import kernels
 
 
 @kernels.interpreted
-def test_what_is_watched_is_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
-    assert sanitize.watched(["packed", "many keys", "gram", "decode, pages", "share of a cache"], "cpu") == 0
-    assert "not one less" in capsys.readouterr().out
+def test_what_is_watched_is_every_kernel() -> None:
+    calls = ["packed", "many keys", "gram", "decode, pages", "share of a cache"]
+    seen = set().union(*(sanitize.ran(name, "cpu") for name in calls))
+    assert seen == set(sanitize.written().values())
+
+
+def _said(tool: str, program: str, ran: list[str], dirty: str) -> dict[str, object]:
+    """What a tool might say: of one call, that it is not clean."""
+    found = "plant" in program or (tool == "racecheck" and dirty in program)
+    said = f"{'=' * 9} ERROR SUMMARY: {int(found)} errors\nran: {' '.join(ran)}\n"
+    return {"status": 9 if found else 0, "summary": f"ERROR SUMMARY: {int(found)} errors", "seconds": 1, "said": said}
+
+
+@kernels.interpreted
+@pytest.mark.parametrize(("dirty", "lacking", "status"), [("", 0, 0), ("'window'", 0, 1), ("", 1, 1)])
+def test_the_record_is_whole_whenever_it_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dirty: str, lacking: int, status: int
+) -> None:
+    """After each call that was examined; it tells what is still to be watched, and which call was not clean."""
+    path, seen = tmp_path / "sanitize.json", sorted(set(sanitize.written().values()))[lacking:]
+    monkeypatch.setattr(sanitize.needs, "cuda", lambda: None)
+    monkeypatch.setattr(sanitize.shutil, "which", lambda _: "there")
+    monkeypatch.setattr(sanitize.record, "circumstances", lambda _: {})
+
+    def under(tool: str, program: str) -> dict[str, object]:
+        if path.exists():
+            tools = json.loads(path.read_text())["tools"]
+            assert all(len(of["calls"]) + len(of["not_watched"]["calls"]) == 2 for of in tools.values())
+        return _said(tool, program, seen, dirty or "no call")
+
+    monkeypatch.setattr(sanitize, "_under", under)
+    options = ["--only", "bfloat16", "window", "--processes", "2", "--json", str(path)]
+    parser = argparse.ArgumentParser()
+    sanitize.add_arguments(parser)
+    assert sanitize.main(argparse.Namespace(command="sanitize", **vars(parser.parse_args(options)))) == status
+    tools = json.loads(path.read_text())["tools"]
+    assert {tool: of["clean"] for tool, of in tools.items()} == {
+        "memcheck": 2,
+        "racecheck": 1 if dirty else 2,
+        "initcheck": 2,
+    }
+    assert all(len(of["not_watched"]["kernels"]) == lacking for of in tools.values())
+    assert all(of["planted"]["found"] for of in tools.values())
+    assert ("said" in tools["racecheck"]["calls"]["window"]) == bool(dirty)
 
 
 @pytest.mark.quick

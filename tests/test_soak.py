@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from pathlib import Path
+
 import pytest
 
+from benchmarks import record
 from tests import soak
 
 pytestmark = pytest.mark.quick
@@ -26,6 +31,26 @@ def test_what_is_a_leak() -> None:
 
 
 def test_a_short_soak() -> None:
-    found = soak.soak("cpu", 2, seed=0)
-    assert found["calls"] > 5
-    assert found["looks"][-1]["problems"] > 0
+    told: list[tuple[int, dict[str, float]]] = []
+    soak.soak("cpu", 2, 3, told.append)
+    assert {seed for seed, _ in told} == {3}
+    assert told[-1][1]["calls"] > 5
+    assert told[-1][1]["problems"] > 0
+
+
+def test_what_was_seen_is_kept_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record that is cut short has what there is so far."""
+    path, kept = tmp_path / "soak.json", []
+    write = record.Record.write
+
+    def note(self: record.Record) -> None:
+        write(self)
+        kept.append(json.loads(path.read_text())["processes"])
+
+    monkeypatch.setattr(record.Record, "write", note)
+    assert soak.main(["--device", "cpu", "--seconds", "6", "--processes", "1", "--json", str(path)]) in (0, 1)
+    assert len(kept) >= 3
+    for processes, following in itertools.pairwise(kept):
+        assert following[0]["looks"][: len(processes[0]["looks"])] == processes[0]["looks"]
+    assert kept[-1][0]["seconds"] >= 6
+    assert kept[-1][0]["calls"] > kept[0][0]["calls"]

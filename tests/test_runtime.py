@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import pathlib
 import threading
-from typing import Any
+import time
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,33 +19,22 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.quick
 
 
-class _Loads:
-    """Stands for what Triton has compiled of a kernel with arguments of these ``types``."""
-
-    def __init__(self, *types: str) -> None:
-        self.src = types_of = type("Source", (), {})()
-        types_of.signature = dict(enumerate(types))
-
-    def run(self, *_: Any) -> None:
-        """Nothing, as does `_Loads[grid]`, which launches Triton's way."""
-
-    def __getitem__(self, _: Any) -> Any:
-        return self.run
-
-
 class _Compiles:
-    """Stands for a kernel of one pointer: it compiles by ``how``, to what does nothing."""
+    """Stands for a kernel: it compiles by ``how``, to ``binary`` or to what does nothing."""
 
     arg_names = ("n",)
     __name__ = "kernel"
 
-    def __init__(self, how: Any = lambda: None) -> None:
-        self.how = how
+    def __init__(self, how: Any = lambda: None, binary: Any = None) -> None:
+        self.how, self.binary = how, binary
 
     def run(self, *_: Any, grid: Any, warmup: bool, **settings: Any) -> Any:
         assert warmup
         self.how()
-        return _Loads("*fp16")
+        return self.binary or self
+
+    def __getitem__(self, _: Any) -> Any:
+        return lambda *_: None
 
 
 def _plan(*kernels: _Compiles) -> Any:
@@ -124,100 +113,41 @@ def _compile_both(stuck: _Compiles) -> None:
     _plan(stuck, _Compiles()).run([])
 
 
-@pytest.fixture
-def older_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    import triton
+class _Launchers:
+    """Stands for what Triton 3.6 makes of kernels: launchers are modules of one name, which is one at a time."""
 
-    monkeypatch.setattr(triton, "__version__", "3.6.0")
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    def __init__(self) -> None:
+        self.loaded = 0
+
+    def compiled(self, mine: int) -> Any:
+        def load(_: object) -> Any:
+            self.loaded = mine
+            time.sleep(0.01)  # here another thread may load its own
+            return lambda *_, found=self.loaded: found
+
+        return type("Binary", (), {"run": property(load)})()
 
 
-def _hold(folder: str, inside: Any, go: Any) -> None:
-    """A launcher of one pointer is being made until ``go``."""
-    import triton
-
+def test_each_kernel_has_its_own_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     from flashlla.backends.triton import runtime
 
-    triton.__version__, triton.knobs.cache.dir = "3.6.0", folder
-    with runtime._launcher_alone(_Loads("*fp16")):
-        inside.set()
-        go.wait(60)
+    monkeypatch.setattr(runtime, "_threads", functools.partial(_pool, 8))
+    launchers = _Launchers()
+    kernels = [_Compiles(binary=launchers.compiled(i)) for i in range(8)]
+    futures = [runtime.compiling((id(k),), cast("Any", k), torch.device("cpu"), (1,), {"n": 1}) for k in kernels]
+    assert [cast("Any", future.result(20)).run() for future in futures] == list(range(8))
 
 
-def _enters(*types: str) -> tuple[threading.Thread, threading.Event]:
-    """A thread that makes a launcher, and whether it was let in."""
+def test_a_child_forked_while_a_launcher_is_made_makes_its_own() -> None:
     from flashlla.backends.triton import runtime
 
-    inside = threading.Event()
-
-    def make() -> None:
-        with runtime._launcher_alone(_Loads(*types)):
-            inside.set()
-
-    thread = threading.Thread(target=make)
-    thread.start()
-    return thread, inside
-
-
-@pytest.mark.parametrize("kind", ["thread", "process"])
-@pytest.mark.usefixtures("older_triton")
-def test_a_launcher_is_made_by_one_at_a_time(tmp_path: pathlib.Path, kind: str) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    inside, go = (spawn.Event(), spawn.Event()) if kind == "process" else (threading.Event(), threading.Event())
-    worker: Any = (spawn.Process if kind == "process" else threading.Thread)(
-        target=_hold, args=(str(tmp_path), inside, go)
-    )
-    worker.start()
-    assert inside.wait(60)
-    same, let_in = _enters("*fp16")
-    other, other_let_in = _enters("*fp16", "i32")
-    assert other_let_in.wait(20)
-    assert not let_in.wait(0.2)
-    go.set()
-    assert let_in.wait(20)
-    for each in (worker, same, other):
-        each.join(20)
-
-
-@pytest.mark.usefixtures("older_triton")
-def test_a_kernel_that_compiles_waits_for_its_launcher() -> None:
-    from flashlla.backends.triton import runtime
-
-    plan = _plan(_Compiles())
-    call = threading.Thread(target=plan.run, args=([],))
-    with runtime._launcher_alone(_Loads("*fp16")):
-        call.start()
-        call.join(0.5)
-        assert call.is_alive()
-    call.join(20)
-    assert not call.is_alive()
-
-
-@pytest.mark.usefixtures("older_triton")
-def test_a_process_forked_meanwhile_holds_no_launcher() -> None:
-    from flashlla.backends.triton import runtime
-
-    go = multiprocessing.get_context("fork").Event()
-    child = multiprocessing.get_context("fork").Process(target=go.wait, args=(60,))
-    with runtime._launcher_alone(_Loads("*fp16")):
+    with runtime._launchers():
+        child = multiprocessing.get_context("fork").Process(target=_plan(_Compiles()).run, args=([],))
         child.start()
-    thread, let_in = _enters("*fp16")
-    assert let_in.wait(20)
-    go.set()
-    thread.join(20)
-    child.join(20)
-
-
-@pytest.mark.usefixtures("older_triton")
-def test_launchers_are_made_where_nothing_can_be_locked(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
-) -> None:
-    import triton
-
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "file" / "in it"))
-    _, let_in = _enters("*fp16")
-    assert let_in.wait(20)
+        child.join(20)
+        code = child.exitcode
+        child.kill()
+    assert code == 0
 
 
 @interpreted

@@ -6,8 +6,8 @@ import concurrent.futures
 import contextlib
 import functools
 import os
-import zlib
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -18,8 +18,6 @@ from flashlla.backends.triton import configs
 
 # Without fused multiply-adds, which Triton means to stop using by default, every sweep takes a third more instructions.
 COMPILER = {"enable_fp_fusion": True}
-# Files to lock while launchers are made (`_launcher_alone`): so many that those of one plan seldom share one.
-LAUNCHER_LOCKS = 64
 # By what a config is looked up by: what FLASHLLA_AUTOTUNE=1 has found.
 tuned: dict[tuple[Any, ...], configs.Config] = {}
 # By kernel, device, settings and kinds of arguments (`plan.kinds`): what Triton has compiled, or is compiling; None of
@@ -88,9 +86,18 @@ def _set_up(device_type: str) -> None:
         getattr(triton.runtime.cache, "triton_key", lambda: None)()
 
 
+@functools.cache
+def _launchers() -> threading.Lock:
+    """Held by the one thread that makes a launcher: Triton 3.6 compiles and loads one for each signature, all as
+    modules of one name, and of a file that was loaded before Python gives the last module of that name, with another
+    ``launch`` in it than that thread finds which is between loading and asking for it."""
+    return threading.Lock()
+
+
 def _forget_threads() -> None:
     """A forked process has none of its parent's, and nobody finishes what they have begun."""
     _threads.cache_clear()
+    _launchers.cache_clear()
     for key in [key for key, found in compiled.items() if not found.done()]:
         del compiled[key]
 
@@ -133,31 +140,8 @@ def _compile(
     if binary is None:
         return None
     parameters = tuple(settings[parameter] for parameter in kernel.arg_names[len(arguments) :])
-    with _launcher_alone(binary):  # to ask for ``run`` makes it, and loads the kernel to the device
+    with _launchers():  # to ask for ``run`` makes one, and loads the kernel to the device
         return Compiled(binary, binary.run, parameters, kernel)
-
-
-@contextlib.contextmanager
-def _launcher_alone(binary: Any) -> Iterator[None]:
-    """No other thread or process with this cache of Triton's makes a launcher of the same signature meanwhile.
-
-    Triton 3.6 compiles one for each signature; whoever is second replaces the file of the first. Python, which keeps
-    what it loads by the inode of the file, looks at the inode first and loads afterwards: where the file is replaced in
-    between, a file of a later launcher may get the inode that went, and Python gives this launcher for that.
-    """
-    with contextlib.ExitStack() as stack:
-        if triton.__version__.startswith("3.6."):
-            with contextlib.suppress(ImportError, OSError):  # no such locks here, or not in this folder
-                import fcntl
-
-                folder = triton.knobs.cache.dir
-                number = zlib.crc32(repr(list(binary.src.signature.values())).encode()) % LAUNCHER_LOCKS
-                os.makedirs(folder, exist_ok=True)
-                file = stack.enter_context(open(os.path.join(folder, f"flashlla_launchers_{number}.lock"), "w"))
-                fcntl.flock(file, fcntl.LOCK_EX)
-                # By name, as a process that was forked meanwhile has the file, too, and does not close it.
-                stack.callback(fcntl.flock, file, fcntl.LOCK_UN)
-        yield
 
 
 def failed(

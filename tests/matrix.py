@@ -60,7 +60,12 @@ class Row:
 
 
 ROWS = (
-    Row("oldest", "3.10", ("torch==2.11.0", "numpy==1.26.*", "scipy==1.12.*", "transformers==5.17.0")),
+    Row(
+        "oldest",
+        "3.10",
+        ("torch==2.11.0", "numpy==1.26.*", "scipy==1.12.*", "transformers==5.17.0"),
+        ("quick", "compile"),
+    ),
     Row("oldest on 3.12", "3.12", ("torch==2.11.0", "transformers==5.17.0", *NEWEST[2:4]), ("all", "compile")),
     Row("tested", "3.11", ("torch==2.13.0", "triton==3.7.1", *NEWEST[2:]), ("all", "compile")),
     Row("newest on 3.12", "3.12", NEWEST, ("all", "compile")),

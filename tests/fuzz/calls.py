@@ -127,7 +127,7 @@ INTERPRETED = USUAL._replace(lengths=(1, 2, 3, 5, 8, 15, 16, 17), rooms=(1, 2, 7
 # several, and a kind of calls is worth its seconds of compiling only to several calls. What is beside the tiles,
 # tests/test_conformance.py has on GPUs.
 COMPILED = USUAL._replace(
-    lengths=(*USUAL.lengths, 200, 257), dims=(16, 64, 128, 64), alike=True, turns=80, work=100 * 128**3
+    lengths=(*USUAL.lengths, 200, 257), dims=(16, 64, 128, 64), alike=True, turns=100, work=100 * 128**3
 )
 
 

@@ -69,9 +69,9 @@ ROWS = (
     Row("oldest on 3.12", "3.12", ("torch==2.11.0", "transformers==5.17.0", *NEWEST[2:4]), ("all", "compile")),
     Row("tested", "3.11", ("torch==2.13.0", "triton==3.7.1", *NEWEST[2:]), ("all", "compile")),
     Row("newest on 3.12", "3.12", NEWEST, ("all", "compile")),
-    Row("newest on 3.13", "3.13", NEWEST, ("some",)),
-    Row("newest on 3.14", "3.14", NEWEST, ("some",)),
-    Row("Triton 3.6", "3.11", ("torch==2.13.0", "triton==3.6.0", *NEWEST[2:]), ("compile",)),
+    Row("newest on 3.13", "3.13", NEWEST),
+    Row("newest on 3.14", "3.14", NEWEST),
+    Row("Triton 3.8", "3.11", ("torch==2.13.0", "triton==3.8.0", *NEWEST[2:]), ("compile",)),
 )
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from flashlla import lla_attention, lla_decode
-from flashlla.distributed import collectives, context, lla_attention_cp, lla_decode_cp
+from flashlla.distributed import collectives, context, decode, lla_attention_cp, lla_decode_cp
 from flashlla.distributed.context import heads_at_once
+from flashlla.distributed.groups import Ranks
+from flashlla.distributed.keys import Neighbours, parts_of
 from flashlla.distributed.sharding import Shards
 from flashlla.nn import LocalLinearAttention
 from flashlla.problem import Inputs
@@ -36,6 +38,25 @@ def test_shards_make_up_the_sequence(order: Any, size: int) -> None:
     assert torch.equal(shards.by_rank(torch.arange(LENGTH)), by_rank)
     if order == "head_tail":  # causal queries see as many keys on each rank
         assert len({sum(place + 1 for chunk in shards.chunks(rank) for place in chunk) for rank in range(size)}) == 1
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("order", ["head_tail", "contiguous"])
+@pytest.mark.parametrize("window", [1, 3, 6, 20])
+def test_of_a_window_the_neighbours_halo_travels_alone(order: Any, size: int, window: int) -> None:
+    shards = Shards(LENGTH // size, size, order)
+    of_ranks = [
+        Neighbours(Ranks(cast("Any", None), rank, size), shards, parts_of(rank, shards, True, window), window)
+        for rank in range(size)
+    ]
+    for rank, keys in enumerate(of_ranks):
+        assert [other.sends[rank] for other in of_ranks] == keys.receives
+        assert sum(keys.receives) == sum(min(window - 1, chunk.start) for chunk in shards.chunks(rank))
+        if window <= shards.chunk:
+            before = {(chunk.start // shards.chunk) - 1 for chunk in shards.chunks(rank)}
+            owners = {r for r in range(size) for chunk in shards.chunks(r) if chunk.start // shards.chunk in before}
+            assert {r for r, rows in enumerate(keys.receives) if rows} <= owners
 
 
 @pytest.mark.quick
@@ -91,6 +112,24 @@ def test_what_is_not_known_is_refused(keywords: dict[str, Any], words: str, alon
         lla_attention_cp(tensors[0], tensors[1][:, :, :4], tensors[2][:, :, :4], group=alone)
     with pytest.raises(TypeError, match="scale"):
         lla_attention_cp(*tensors, group=alone, scale=1.0)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("new", "window", "gathers"), [(1, None, 1), (1, 9, 2), (4, None, 2)])
+def test_decoding_sums_once_and_gathers_statistics_once(
+    new: int, window: int | None, gathers: int, alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And lengths, where other ranks' matter."""
+    made: list[str] = []
+
+    def counted(name: str, call: Any) -> Any:
+        return lambda *args, **keywords: (made.append(name), call(*args, **keywords))[1]
+
+    monkeypatch.setattr(decode, "gather", counted("gather", decode.gather))
+    monkeypatch.setattr(dist, "all_reduce", counted("all_reduce", dist.all_reduce))
+    q, k, v = qkv(2, 4, LENGTH, 6, dtype=torch.float64)
+    lla_decode_cp(q[:, :, :new], k, v, torch.tensor([LENGTH, 9]), group=alone, window=window)
+    assert sorted(made) == ["all_reduce", *["gather"] * gathers]
 
 
 class Streams:

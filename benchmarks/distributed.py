@@ -27,6 +27,7 @@ from benchmarks import keys as trained
 from benchmarks import needs, record
 from benchmarks.data import TRAINED, learned_ridge, make
 from benchmarks.exact import relative
+from benchmarks.timing import captured
 from flashlla import lla_attention, lla_attention_varlen, lla_decode
 from flashlla.distributed import (
     collectives,
@@ -45,6 +46,7 @@ RIDGE = 1.0
 SHORT = 32768  # tokens; what is compiled for so many serves longer sequences
 LONG = 131072  # tokens; of more, a call takes so long that it is timed once, and not on one GPU
 FOR_FOUR = 524288  # tokens that want four GPUs at least
+ACCURATE = 2048  # tokens whose errors are looked at
 LEARNING_STEPS = 20
 DECODED = 10  # calls of decoding, one after the other
 BALANCED_OVER = (2, 4, 8)  # ranks
@@ -132,49 +134,62 @@ def stepper(attend: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[
     return lambda: torch.autograd.grad(attend(*leaves), leaves, grad_o)
 
 
+class Case(NamedTuple):
+    """A call by one GPU, and by several."""
+
+    one: Callable[..., Any]
+    across: Callable[..., Any]
+    keywords: dict[str, Any]  # of both
+    how: dict[str, Any]  # of several
+
+
+def accuracy_cases(world: World) -> dict[str, Case]:
+    edges = torch.tensor([0, 300, 300, 1500, ACCURATE], dtype=torch.int32, device=world.device)
+    packed: dict[str, Any] = {"cu_seqlens": edges, "max_seqlen": 1200}
+    few = {"key_heads_at_once": 1}
+    return {
+        "all_gather": Case(lla_attention, lla_attention_cp, {}, few),
+        "all_to_all": Case(lla_attention, lla_attention_cp, {}, {"method": "all_to_all"}),
+        "window": Case(lla_attention, lla_attention_cp, {"window": 300}, few),
+        "packed": Case(lla_attention_varlen, lla_attention_varlen_cp, packed, few),
+    }
+
+
 def accuracy(world: World, options: argparse.Namespace) -> list[Line]:
     """Errors of o and of the gradients, relative to float64; and how far they are from one GPU's."""
     if world.size < dist.get_world_size():
         return []
-    heads, length, dim = min(4, options.heads), 2048, options.dim
-    tensors = make((1, heads, length, dim), dtype=options.dtype, device=world.device)
-    ridge = torch.full((1, heads, length), RIDGE, device=world.device)
-    edges = torch.tensor([0, 300, 300, 1500, length], dtype=torch.int32, device=world.device)
-    packed: dict[str, Any] = {"cu_seqlens": edges, "max_seqlen": 1200}
-    cases: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-        "all_gather": (lla_attention, lla_attention_cp, {"key_heads_at_once": 1}),
-        "all_to_all": (lla_attention, lla_attention_cp, {"method": "all_to_all"}),
-        "window": (lla_attention, lla_attention_cp, {"window": 300, "key_heads_at_once": 1}),
-        "packed": (lla_attention_varlen, lla_attention_varlen_cp, {**packed, "key_heads_at_once": 1}),
-    }
+    heads = min(4, options.heads)
+    tensors = make((1, heads, ACCURATE, options.dim), dtype=options.dtype, device=world.device)
+    ridge = torch.full((1, heads, ACCURATE), RIDGE, device=world.device)
     lines = []
-    for name, (one, across, keywords) in cases.items():
-        whole = {key: value for key, value in keywords.items() if key not in ("method", "key_heads_at_once")}
-        results = {}
-        for which, dtype, call in (
-            ("float64", torch.float64, lambda q, k, v, lam: one(q, k, v, ridge_lambda=lam, solver="direct", **whole)),
-            ("alone", options.dtype, lambda q, k, v, lam: one(q, k, v, ridge_lambda=lam, **whole)),
-        ):
-            given = [t.to(dtype).requires_grad_() for t in tensors[:3]] + [ridge.clone().requires_grad_()]
-            o = call(*given)
-            results[which] = [o.detach(), *torch.autograd.grad(o, given, tensors[3].to(dtype))]
-        shard = lambda t, dim: shard_sequence(t, group=world.group, dim=dim).detach()
-        own = [shard(t, 2).requires_grad_() for t in (*tensors[:3], ridge)]
-        o = across(*own[:3], ridge_lambda=own[3], group=world.group, **keywords)
-        found = [o.detach(), *torch.autograd.grad(o, own, shard(tensors[3], 2))]
-        results["across"] = [unshard_sequence(t, group=world.group, dim=2) for t in found]
-        line: Line = {"gpus": world.size, "what": name}
-        for i, what in enumerate(("o", "dq", "dk", "dv", "dridge")):
-            line[what] = {which: relative(results[which][i], results["float64"][i]) for which in ("alone", "across")}
-            line[what]["apart"] = relative(results["across"][i], results["alone"][i].double())
-        lines.append(line)
-        told = "  ".join(
-            f"{what} {e['alone']:.1e} {e['across']:.1e} ({e['apart']:.1e})"
-            for what, e in line.items()
-            if isinstance(e, dict)
-        )
-        world.say(f"accuracy {name:<11} one GPU's error, that of {world.size}, (apart): {told}")
+    for name, case in accuracy_cases(world).items():
+        shard = lambda t: shard_sequence(t, group=world.group, dim=2).detach()
+        own = [shard(t).requires_grad_() for t in (*tensors[:3], ridge)]
+        o = case.across(*own[:3], ridge_lambda=own[3], group=world.group, **case.keywords, **case.how)
+        found = [o.detach(), *torch.autograd.grad(o, own, shard(tensors[3]))]
+        across = [unshard_sequence(t, group=world.group, dim=2) for t in found]
+        if world.rank == 0:
+            lines.append(_accuracy_of(world, name, case, (*tensors[:3], ridge), tensors[3], across))
     return lines
+
+
+def _accuracy_of(
+    world: World, name: str, case: Case, given: Sequence[Tensor], grad_o: Tensor, across: Sequence[Tensor]
+) -> Line:
+    results = {}
+    for which, dtype, how in (("float64", torch.float64, {"solver": "direct"}), ("alone", given[0].dtype, {})):
+        leaves = [t.to(dtype).requires_grad_() for t in given[:3]] + [given[3].clone().requires_grad_()]
+        o = case.one(*leaves[:3], ridge_lambda=leaves[3], **how, **case.keywords)
+        results[which] = [o.detach(), *torch.autograd.grad(o, leaves, grad_o.to(dtype))]
+    line: Line = {"gpus": world.size, "what": name}
+    for what, exact, alone, found in zip(("o", "dq", "dk", "dv", "dridge"), *results.values(), across):
+        errors = {"alone": relative(alone, exact), "across": relative(found, exact)}
+        line[what] = {**errors, "apart": relative(found, alone.double())}
+    errors_of = {what: e for what, e in line.items() if isinstance(e, dict)}
+    told = "  ".join(f"{what} {e['alone']:.1e} {e['across']:.1e} ({e['apart']:.1e})" for what, e in errors_of.items())
+    world.say(f"accuracy {name:<11} one GPU's error, that of {world.size}, (apart): {told}")
+    return line
 
 
 def speed(world: World, options: argparse.Namespace) -> list[Line]:
@@ -338,34 +353,63 @@ def bandwidth(world: World, options: argparse.Namespace) -> list[Line]:
     return [line]
 
 
-def decode(world: World, options: argparse.Namespace) -> list[Line]:
-    """One new token against a cache of (1, heads, L, dim), a share on each GPU, beside one GPU with all of it."""
-    length = options.cached
-    shape = (1, options.heads, length, options.dim)
-    share = (*shape[:2], length // world.size, shape[3])
+class Decoding(NamedTuple):
+    """One new token against a cache of (1, heads, L, dim), on one GPU, or a share on each of several."""
+
+    q: Tensor  # the same on all ranks
+    k: Tensor  # this rank's share of the cache
+    v: Tensor
+    alone: Callable[[Tensor, Tensor, Tensor], Tensor]  # of a whole cache
+    call: Callable[[], Tensor]
+
+    def many(self) -> None:
+        for _ in range(DECODED):
+            self.call()
+
+
+def decoding(world: World, options: argparse.Namespace) -> Decoding:
+    shape = (1, options.heads, options.cached, options.dim)
+    share = (*shape[:2], options.cached // world.size, shape[3])
     generator = torch.Generator(world.device)
     normal = lambda seed, *shape: torch.randn(
         shape, generator=generator.manual_seed(seed), dtype=options.dtype, device=world.device
     )
     q = normal(0, *shape[:2], 1, shape[3])
     k, v = normal(1 + 2 * world.rank, *share), normal(2 + 2 * world.rank, *share)
-    full = lambda n: torch.full((1,), n, dtype=torch.int32, device=world.device)
-    one = lambda q, k, v: lla_decode(q, k, v, full(length), ridge_lambda=RIDGE)
-    call = lambda: one(q, k, v)
-    if world.size > 1:
-        call = lambda: lla_decode_cp(q, k, v, full(share[2]), group=world.group, ridge_lambda=RIDGE)
-    many = lambda: [call() for _ in range(DECODED)]
-    line: Line = {"cached": length, "heads": options.heads, "dim": options.dim, "gpus": world.size}
-    line["us"] = 1e6 * world.cost(many, calls=9).seconds / DECODED
-    line["host_us"] = 1e6 * world.begun(many) / DECODED
+    whole, own = (torch.full((1,), n, dtype=torch.int32, device=world.device) for n in (options.cached, share[2]))
+    alone = lambda q, k, v: lla_decode(q, k, v, whole, ridge_lambda=RIDGE)
+    across = lambda: lla_decode_cp(q, k, v, own, group=world.group, ridge_lambda=RIDGE)
+    return Decoding(q, k, v, alone, across if world.size > 1 else lambda: alone(q, k, v))
+
+
+def _of_decoding(world: World, options: argparse.Namespace) -> Line:
+    return {"cached": options.cached, "heads": options.heads, "dim": options.dim, "gpus": world.size}
+
+
+def decode(world: World, options: argparse.Namespace) -> list[Line]:
+    """Microseconds of a token on each number of GPUs, and its kernels'; errors to float64."""
+    q, k, v, alone, call = decoded = decoding(world, options)
+    line = _of_decoding(world, options)
+    line["us"] = 1e6 * world.cost(decoded.many, calls=9).seconds / DECODED
+    line["host_us"] = 1e6 * world.begun(decoded.many) / DECODED
     if world.device == "cuda":
-        line |= kernels(world, many, DECODED)
+        line |= kernels(world, decoded.many, DECODED)
     if world.size > 1:
         whole = [unshard_sequence(t, group=world.group, order="contiguous", dim=2) for t in (k, v)]
         of_head = lambda h: (t[:, h : h + 1].double() for t in (q, *whole))
-        exact = torch.cat([one(*of_head(h)) for h in range(q.shape[1])], 1)
-        line["error"], line["alone_error"] = relative(call(), exact), relative(one(q, *whole), exact)
+        exact = torch.cat([alone(*of_head(h)) for h in range(q.shape[1])], 1)
+        line["error"], line["alone_error"] = relative(call(), exact), relative(alone(q, *whole), exact)
     world.say("decode", _told(line))
+    return [line]
+
+
+def decode_graph(world: World, options: argparse.Namespace) -> list[Line]:
+    """Microseconds of a token, replayed from a CUDA graph, which the host takes no time to launch."""
+    if world.device != "cuda":
+        return []
+    line, graph = _of_decoding(world, options), captured(decoding(world, options).many)
+    line["us"] = 1e6 * world.cost(graph.replay, calls=9).seconds / DECODED
+    world.say("decode_graph", _told(line))
     return [line]
 
 
@@ -473,6 +517,7 @@ KINDS = {
     "training": training,
     "balance": balance,
     "parts": parts,
+    "decode_graph": decode_graph,
 }
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from flashlla import lla_attention, lla_decode
 from flashlla.distributed import collectives, context, decode, lla_attention_cp, lla_decode_cp
 from flashlla.distributed.context import heads_at_once
-from flashlla.distributed.groups import Ranks
+from flashlla.distributed.groups import COMPARED, Ranks
 from flashlla.distributed.keys import Neighbours, parts_of
 from flashlla.distributed.sharding import Shards
 from flashlla.nn import LocalLinearAttention
@@ -206,6 +206,34 @@ def test_heads_in_lanes_are_those_of_one_call() -> None:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
         for got, one, want in zip(run, alone, exact):
             assert (got - want).norm() < 1.5 * (one - want).norm()
+
+
+@pytest.mark.gpu
+def test_decoding_from_a_cuda_graph() -> None:
+    """Captured after the calls that ranks compare, and replayed with other queries and one more key."""
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        q, k, v = (t.cuda() for t in qkv(1, 4, 256, 64, dtype=torch.bfloat16))
+        q, lengths = q[:, :, :1].contiguous(), torch.tensor([200], dtype=torch.int32, device="cuda")
+        call = lambda: lla_decode_cp(q, k, v, lengths, group=dist.group.WORLD, ridge_lambda=1.0)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(COMPARED + 1):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            o = call()
+        q.copy_(normal(1, 4, 1, 64, seed=8))
+        lengths += 1
+        graph.replay()
+        assert torch.equal(o, call())
+        exact = lla_decode(q.double(), k.double(), v.double(), lengths, ridge_lambda=1.0)
+        assert (o - exact).norm() < 1e-2 * exact.norm()
+        del graph
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_compiled_model_may_call_it(alone: dist.ProcessGroup) -> None:

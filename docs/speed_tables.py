@@ -322,36 +322,47 @@ def distributed_groups() -> str:
 
 
 def distributed_parts() -> str:
-    """What a step by all_gather consists of, all heads at once, beside the same share of one GPU's: milliseconds."""
-    (one,) = (line["mean_s"] for line in record("distributed_h100")["parts"] if line["gpus"] == 1)
-    several = next(line for line in record("distributed_groups_h100")["parts"] if line["streams"] == 1)
-    gpus, mean, most = several["gpus"], several["mean_s"], several["most_s"]
+    """What calls by all_gather consist of, all heads at once, beside the same share of one GPU's: milliseconds."""
+    columns: dict[str, dict[str, float]] = {}
+    for which in ("forward", "step"):
+        (one,) = (line for line in record("distributed_h100")["parts"] if (line["gpus"], line["pass"]) == (1, which))
+        (several,) = (
+            line for line in record("distributed_sent_h100")["parts"] if (line["streams"], line["pass"]) == (1, which)
+        )
+        gpus = several["gpus"]
+        columns[f"{which}: 1/{gpus} of one GPU's"] = {name: x / gpus for name, x in one["mean_s"].items()}
+        columns[f"{which}: mean of {gpus}"] = several["mean_s"]
+        columns[f"{which}: slowest"] = several["most_s"]
+    names = sorted(several["mean_s"].keys() - {"elapsed", "none"}, key=lambda name: -several["mean_s"][name])
 
     def rows() -> Iterator[list[str]]:
-        names = sorted({*one, *mean} - {"elapsed", "none"}, key=lambda name: -mean.get(name, 0.0))
         for name in [*names, "none", "elapsed"]:
-            cells = one.get(name, 0.0) / gpus, mean.get(name, 0.0), most.get(name, 0.0)
+            cells = (times.get(name, 0.0) for times in columns.values())
             yield [{"none": "none runs", "elapsed": "all"}.get(name, name), *(f"{1e3 * x:.2f}" for x in cells)]
 
-    return table(["kernel", f"1/{gpus} of one GPU's", f"mean of {gpus}", "slowest"], rows())
+    return table(["kernel", *columns], rows())
 
 
 def distributed_decode() -> str:
     """A new token against a cache that lies on several GPUs: microseconds."""
+    graphs = {line["gpus"]: line for line in record("distributed_h100")["decode_graph"]}
 
     def rows() -> Iterator[list[str]]:
         for line in record("distributed_h100")["decode"]:
-            parts = (f"{line[name]:.0f}" for name in ("us", "pass_us", "other_us"))
-            yield [str(line["gpus"]), *parts, f"{100 * line['efficiency']:.0f} %" if "efficiency" in line else ""]
+            graph = graphs[line["gpus"]]
+            times = line["us"], line["host_us"], graph["us"], line["pass_us"], line["other_us"]
+            efficiency = f"{graph['efficiency']:.0%}" if "efficiency" in graph else ""
+            yield [str(line["gpus"]), *(f"{x:.0f}" for x in times), efficiency]
 
-    return table(["GPUs", "a token", "the pass over the cache", "other kernels, but NCCL's", "efficiency"], rows())
+    names = "a token", "of the host", "from a CUDA graph", "the pass over the cache", "other kernels, but NCCL's"
+    return table(["GPUs", *names, "efficiency, from the graph"], rows())
 
 
 def distributed_balance() -> str:
     """The most that a rank computes beside the mean, by iterations."""
 
     def rows() -> Iterator[list[str]]:
-        for line in record("distributed_balance_h100")["balance"]:
+        for line in record("distributed_h100")["balance"]:
             keys = f"{KEYS.get(line['data'], line['data'])}, D = {line['dim']}, {line['tokens']} tokens"
             most = (f"{x:.3f}" for order in ("head_tail", "contiguous") for x in line[order].values())
             yield [keys, line["ridge"], f"{line['iterations']:.1f}", *most]

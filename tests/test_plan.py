@@ -41,6 +41,8 @@ class _Kernel:
 class _Binary(dict[Any, Any]):
     """By every grid, what launches."""
 
+    function = packed_metadata = None
+
     def __init__(self, kernel: _Kernel) -> None:
         self.run = self.kernel = kernel
 

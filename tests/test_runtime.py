@@ -6,6 +6,7 @@ import functools
 import multiprocessing
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -24,6 +25,8 @@ class _Compiles:
 
     arg_names = ("n",)
     __name__ = "kernel"
+
+    function = packed_metadata = None
 
     def __init__(self, how: Any = lambda: None, binary: Any = None) -> None:
         self.how, self.binary = how, binary
@@ -125,7 +128,7 @@ class _Launchers:
             time.sleep(0.01)  # here another thread may load its own
             return lambda *_, found=self.loaded: found
 
-        return type("Binary", (), {"run": property(load)})()
+        return type("Binary", (), {"run": property(load), "function": None, "packed_metadata": None})()
 
 
 def test_each_kernel_has_its_own_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,3 +174,27 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RuntimeError, match=rf"{name}.*config.*BLOCK_.*set_backend\('chunked'\)") as caught:
         call(q, k, v, backend="triton")
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_past_tritons_launcher_goes_what_it_would_hand_on() -> None:
+    triton = pytest.importorskip("triton")
+    if not triton.__version__.startswith("3.6."):
+        pytest.skip("of another Triton, by its own launcher")
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    from flashlla.backends.triton import runtime
+
+    seen: list[tuple[Any, ...]] = []
+    launcher = CudaLauncher.__new__(CudaLauncher)  # without a source to compile
+    sizes = {"global_scratch_size": 0, "profile_scratch_size": 0}
+    others = {"num_ctas": 1, "launch_cooperative_grid": False, "launch_pdl": True}
+    others |= {"global_scratch_align": 1, "profile_scratch_align": 1, "launch": lambda *given: seen.append(given)}
+    vars(launcher).update(sizes | others)
+    binary = SimpleNamespace(run=launcher, function=5, packed_metadata=(1, 2))
+    run, head = runtime._launcher(binary)
+    assert run is not launcher
+    runtime.Compiled(binary, run, head, (64,), _Compiles()).launch((3, 1, 1), 7, ((8, 9), 10))
+    launcher(3, 1, 1, 7, binary.function, binary.packed_metadata, None, None, None, (8, 9), 10, 64)
+    assert seen[0] == seen[1]
+    launcher.global_scratch_size = 16
+    assert runtime._launcher(binary)[0] is launcher

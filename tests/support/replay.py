@@ -49,7 +49,7 @@ def compiles(monkeypatch: pytest.MonkeyPatch, computes: bool = True) -> None:
         LAUNCHES["compiled"] += 1
         binary = Binary(kernel, arguments, settings, computes)
         parameters = tuple(settings[parameter] for parameter in kernel.arg_names[len(arguments) :])
-        return runtime.Compiled(binary, binary.run, parameters, kernel)
+        return runtime.Compiled(binary, binary.run, (None,) * 5, parameters, kernel)
 
     LAUNCHES.clear()
     plan.forget()

@@ -148,7 +148,7 @@ class Launch:
 
     kernel: Kernel
     name: str
-    grid: tuple[int, ...]
+    grid: tuple[int, int, int]
     device: torch.device
     arguments: tuple[Any, ...]
     settings: dict[str, Any]
@@ -187,6 +187,12 @@ def kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         else (x.dtype, x.layout.aligned)
         for x in arguments
     ])  # fmt: skip
+
+
+def whole(grid: tuple[int, ...]) -> tuple[int, int, int]:
+    """``grid`` in all dimensions."""
+    x, y, z = (*grid, 1, 1)[:3]
+    return x, y, z
 
 
 @dataclass(eq=False)
@@ -266,7 +272,7 @@ class Plan:
 
     def launch(self, kernel: Kernel, name: str, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
         seat = self._seat(arguments)
-        self.stages[-1].steps.append(Launch(kernel, name, grid, self.device, arguments, settings, seat))
+        self.stages[-1].steps.append(Launch(kernel, name, whole(grid), self.device, arguments, settings, seat))
 
     def launch_fastest(
         self, key: tuple[Any, ...], kernel: Kernel, name: str, grids: dict[configs.Config, tuple[int, ...]],
@@ -275,7 +281,7 @@ class Plan:
         """With one of the configs; of several with that which `Tuned` finds."""
         seat = self._seat(arguments)
         launches = {
-            c: Launch(kernel, name, grid, self.device, arguments, {**settings, **c.options()}, seat)
+            c: Launch(kernel, name, whole(grid), self.device, arguments, {**settings, **c.options()}, seat)
             for c, grid in grids.items()
         }
         self.stages[-1].steps.append(Tuned(key, launches) if len(launches) > 1 else launches.popitem()[1])

@@ -30,18 +30,29 @@ class Compiled(NamedTuple):
 
     binary: Any
     run: Callable[..., Any]
+    head: tuple[Any, ...]  # what ``run`` takes between the stream and the kernel's arguments
     parameters: tuple[Any, ...]  # those of the kernel that are settings, as they follow its arguments
     kernel: Kernel
 
-    def launch(self, grid: tuple[int, ...], stream: int | None, arguments: tuple[Any, ...]) -> None:
+    def launch(self, grid: tuple[int, int, int], stream: int | None, arguments: tuple[Any, ...]) -> None:
         """On ``stream``; None: as Triton does, which asks for the device, its stream and what hooks launches."""
-        binary, grid = self.binary, (*grid, 1, 1)[:3]
         if stream is None:
-            binary[grid](*arguments, *self.parameters)
+            self.binary[grid](*arguments, *self.parameters)
         else:
-            self.run(
-                *grid, stream, binary.function, binary.packed_metadata, None, None, None, *arguments, *self.parameters
-            )
+            self.run(*grid, stream, *self.head, *arguments, *self.parameters)
+
+
+def _launcher(binary: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What launches ``binary``, and what that takes between the stream and the kernel's arguments.
+
+    Triton's launcher looks at each launch for memory that the kernel may want to itself, and asks the launcher beneath
+    for the rest. Where that one is known, kernels that want none, as ours, are launched by it."""
+    run, hooks = binary.run, (binary.packed_metadata, None, None, None)  # to ask for ``run`` loads the kernel
+    if triton.__version__.startswith("3.6.") and type(run).__name__ == "CudaLauncher":
+        wants = run.global_scratch_size or run.profile_scratch_size
+        if not wants:
+            return run.launch, (binary.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *hooks)
+    return run, (binary.function, *hooks)
 
 
 class Kernel(Protocol):
@@ -141,7 +152,7 @@ def _compile(
         return None
     parameters = tuple(settings[parameter] for parameter in kernel.arg_names[len(arguments) :])
     with _launchers():  # to ask for ``run`` makes one, and loads the kernel to the device
-        return Compiled(binary, binary.run, parameters, kernel)
+        return Compiled(binary, *_launcher(binary), parameters, kernel)
 
 
 def failed(

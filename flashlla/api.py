@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, overload
 
 from torch import Tensor
 
-from flashlla import dispatch
+from flashlla import again, dispatch
 from flashlla.autograd import decode, decode_info, decode_out, forward, which
 from flashlla.hints import refuse_unknown
 from flashlla.problem import Report
@@ -180,6 +180,8 @@ def lla_attention(
         "seqstarts_k": seqstarts_k,
         "layout": layout,
     }
+    if return_info is False and (o := again.attend(q, k, v, options)) is not None:
+        return o
     if _on_dtensors is not None and "DTensor" in (type(q).__name__, type(k).__name__, type(v).__name__):
         return _on_dtensors(q, k, v, return_info=return_info, **options)  # type: ignore[no-any-return]
     return _attend(prepare(q, k, v, **options), return_info)

@@ -110,7 +110,7 @@ def _run_forward(arguments: Arguments) -> Forward:
     if problem.empty:
         outputs = keyless_forward(inputs.q, inputs.v)
     else:
-        with _no_autocast(problem):
+        with no_autocast(problem):
             outputs = _no_capture(chosen, problem).forward_checked(problem, inputs)
         warn_if_stopped_early(problem, inputs, outputs.report)
     for counter in convergence.active:
@@ -135,7 +135,7 @@ def _run_backward(arguments: AdjointArguments) -> Gradients:
         chosen = dispatch.choose(problem, settings.backend)
     else:
         chosen = dispatch.backend_named(settings.backend)
-    with _no_autocast(problem):
+    with no_autocast(problem):
         return _no_capture(chosen, problem).backward_checked(problem, inputs, arguments.residuals, arguments.grad_o)
 
 
@@ -203,7 +203,7 @@ def _write_decoded(arguments: Arguments, out: Tensor, report: Report | None = No
         if report is not None:
             fill_keyless(report)
     else:
-        with _no_autocast(problem):
+        with no_autocast(problem):
             _no_capture(chosen, problem).decode_checked(problem, inputs, out, report)
     _last_backend.name = chosen.name
 
@@ -224,7 +224,7 @@ def _trace_decode_out(arguments: OutArguments) -> NoOutputs:
 # Inside the operators.
 
 
-def _no_autocast(problem: Problem) -> contextlib.AbstractContextManager[Any]:
+def no_autocast(problem: Problem) -> contextlib.AbstractContextManager[Any]:
     """Inside an operator the dtypes are the backend's affair: autocast has done its part on the inputs."""
     device = problem.device.type
     return _AS_IT_IS if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
@@ -381,6 +381,11 @@ def which(arguments: Arguments) -> Tensor:
     if torch.compiler.is_compiling() or _last_backend.name is None:
         return WHICH(arguments).number
     return _choice(dispatch.backend_named(_last_backend.name)).number
+
+
+def ran_on(name: str | None) -> None:
+    """Say that the backend of this ``name`` has run the last call of this thread."""
+    _last_backend.name = name
 
 
 def ran(arguments: Arguments) -> Arguments:

@@ -271,6 +271,11 @@ def explain(problem: Problem, demand: str | None = None) -> Explanation:
     return Explanation(choice, reasons, asked)
 
 
+def standing(demand: str | None) -> tuple[str, int]:
+    """What :func:`choose` goes by beside the problem: whom it is asked for, and how many were registered until now."""
+    return get_backend() if demand is None else demand, len(_numbered)
+
+
 def choose(problem: Problem, demand: str | None = None) -> Backend:
     """The backend that runs ``problem``: ``demand`` or nothing, else the preference or a fallback with a warning."""
     name = get_backend() if demand is None else demand

@@ -24,25 +24,27 @@ for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "A
 _library = torch.library.Library("flashlla", "DEF")
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether a call is in a transform of torch.func, or in forward mode."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def _watched(tensors: Sequence[Any]) -> bool:
-    """Whether somebody but autograd is told of operators that take ``tensors``, or takes their place: a mode, a tracer,
-    a profiler, or what a tensor is beside memory."""
-    if (
+def watched() -> bool:
+    """Whether somebody but autograd is told of operators: a mode, a tracer, a profiler."""
+    return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch.autograd.profiler._is_profiler_enabled
         or torch._C._get_tracing_state() is not None
-    ):
-        return True
+    )
+
+
+def plain(tensors: Sequence[Any]) -> bool:
+    """Whether ``tensors``, some of which may be None, are memory and nothing else that torch or others know of."""
     for x in tensors:
         if x is not None and (type(x) not in _PLAIN or torch._C._dispatch_keys(x).raw_repr() & ~_PLAIN_KEYS):
-            return True
-    return False
+            return False
+    return True
 
 
 class _Call:
@@ -112,18 +114,19 @@ class Operator(Generic[A, G]):
         row = self.takes.flat(arguments)
         if torch.compiler.is_compiling():
             return self._unpack(self.op(*row))
-        if _transformed():
+        if transformed():
             return self._unpack(self._transform.apply(*row))
         if torch.is_grad_enabled():
             call = _Call(arguments, row)
             found = self._function.apply(*self._tensors(row), call)
             return self._with(found if isinstance(found, tuple) else (found,), call.outputs)
-        return self._below_autograd(arguments, row)
+        return self.below_autograd(arguments, row)
 
-    def _below_autograd(self, arguments: A, row: tuple[Any, ...]) -> G:
+    def below_autograd(self, arguments: A, row: tuple[Any, ...] | None = None) -> G:
         """Without what is registered for the derivative: a Function around it has one, or nobody wants it. Straight to
         ``run``, where torch need not know: its way there takes as long as all else in a call."""
-        if _watched(self._tensors(row)):
+        row = self.takes.flat(arguments) if row is None else row
+        if watched() or not plain(self._tensors(row)):
             return self._unpack(self.op(*row))
         with torch._C._AutoDispatchBelowAutograd():
             return self.run(arguments)
@@ -149,7 +152,7 @@ class Operator(Generic[A, G]):
 
         def forward_and_save(ctx: Any, *tensors_and_call: Any) -> Any:
             call = tensors_and_call[-1]
-            call.outputs = outputs = self._below_autograd(call.arguments, call.row)
+            call.outputs = outputs = self.below_autograd(call.arguments, call.row)
             save(ctx, call.arguments, outputs)
             return outputs[0] if of == 1 else tuple(outputs[:of])
 

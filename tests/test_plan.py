@@ -168,15 +168,15 @@ def test_a_call_by_addresses_is_the_call_by_tensors(
 @pytest.mark.parametrize("name", [name for name in CALLS if "decode" not in name])
 @pytest.mark.filterwarnings("ignore::flashlla.ConvergenceWarning")  # of kernels that do nothing
 def test_backwards_kernels_are_compiled_with_forwards(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    from flashlla.backends.triton import configs, launch, runtime
+    from flashlla.backends.triton import configs, launch, plan, runtime
 
     monkeypatch.setattr(configs, "SEGMENT", 64)
     compiles(monkeypatch, computes=False)
-    backward, seen = launch.backward, []
-    monkeypatch.setattr(launch, "backward", lambda *call: (seen.append(len(runtime.compiled)), backward(*call))[1])
+    run, seen = plan.Plan.run, []
+    monkeypatch.setattr(plan.Plan, "run", lambda *call: (seen.append(len(runtime.compiled)), run(*call))[1])
     CALLS[name](1)
-    assert seen == [len(runtime.compiled)]
-    assert launch._plan_backward.cache_info().currsize == 1
+    assert seen == [len(runtime.compiled)] * 2
+    assert launch.plan_backward.cache_info().currsize == 1
 
 
 @interpreted
@@ -187,7 +187,7 @@ def test_without_gradients_backwards_kernels_are_not_compiled(monkeypatch: pytes
     compiles(monkeypatch, computes=False)
     q, k, v, _ = make((1, 2, 40, 16), HALF)
     lla_attention(q, k, v, backend="triton")
-    assert launch._plan_backward.cache_info().currsize == 0
+    assert launch.plan_backward.cache_info().currsize == 0
     assert LAUNCHES["compiled"] == LAUNCHES["by address"]
 
 
@@ -239,7 +239,7 @@ def test_what_a_call_takes_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken(lambda: backend.backward(problem, inputs, residuals, grad_o)) == {
         "launches": 6, "aten::empty_strided": 7, "aten::fill_": 1,
     }  # fmt: skip
-    assert launch._plan_forward.cache_info().currsize == launch._plan_backward.cache_info().currsize == 1
+    assert launch.plan_forward.cache_info().currsize == launch.plan_backward.cache_info().currsize == 1
 
 
 @interpreted

@@ -36,6 +36,20 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
+class Kept(ABC):
+    """What a backend keeps of a call, to run those that are like it: of the same Problem, with tensors of the same
+    shapes, strides and dtypes, at multiples of 16 bytes."""
+
+    @abstractmethod
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ridge_lambda: Tensor) -> Sequence[Tensor]:
+        """The output and the residuals, one after the other, as :meth:`Backend.forward_checked` has them; no report."""
+
+    @abstractmethod
+    def backward(self, saved: Sequence[Tensor], grad_o: Tensor) -> Sequence[Tensor]:
+        """The gradients of q, k, v and ridge_lambda, as :meth:`Backend.backward_checked` has them. ``saved``: what
+        forward was given, then the residuals. These may lie in memory as they did not before."""
+
+
 class Backend(ABC):
     """One way to compute the operator, forward and backward.
 
@@ -69,6 +83,10 @@ class Backend(ABC):
     @abstractmethod
     def backward(self, problem: Problem, inputs: Inputs, residuals: Residuals, grad_o: Tensor) -> Gradients:
         """The gradients of ``sum(o * grad_o)``, by (3.1) to (3.6)."""
+
+    def kept(self, problem: Problem, inputs: Inputs) -> Kept | None:
+        """For calls that are like this one, of q, k, v and ridge_lambda alone; None: there is no shorter way."""
+        return None
 
     def forward_checked(self, problem: Problem, inputs: Inputs) -> Forward:
         """:meth:`forward`, all but o dense, and an error that names this backend where what it returns is not what was

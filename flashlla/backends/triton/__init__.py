@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flashlla.backends.base import Backend
+from flashlla.backends.base import Backend, Kept
 from flashlla.backends.triton import configs
 from flashlla.problem import Forward, Gradients, Inputs, Moments, Problem, Report, Residuals
 from flashlla.solvers import CG, spelling
@@ -112,6 +112,11 @@ class Triton(Backend):
         from flashlla.backends.triton import launch
 
         return launch.backward(problem, inputs, residuals, grad_o, self.preconditioner(problem) or "none")
+
+    def kept(self, problem: Problem, inputs: Inputs) -> Kept | None:
+        from flashlla.backends.triton.kept import KeptPlans
+
+        return KeptPlans(problem, inputs, self.preconditioner(problem) or "none")
 
     # A plan allocates what it was made for, on its own device, and runs there: nothing is left to look at.
 

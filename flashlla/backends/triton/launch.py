@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -359,20 +360,30 @@ def tolerances(problem: Problem, adjoint: bool) -> tuple[Tolerances, int]:
 def forward(problem: Problem, inputs: Inputs, preconditioner: str) -> Forward:
     """The passes of operator section 4: statistics, solve, output."""
     around, given = Around.now(problem.device), layouts(inputs)
-    plan = _plan_forward(problem, preconditioner, around, given)
+    plan = plan_forward(problem, preconditioner, around, given, True)
+    return _FORWARD.record(run_forward(plan, problem, preconditioner, around, _INPUTS.flat(inputs)))
+
+
+def run_forward(
+    plan: Plan, problem: Problem, preconditioner: str, around: Around, inputs: Sequence[Tensor | None]
+) -> list[Tensor]:  # fmt: skip
+    """What ``plan`` makes of ``inputs``. Where a backward pass will come, its kernels compile while those of the first
+    forward pass do."""
     if not plan.compiles:
         plan.compile()
         if any(t is not None and t.requires_grad for t in inputs):
-            # Its kernels compile while forward's do: what comes back has, as a rule, the layout of what went out.
-            made: Forward = _FORWARD.record([output.layout for output in plan.outputs])
-            _plan_backward(problem, preconditioner, around, (*given, *made.residuals, made.o)).compile()  # type: ignore[arg-type]
-    return _FORWARD.record(plan.run(_INPUTS.flat(inputs)))
+            # What comes back has, as a rule, the layout of what went out.
+            o, *residuals = [output.layout for output in plan.outputs[: 1 + len(Residuals._fields)]]
+            given = *(None if t is None else t.layout for t in plan.given), *residuals, o
+            plan_backward(problem, preconditioner, around, given).compile()
+    return plan.run(inputs)
 
 
 @planned
-def _plan_forward(
-    problem: Problem, preconditioner: str, around: Around, given: tuple[Layout | None, ...]
+def plan_forward(
+    problem: Problem, preconditioner: str, around: Around, given: tuple[Layout | None, ...], reported: bool
 ) -> Plan:  # fmt: skip
+    """``reported``: its outputs are those of `Forward`; else o and the residuals alone."""
     plan = Plan(problem.device, given)
     call = Call(problem, around, plan, _INPUTS.record(plan.given))
     q = call.inputs.q
@@ -381,11 +392,12 @@ def _plan_forward(
         Residuals, lse=call.output(*of_rows), guard=call.output(*of_rows),
         probe=call.output(*q.shape), k_mean=call.output(*q.shape),
     )  # fmt: skip
-    ended = Ended(
-        iterations=call.output(*of_rows, dtype=torch.int32), residual=call.output(*of_rows),
-        converged=call.output(*of_rows, dtype=torch.bool, fill=1),
-    )  # fmt: skip
-    omega = call.output(*of_rows)
+
+    def told(dtype: torch.dtype = torch.float32, fill: int = 0) -> Buffer:
+        return call.output(*of_rows, dtype=dtype, fill=fill) if reported else call.rows(dtype)
+
+    ended = Ended(iterations=told(torch.int32), residual=told(), converged=told(torch.bool, fill=1))
+    omega = told()
     # Of keys as the kernels have them.
     lse, k_mean = residuals.lse, residuals.k_mean
     if call.origin is not None:
@@ -410,7 +422,8 @@ def _plan_forward(
     if call.origin is not None:
         call.moved(lse, k_mean, residuals.lse, residuals.k_mean, back=True)
     report = of_buffers(Report, omega=omega, **ended._asdict())
-    return plan.finished(_FORWARD.flat(of_buffers(Forward, o=o, residuals=residuals, report=report)))
+    outputs = _FORWARD.flat(of_buffers(Forward, o=o, residuals=residuals, report=report))
+    return plan.finished(outputs if reported else outputs[: 1 + len(residuals)])
 
 
 def solve(
@@ -467,12 +480,12 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """The passes of operator section 4: moments, solve, dq with dlambda, dk and dv."""
     given = _ADJOINED.flat(Adjoined(inputs, residuals, grad_o))
-    plan = _plan_backward(problem, preconditioner, Around.now(problem.device), layouts(given))
+    plan = plan_backward(problem, preconditioner, Around.now(problem.device), layouts(given))
     return _GRADIENTS.record(plan.run(given))
 
 
 @planned
-def _plan_backward(
+def plan_backward(
     problem: Problem, preconditioner: str, around: Around, given: tuple[Layout | None, ...]
 ) -> Plan:  # fmt: skip
     plan = Plan(problem.device, given)

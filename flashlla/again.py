@@ -22,7 +22,7 @@ from torch import Tensor
 from flashlla import autograd, convergence, dispatch
 from flashlla.backends.base import Kept
 from flashlla.checks import autocast_dtype
-from flashlla.library import plain, transformed, watched
+from flashlla.library import PLAIN, plain, transformed, watched
 from flashlla.options import AttentionOptions, SettingOptions
 from flashlla.problem import Arguments, Inputs, Problem, Residuals, Settings, accumulator, describe
 from flashlla.solvers import ITERATIVE
@@ -70,7 +70,7 @@ class Kind(NamedTuple):
         residuals = saved[4:]
         if (
             self.kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed() or watched()
-            or not plain((*saved, grad_o)) or settings is not self.settings
+            or not plain((grad_o,)) or settings is not self.settings or not PLAIN.issuperset(map(type, saved))
         ):  # fmt: skip
             inputs, grad_o = self.inputs(*saved[:4]), grad_o.transpose(1, 2) if self.swapped else grad_o
             call = autograd.AdjointArguments(grad_o, Inputs(*inputs), Residuals(*residuals), settings, unrounded=False)

@@ -16,7 +16,7 @@ A = TypeVar("A", bound=tuple[Any, ...])
 G = TypeVar("G", bound=tuple[Any, ...])
 
 # What torch dispatches on where a tensor is plain: nothing that wraps another, in torch.vmap say, and has memory.
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN_KEYS = 0
 for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA"):
     _PLAIN_KEYS |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
@@ -42,7 +42,7 @@ def watched() -> bool:
 def plain(tensors: Sequence[Any]) -> bool:
     """Whether ``tensors``, some of which may be None, are memory and nothing else that torch or others know of."""
     for x in tensors:
-        if x is not None and (type(x) not in _PLAIN or torch._C._dispatch_keys(x).raw_repr() & ~_PLAIN_KEYS):
+        if x is not None and (type(x) not in PLAIN or torch._C._dispatch_keys(x).raw_repr() & ~_PLAIN_KEYS):
             return False
     return True
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from flashlla import dispatch, notices, solvers
+from flashlla import again, dispatch, notices, solvers
 from tests.support.poison import poisoned
 
 
@@ -39,6 +39,7 @@ def clean_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(solvers, "_unnamed", dict(solvers._unnamed))
     preference = dispatch._preference.set(None)
     notices.forget()
+    again._cell.cache_clear()
     if plan := sys.modules.get("flashlla.backends.triton.plan"):
         plan.forget()  # its configs may be a test's own
     yield

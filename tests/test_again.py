@@ -113,7 +113,8 @@ def test_what_is_kept_is_not_for_calls_that_differ(short: list[str]) -> None:
         [q, k, v, grad_o, ridge], [wide, k, v, grad_o, ridge], [q[:, :, :33], k, v, grad_o[:, :, :33], ridge],
         [q, k[:, :, 1:], v[:, :, 1:], grad_o, ridge], [q, k, v[..., :9], grad_o[..., :9], ridge],
         [q, k, v, grad_o.mT.contiguous().mT, ridge], [q, k, v, grad_o, ridge.mT.contiguous().T],
-        [q, k, v, grad_o, ridge[:, :, None].expand(1, 4, 1, 40)[:, :, 0]], [t.half() for t in (q, k, v, grad_o)] + [ridge],
+        [q, k, v, grad_o, ridge[:, :, None].expand(1, 4, 1, 40)[:, :, 0]],
+        [t.half() for t in (q, k, v, grad_o)] + [ridge],
     ]  # fmt: skip
     for _ in range(2):
         for tensors in others:
@@ -125,7 +126,7 @@ def test_what_is_kept_is_not_for_calls_that_differ(short: list[str]) -> None:
 def test_no_check_is_lost(short: list[str]) -> None:
     """A call that is wrong is refused after one that was right and is equal to it to a dictionary, too."""
     q, k, v, _, ridge = _tensors(torch.float32)
-    right: dict[str, Any] = {"ridge_lambda": ridge, "causal": True, "window": 5, "cg_max_iters": 32, "backend": "chunked"}
+    right: dict[str, Any] = {"ridge_lambda": ridge, "causal": True, "window": 5, "backend": "chunked"}
     lla_attention(q, k, v, **right)
     wrong: list[dict[str, Any]] = [
         {"causal": 1}, {"window": True}, {"window": 5.0}, {"return_info": 0}, {"layout": "sbhd"},
@@ -138,7 +139,8 @@ def test_no_check_is_lost(short: list[str]) -> None:
             with pytest.raises((TypeError, ValueError)) as error:
                 lla_attention(q, k, v, **{**right, **change})
             assert next(iter(change)) in str(error.value)
-    for name, bad in (("q", None), ("k", k[..., :8]), ("v", v.long()), ("q", q[0, 0, 0]), ("k", [1]), ("q", q.double())):
+    bad_tensors: list[tuple[str, Any]] = [("q", None), ("q", q[0, 0, 0]), ("q", q.double()), ("v", v.long())]
+    for name, bad in (*bad_tensors, ("k", k[..., :8]), ("k", [1])):
         for _ in range(2):
             with pytest.raises((TypeError, ValueError)):
                 lla_attention(**{"q": q, "k": k, "v": v, name: bad}, **right)
@@ -269,8 +271,8 @@ def test_what_hooks_give_back_may_lie_otherwise(short: list[str]) -> None:
     q, k, v, grad_o, ridge = _tensors()
     want = _step([q, k, v, grad_o, ridge])
     q = torch.cat([q, q], -1)[..., :16]
-    pack = lambda t: (t.clone(memory_format=torch.contiguous_format), t.dim())
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[0].mT.contiguous().mT if packed[1] == 4 else packed[0]):
+    otherwise = lambda t: t.mT.contiguous().mT if t.dim() == 4 else t
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), otherwise):
         leaves = [t.detach().requires_grad_() for t in (q, k, v, ridge)]
         o = lla_attention(*leaves[:3], ridge_lambda=leaves[3], backend="triton")
         grads = torch.autograd.grad(o, leaves, grad_o)

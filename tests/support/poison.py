@@ -17,6 +17,8 @@ _ALLOCATORS = (
     (torch, "empty_strided"),
     (Tensor, "new_empty"),
     (Tensor, "new_empty_strided"),
+    (torch._C._dynamo.guards, "_empty_strided_cpu"),
+    (torch._C._dynamo.guards, "_empty_strided_cuda"),
 )
 
 

@@ -317,7 +317,9 @@ class Plan:
         """This plan, once all of it is written down: `run` returns ``outputs``."""
         self.outputs = list(outputs)
         for stage in self.stages:
-            stage.allocations = [(*memory.layout()[:3], memory.fill) for memory in stage.memories]
+            for memory in stage.memories:
+                shape, strides, dtype, _ = memory.layout()
+                stage.allocations.append((tuple(shape), tuple(strides), dtype, memory.fill))
         return self
 
     def compile(self) -> None:
@@ -331,7 +333,7 @@ class Plan:
         """The outputs. Nothing here waits for the device."""
         if not self.compiles:
             self.compile()
-        device = self.device
+        device, allocate = self.device, runtime.allocator(self.device)
         with on(device):
             memories: list[Any] = list(given)
             values = list(self.values)
@@ -339,7 +341,7 @@ class Plan:
             addresses = [0 if t is None else t.data_ptr() for t in given]
             for stage in self.stages:
                 for shape, strides, dtype, fill in stage.allocations:
-                    t = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+                    t = allocate(shape, strides, dtype)
                     if fill is not None:
                         t.fill_(fill)
                     memories.append(t)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import flashlla
-from flashlla import again, lla_attention
+from flashlla import again, lla_attention, values
 from tests.support.interpreter import hasten
 from tests.support.kernels import interpreted, make
 
@@ -63,9 +63,7 @@ def _long(call: Callable[[], Any]) -> Any:
 
 
 def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(
-        torch.equal(x, y) and x.stride() == y.stride() and x.dtype == y.dtype for x, y in zip(a, b, strict=True)
-    )
+    return all(torch.equal(x, y) and x.stride() == y.stride() and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
 
 
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -108,9 +106,9 @@ def test_a_ridge_that_is_a_number(short: list[str]) -> None:
 def test_what_is_kept_is_not_for_calls_that_differ(short: list[str]) -> None:
     """By a call and a step of each, all of them beside one another."""
     q, k, v, grad_o, ridge = _tensors()
-    wide = torch.cat([q, q], -1)[..., :16]
+    wide, odd = torch.cat([q, q], -1)[..., :16], torch.cat([q.flatten()[:1], q.flatten()])[1:].view_as(q)
     others: list[list[Tensor]] = [
-        [q, k, v, grad_o, ridge], [wide, k, v, grad_o, ridge], [q[:, :, :33], k, v, grad_o[:, :, :33], ridge],
+        [odd, k, v, grad_o, ridge], [q, k, v, grad_o, ridge], [wide, k, v, grad_o, ridge], [q[:, :, :33], k, v, grad_o[:, :, :33], ridge],
         [q, k[:, :, 1:], v[:, :, 1:], grad_o, ridge], [q, k, v[..., :9], grad_o[..., :9], ridge],
         [q, k, v, grad_o.mT.contiguous().mT, ridge], [q, k, v, grad_o, ridge.mT.contiguous().T],
         [q, k, v, grad_o, ridge[:, :, None].expand(1, 4, 1, 40)[:, :, 0]],
@@ -191,7 +189,8 @@ def test_numbers_are_looked_at_where_they_are(short: list[str], monkeypatch: pyt
     q, k, v, _, ridge = _tensors()
     call = lambda: lla_attention(q, k, v, ridge_lambda=-ridge, backend="triton")
     call()
-    monkeypatch.setattr(again, "looked_at", lambda device: True)
+    monkeypatch.setattr(again, "looked_at", values.looked_at)
+    monkeypatch.setenv("FLASHLLA_CHECK", "1")
     with pytest.raises(ValueError, match="ridge_lambda"):
         call()
 

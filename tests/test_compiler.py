@@ -48,9 +48,9 @@ def test_every_kernel_compiles_for_three_architectures(tmp_path: Path) -> None:
 
     modules = [backward, decode_kernels, decode_share, decode_solve, forward, gram, prepare, solve]
     if hopper.without_gluon() is None:
-        from flashlla.backends.triton import decode_hopper, dk_hopper, dq_hopper, solve_hopper
+        from flashlla.backends.triton import decode_hopper, dk_hopper, dq_hopper, forward_hopper, solve_hopper
 
-        modules += [decode_hopper, dk_hopper, dq_hopper, solve_hopper]
+        modules += [decode_hopper, dk_hopper, dq_hopper, forward_hopper, solve_hopper]
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {k for k, _, _ in kernels} == written
     assert {(a, d) for _, a, d in kernels} == {(a, d) for a in (80, 90, 100) for d in (64, 128)}

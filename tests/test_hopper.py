@@ -110,11 +110,16 @@ def test_which_kernels_a_step_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     if hopper.without_gluon() is not None:
         pytest.skip("of another Triton")
     in_gluon = {name: f"{name}_hopper_kernel" for name in configs.HOPPER[PLAIN.head_dim]}
-    plain = {name: f"{name}_kernel" for name in hopper.MODULES}
+    plain = {name: f"{name}_kernel" for name in hopper.MODULES if name != "forward"}
     monkeypatch.setenv("FLASHLLA_HOPPER", "0")
     assert launched(monkeypatch, PLAIN) == plain
     monkeypatch.delenv("FLASHLLA_HOPPER")
     assert launched(monkeypatch, PLAIN) == {**plain, **in_gluon}
+    narrow = dataclasses.replace(PLAIN, head_dim=64, v_dim=64)
+    of_narrow = {name: f"{name}_hopper_kernel" for name in configs.HOPPER[64]}
+    assert launched(monkeypatch, narrow) == {**plain, **of_narrow}
+    del of_narrow["forward"]  # with a first guess statistics, solve and output are apart
+    assert launched(monkeypatch, dataclasses.replace(narrow, q_len=2048, k_len=2048)) == {**plain, **of_narrow}
     jacobi = {**plain, **in_gluon, "solve": "solve_kernel"}
     assert launched(monkeypatch, dataclasses.replace(PLAIN, solver=PCG()), "jacobi") == jacobi
 
@@ -137,6 +142,14 @@ CASES: dict[str, tuple[int, int, int, int, float, dict[str, Any]]] = {
     "window 1": (2, 2, 300, 300, 1.0, {"window": 1}),
     "window 100": (2, 2, 1000, 1000, 1.0, {"window": 100}),
     "lengths": (2, 2, 400, 400, 1.0, {"seqlens_k": [300, 0], "seqstarts_k": [33, 0]}),
+    "packed unequal": (
+        4,
+        2,
+        990,
+        990,
+        1.0,
+        {"cu_seqlens": [0, 20, 40, 45, 45, 445, 450, 470, 490, 520], "max_seqlen": 400},
+    ),
     "packed": (4, 2, 990, 990, 1.0, {"cu_seqlens": [0, 300, 300, 301, 700, 980], "max_seqlen": 400}),
 }
 

@@ -126,7 +126,8 @@ class HopperConfig(NamedTuple):
     """Of a kernel in Gluon for Hopper: queries and keys a tile, tiles that are there or on their way, cap on registers
     a thread, warps a program: one for 16 rows of its products.
 
-    Of the solve, too: whether sums of weights are a product with ones, and of how many tiles of keys it keeps them.
+    Of the solve and the whole forward pass, too: whether sums of weights are a product with ones, and of how many tiles
+    of keys these are kept.
     """
 
     m: int
@@ -150,8 +151,9 @@ class HopperConfig(NamedTuple):
 # By head dim and pass, those that Gluon has faster than _HALF's kernels (docs/performance.md).
 HOPPER: dict[int, dict[str, HopperConfig]] = {
     64: {
+        "forward": HopperConfig(64, 64, 4, 255, ones=True, kept=5),
         "solve": HopperConfig(64, 64, 4, 255, ones=True, kept=5),
-        "dk": HopperConfig(32, 64, 3, 168),
+        "dk": HopperConfig(32, 64, 2, 168),
     },
     128: {
         "solve": HopperConfig(64, 32, 4, 255, ones=False, kept=0),

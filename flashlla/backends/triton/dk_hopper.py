@@ -24,7 +24,7 @@ from flashlla.backends.triton.primitives import (
     units_of,
     visible,
 )
-from flashlla.backends.triton.sweep_hopper import barrier, products, tile_at, tiles_of
+from flashlla.backends.triton.sweep_hopper import barrier, lanes, products, ring_of, tile_at, tiles_of
 
 
 @gluon.jit
@@ -43,30 +43,31 @@ def fetch_rows(shared, base, stride, start, length):
 
 
 @gluon.jit
-def fetch(shared, slot, rows, step, ranges, q_len, M: gl.constexpr):
-    """Begin to load what the ``step``-th tile of queries takes, four tiles of ``shared``; of none that there is,
+def fetch(rings, slot, rows, step, ranges, q_len, M: gl.constexpr):
+    """Begin to load what the ``step``-th tile of queries takes, a tile of each of the ``rings``; of none that there is,
     nothing."""
     q_base, q_stride, z_base, do_base, y_neg_base = rows
-    D: gl.constexpr = shared.shape[2]
+    q, z, do, y_neg = rings
+    D: gl.constexpr = q.shape[2]
     _, _, _, _, steps = ranges
     start, length = tile_at(step, ranges, M), gl.where(step < steps, q_len, 0)
-    fetch_rows(shared.index(4 * slot), q_base, q_stride, start, length)
-    fetch_rows(shared.index(4 * slot + 1), z_base, D, start, length)
-    fetch_rows(shared.index(4 * slot + 2), do_base, D, start, length)
-    fetch_rows(shared.index(4 * slot + 3), y_neg_base, D, start, length)
+    fetch_rows(q.index(slot), q_base, q_stride, start, length)
+    fetch_rows(z.index(slot), z_base, D, start, length)
+    fetch_rows(do.index(slot), do_base, D, start, length)
+    fetch_rows(y_neg.index(slot), y_neg_base, D, start, length)
     async_copy.commit_group()
 
 
 @gluon.jit
 def add_tiles(
-    state, steps_from, steps_to, k, v, shared, numbers, stride, rows, ranges, factor, kappa, gain_bits, at, window,
+    state, steps_from, steps_to, k, v, rings, numbers, stride, rows, ranges, factor, kappa, gain_bits, at, window,
     CUT: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
     """``state``, dk and dv, after the tiles of these steps. `backward.dk_body` has the equations; weights stand
     transposed, (N, M)."""
     dk, dv = state
     N: gl.constexpr = k.shape[0]
-    SLOTS: gl.constexpr = shared.shape[0] // 4
+    SLOTS: gl.constexpr = rings[0].shape[0]
     slot = steps_from % SLOTS
     WEIGHTS: gl.constexpr = products(N, M)
     KEYS: gl.constexpr = dk.type.layout
@@ -84,9 +85,8 @@ def add_tiles(
         fence_async_shared()
         barrier()
         before = gl.where(slot == 0, SLOTS - 1, slot - 1)
-        fetch(shared, before, rows, step + SLOTS - 1, ranges, at.q_len, M)
-        q, z = shared.index(4 * slot), shared.index(4 * slot + 1)
-        do, y_neg = shared.index(4 * slot + 2), shared.index(4 * slot + 3)
+        fetch(rings, before, rows, step + SLOTS - 1, ranges, at.q_len, M)
+        q, z, do, y_neg = rings[0].index(slot), rings[1].index(slot), rings[2].index(slot), rings[3].index(slot)
         s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
         a = warpgroup_mma(k, z.permute((1, 0)), zero, use_acc=False, is_async=True)
         e = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -130,16 +130,19 @@ def dk_hopper_kernel(
     GROUP: gl.constexpr, SLOTS: gl.constexpr, SHAPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """What `backward.dk_kernel` does, where keys and values are as wide as their tiles."""
-    at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_N, SHAPE.CAUSAL, True)
+    at = place(
+        seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_N, SHAPE.CAUSAL, True, lanes()
+    )  # fmt: skip
     if outside(at, at.k_len, seqlens.cu_k):
         return
     D: gl.constexpr = SHAPE.BLOCK_D
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], gl.float16)
-    ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], gl.float16)
     KEYS: gl.constexpr = products(BLOCK_N, D)
     k = gl.allocate_shared_memory(gl.float16, [BLOCK_N, D], TILE)
     v = gl.allocate_shared_memory(gl.float16, [BLOCK_N, D], TILE)
-    shared = gl.allocate_shared_memory(gl.float16, [4 * SLOTS, BLOCK_M, D], ROWS)
+    rings = (
+        ring_of(BLOCK_M, D, SLOTS), ring_of(BLOCK_M, D, SLOTS), ring_of(BLOCK_M, D, SLOTS), ring_of(BLOCK_M, D, SLOTS),
+    )  # fmt: skip
     fetch_rows(k, keys_of(k_in, at), k_in.stride_s, at.start, at.k_stop)
     fetch_rows(v, keys_of(v_in, at), v_in.stride_s, at.start, at.k_stop)
     async_copy.commit_group()
@@ -163,13 +166,13 @@ def dk_hopper_kernel(
         numbers = handed_on(rows_in.ptr, at, at.q_head + member, heads, rows_len, seqlens.cu_q)
         barrier()  # all are done with the head before
         for step in gl.static_range(SLOTS - 1):
-            fetch(shared, step, rows, step, ranges, at.q_len, BLOCK_M)
+            fetch(rings, step, rows, step, ranges, at.q_len, BLOCK_M)
         dk, dv = add_tiles(
-            (dk, dv), 0, cut, k, v, shared, numbers, rows_in.stride, rows, ranges, kappa * LOG2E, kappa * lift,
+            (dk, dv), 0, cut, k, v, rings, numbers, rows_in.stride, rows, ranges, kappa * LOG2E, kappa * lift,
             gl.log2(gain), at, window, True, SHAPE, BLOCK_M,
         )  # fmt: skip
         dk, dv = add_tiles(
-            (dk, dv), cut, steps, k, v, shared, numbers, rows_in.stride, rows, ranges, kappa * LOG2E, kappa * lift,
+            (dk, dv), cut, steps, k, v, rings, numbers, rows_in.stride, rows, ranges, kappa * LOG2E, kappa * lift,
             gl.log2(gain), at, window, False, SHAPE, BLOCK_M,
         )  # fmt: skip
         async_copy.wait_group(0)  # what was fetched for no step

@@ -27,6 +27,7 @@ from flashlla.backends.triton.sweep_hopper import (
     begin,
     fetch,
     finite_or_zero,
+    lanes,
     load_queries,
     operand,
     packed,
@@ -79,7 +80,9 @@ def dq_hopper_kernel(
     SLOTS: gl.constexpr, SHAPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """What `backward.dq_kernel` does, where keys and values are as wide as their tiles."""
-    at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False)
+    at = place(
+        seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False, lanes()
+    )  # fmt: skip
     if outside(at, at.q_len, seqlens.cu_q):
         return
     M: gl.constexpr = BLOCK_M

@@ -16,7 +16,7 @@ from flashlla.problem import Problem
 # Gluon moves from version to version: those that the kernels were compiled with.
 TRITON = ("3.6", "3.7")
 # Where the kernel of a pass is.
-MODULES = {"solve": "solve_hopper", "dq": "dq_hopper", "dk": "dk_hopper"}
+MODULES = {"forward": "forward_hopper", "solve": "solve_hopper", "dq": "dq_hopper", "dk": "dk_hopper"}
 
 
 def allowed() -> bool:

@@ -248,6 +248,10 @@ class Call:
         longest = (sequences * cdiv(length, block) for length in self.max_seqlens)
         return sequences > 1 and all(2 * self.slots(bool(i), block) <= n for i, n in enumerate(longest))
 
+    def in_gluon(self, name: str) -> configs.HopperConfig | None:
+        """The config of pass ``name``, where a kernel in Gluon has it."""
+        return hopper.config(name, self.problem) if self.around.hopper else None
+
     def launch_tiles(
         self, kernel: Kernel, name: str, *arguments: Any, over_keys: bool = False, tune: bool = True,
         gluon: bool = True, **settings: Any,
@@ -263,12 +267,10 @@ class Call:
         def programs(c: configs.Config | configs.HopperConfig) -> int:
             return heads * self.tiles(over_keys, c.n if over_keys else c.m)
 
-        # Gluon has no layout for the search of `primitives.packed_tile`.
-        here = self.around.hopper and self.seqlens.slots is None
         chosen = [usual]
         if few is not usual and programs(usual) <= configs.FEW * configs.processors(self.device):
             chosen = [few]
-        elif gluon and here and (mine := hopper.config(name, self.problem)) is not None:
+        elif gluon and (mine := self.in_gluon(name)) is not None:
             settings |= {"SHAPE": self.shape, **mine.options()}
             self.plan.launch(hopper.kernel(name), name, (programs(mine),), *arguments, **settings)
             return
@@ -402,21 +404,31 @@ def plan_forward(
     lse, k_mean = residuals.lse, residuals.k_mean
     if call.origin is not None:
         lse, k_mean = call.rows(), call.vectors()
-    lse2, image = call.rows(), None
     many_keys = call.keys_seen > configs.FEW_KEYS
-    if preconditioner == "gram" or (call.origin is None and (preconditioner != "none" or many_keys)):
-        image = call.vectors(memory=call.until_solved)
-    call.launch_tiles(
-        forward_kernels.statistics_kernel, "statistics", call.q, call.k, call.units, call.flaws, lse, lse2, omega,
-        k_mean, image, *call.sight, problem.scale, FLIP=problem.scale < 0,
-    )  # fmt: skip
-    solve(call, call.inputs.ridge_lambda, lse2, k_mean, image, residuals.probe, preconditioner, ended=ended)
-    plan.drop(call.until_solved)
-    o, o_rows = call.output_like(q, problem.v_dim)
-    call.launch_tiles(
-        forward_kernels.output_kernel, "output", call.q, call.k, call.v, call.units, call.origin, lse2, omega,
-        k_mean, residuals.probe, residuals.guard, call.strided(o_rows), *call.sight, problem.scale, problem.delta_eps,
-    )  # fmt: skip
+    if preconditioner == "none" and not many_keys and (whole := call.in_gluon("forward")) is not None:
+        o, o_rows = call.output_like(q, problem.v_dim)
+        plan.launch(
+            hopper.kernel("forward"), "forward", (problem.q_heads * call.tiles(False, whole.m),), call.q, call.k,
+            call.v, call.units, call.flaws, call.strided(call.inputs.ridge_lambda), lse, omega, k_mean, residuals.probe,
+            residuals.guard, call.strided(o_rows), ended, *call.sight, problem.scale, problem.delta_eps,
+            *tolerances(problem, adjoint=False), FLIP=problem.scale < 0, SHAPE=call.shape, **whole.options(),
+        )  # fmt: skip
+    else:
+        lse2, image = call.rows(), None
+        if preconditioner == "gram" or (call.origin is None and (preconditioner != "none" or many_keys)):
+            image = call.vectors(memory=call.until_solved)
+        call.launch_tiles(
+            forward_kernels.statistics_kernel, "statistics", call.q, call.k, call.units, call.flaws, lse, lse2, omega,
+            k_mean, image, *call.sight, problem.scale, FLIP=problem.scale < 0,
+        )  # fmt: skip
+        solve(call, call.inputs.ridge_lambda, lse2, k_mean, image, residuals.probe, preconditioner, ended=ended)
+        plan.drop(call.until_solved)
+        o, o_rows = call.output_like(q, problem.v_dim)
+        call.launch_tiles(
+            forward_kernels.output_kernel, "output", call.q, call.k, call.v, call.units, call.origin, lse2, omega,
+            k_mean, residuals.probe, residuals.guard, call.strided(o_rows), *call.sight, problem.scale,
+            problem.delta_eps,
+        )  # fmt: skip
     if o_rows is not o:
         plan.compute(Tensor.copy_, o, o_rows)
     if call.origin is not None:

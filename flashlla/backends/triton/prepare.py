@@ -71,12 +71,11 @@ def rows_of_operand(
 
 @triton.jit
 def tile_of_operand(
-    seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK: tl.constexpr,
+    program, seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK: tl.constexpr,
     OVER_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """This program's head of q, or (OVER_KEYS) of k or v, counted through all sequences; whether there is one; and the
-    first row of its tile."""
-    program = tl.program_id(0)
+    """The head of q, or (OVER_KEYS) of k or v, of this ``program``, counted through all sequences; whether there is
+    one; and the first row of its tile."""
     own_heads = heads // group if OVER_KEYS else heads  # of a sequence
     cu, total = (seqlens.cu_k, k_len) if OVER_KEYS else (seqlens.cu_q, q_len)
     if seqlens.slots is None:
@@ -164,15 +163,16 @@ def cast_kernel(
     of two under the largest. k from its heads' origins (sequences Hkv, D), if there are any.
 
     What was not finite goes to ``flaws``, rows of heads that have such numbers alone. Rows that no sequence has are not
-    written.
+    written. What `largest_kernel` has read last, and a cache may still hold, comes first.
     """
     n_kv_heads = n_heads // group
     tensors, row_flaws = (q_in, k_in, v_in), (flaws.q, flaws.k, flaws.v)
+    turn = tl.num_programs(0) - 1 - tl.program_id(0)
     for which in tl.static_range(3):
         program, there, i = tile_of_operand(
-            seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, which > 0
+            turn, seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, which > 0
         )
-        if (tl.program_id(1) == which) & there:
+        if (2 - tl.program_id(1) == which) & there:
             WIDTH: tl.constexpr = SHAPE.V_DIM if which == 2 else SHAPE.HEAD_DIM
             COLUMNS: tl.constexpr = SHAPE.BLOCK_V if which == 2 else SHAPE.BLOCK_D
             slot = tl.where(which == 0, 0, n_heads + (which - 1) * n_kv_heads) + program

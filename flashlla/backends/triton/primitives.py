@@ -80,16 +80,19 @@ def key_at(pointer, sequence, k_len):
 
 
 @triton.jit
-def packed_tile(cu_seqlens, slot, sequences, total, BLOCK: tl.constexpr):
+def packed_tile(cu_seqlens, slot, sequences, total, BLOCK: tl.constexpr, lanes=None):
     """The sequence that has the ``slot``-th tile of BLOCK rows of a packed row, and which of its tiles that is.
 
     Sequence i has the slots from cu_seqlens[i] // BLOCK + i on: enough for all its rows, and one more at most, which
-    lies outside it. So ``total`` // BLOCK + ``sequences`` are enough, whatever the lengths.
+    lies outside it. So ``total`` // BLOCK + ``sequences`` are enough, whatever the lengths. ``lanes``: 0 to LANES, of
+    kernels in Gluon, who know in which layout.
     """
+    if lanes is None:
+        lanes = tl.arange(0, LANES)
     first, stop = sequences * 0, sequences
     while stop - first > 1:  # of so many the sequence is one: each round leaves a LANES-th
         step = tl.cdiv(stop - first, LANES)
-        i = first + tl.arange(0, LANES) * step
+        i = first + lanes * step
         begins = clamp(tl.load(cu_seqlens + i, mask=i < stop, other=0), 0, total) // BLOCK + i
         reached = tl.sum(((i < stop) & (begins <= slot)).to(tl.int32), 0)
         first += tl.maximum(reached - 1, 0) * step
@@ -100,11 +103,11 @@ def packed_tile(cu_seqlens, slot, sequences, total, BLOCK: tl.constexpr):
 @triton.jit
 def place(
     seqlens, n_heads, heads, group, q_total, k_total, max_seqlen_q, max_seqlen_k,
-    BLOCK: tl.constexpr, CAUSAL: tl.constexpr, OVER_KEYS: tl.constexpr, most_tiles=None,
+    BLOCK: tl.constexpr, CAUSAL: tl.constexpr, OVER_KEYS: tl.constexpr, lanes=None,
 ):  # fmt: skip
     """The tile of this program, of BLOCK queries or (OVER_KEYS) keys. Neighbours share a tile's place: the longest
     sweeps start first, where sequences have slots the longest of each. With sequences of several lengths some tiles lie
-    outside theirs: see `outside`. ``most_tiles``: of causal queries only the first so many tiles."""
+    outside theirs: see `outside`. ``lanes``: see `packed_tile`."""
     program = tl.program_id(0)
     cu, total = (seqlens.cu_k, k_total) if OVER_KEYS else (seqlens.cu_q, q_total)
     own_heads = heads // group if OVER_KEYS else heads  # of a sequence
@@ -113,7 +116,7 @@ def place(
         tile, counted = program // all_heads, program % all_heads
         sequence, own = counted // own_heads, counted % own_heads
     else:
-        sequence, tile = packed_tile(cu, program // own_heads, n_heads // heads, total, BLOCK)
+        sequence, tile = packed_tile(cu, program // own_heads, n_heads // heads, total, BLOCK, lanes)
         own = program % own_heads
         counted = sequence * own_heads + own
     if OVER_KEYS:
@@ -134,8 +137,7 @@ def place(
         )
     q_row = (q_head if seqlens.cu_q is None else head).to(tl.int64) * q_total + q_first
     if CAUSAL and not OVER_KEYS:
-        tiles = tl.cdiv(q_len, BLOCK)
-        tile = (tiles if most_tiles is None else tl.minimum(tiles, most_tiles)) - 1 - tile
+        tile = tl.cdiv(q_len, BLOCK) - 1 - tile
     return Place(
         tile * BLOCK, sequence, head, kv_head, q_head, k_head, q_first, k_first, q_row, q_len, k_len, k_stop, diagonal,
     )  # fmt: skip

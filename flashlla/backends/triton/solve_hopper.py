@@ -37,6 +37,7 @@ from flashlla.backends.triton.sweep_hopper import (
     begin,
     fetch,
     finite_or_zero,
+    lanes,
     load_queries,
     operand,
     packed,
@@ -163,66 +164,63 @@ def left_by_step(square, inverse_curvature, lowest, highest):
     return gl.maximum(gl.where(spread > 1, spread - 1, 0.0), apart * apart)
 
 
-@gluon.jit(do_not_specialize=[*NUMBERS, "max_iters", "segments"])
-def solve_hopper_kernel(
-    q_in, k_in, units, origin_ptr, lse2_ptr, k_mean_ptr, ridge_in, b_ptr, made_in, x_out, adjoint, ended_out,
-    seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
-    tolerances, max_iters, segments,
-    ADJOINT: gl.constexpr, PRECONDITIONER: gl.constexpr, SEGMENT: gl.constexpr, SLOTS: gl.constexpr,
-    KEPT: gl.constexpr, ONES: gl.constexpr, SHAPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+@gluon.jit
+def ridges(ridge_in, row, at, some, k_unit):
+    """The ridges of queries ``row``, as given, 1 where ``some`` is not, and in units of the keys: (M,) each."""
+    given = gl.where(some, load_ridge(ridge_in, row, at, 1.0), 1.0)
+    return given, gl.minimum(ridge_in_units(given, k_unit), RIDGE_MOST)
+
+
+@gluon.jit
+def operand_of(q, SCORES: gl.constexpr):
+    """q (M, D) as it lies during sweeps: in registers where it is wide, as shared memory has no room."""
+    if q.shape[1] > 64:
+        return gl.convert_layout(q, gl.DotOperandLayout(0, SCORES, 2))
+    else:
+        HALVES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([q.shape[0], q.shape[1]], gl.float16)
+        return gl.allocate_shared_memory(gl.float16, [q.shape[0], q.shape[1]], HALVES, q)
+
+
+@gluon.jit
+def first_guess(q, r, ridge, image):
+    """`solve.first_guess`, given C u of the shortened query u."""
+    u = q.to(gl.float32) * shortening(q)[:, None]
+    image += ridge[:, None] * u  # A u
+    u_image = gl.sum(u * image, 1)
+    step = gl.where(u_image > 0, gl.sum(r * u, 1) / gl.where(u_image > 0, u_image, 1.0), 0.0)
+    curvature = gl.where(u_image > 0, u_image * inverse_or_zero(gl.sum(u * u, 1)), 0.0)
+    return step[:, None] * u, r - step[:, None] * image, curvature
+
+
+@gluon.jit
+def solved(
+    q_operand, r, start, k_mean, ridge, shift, factor, tolerances, max_iters, rings, sources, ranges, row, at, window,
+    ADJOINT: gl.constexpr, SHAPE: gl.constexpr, SLOTS: gl.constexpr, KEPT: gl.constexpr, ONES: gl.constexpr,
+    N: gl.constexpr,
 ):  # fmt: skip
-    """What `solve.solve_kernel` does without a preconditioner. KEPT: tiles whose weights are in shared memory."""
-    at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False)
-    if outside(at, at.q_len, seqlens.cu_q):
-        return
-    if made_in is not None:
-        slot = at.q_head.to(gl.int64) * segments + at.start // SEGMENT
-        if gl.load(made_in.use + slot) > 0:
-            return
-    M: gl.constexpr = BLOCK_M
-    N: gl.constexpr = BLOCK_N
-    D: gl.constexpr = SHAPE.BLOCK_D
+    """A x = r for a tile of queries: x, |r|^2 before and after, what it was to come down to, and iterations.
+
+    ``start``: None, or what a first guess leaves: x so far, its residual, and the curvature along it. `begin` has begun
+    the first sweep's first tiles.
+    """
+    M: gl.constexpr = r.shape[0]
+    D: gl.constexpr = r.shape[1]
+    VECTORS: gl.constexpr = r.type.layout
     SCORES: gl.constexpr = products(M, N)
-    VECTORS: gl.constexpr = products(M, D)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, VECTORS)
     SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     HALVES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], gl.float16)
     WIDE: gl.constexpr = D > 64
     SINGLES: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-    q_unit, k_unit, _ = units_of(units, at, n_heads, group)
-    rings = (ring_of(N, D, SLOTS),)
-    ranges = tiles_of(key_range(at, window, SHAPE.CAUSAL, M, N), N)
-    sources = ((keys_of(k_in, at), k_in.stride_s),), at.k_stop
-    begin(rings, sources, ranges, N, SLOTS - 2)
-    row = at.start + gl.arange(0, M, layout=ROWS)
-    there = row < at.q_len
-    dim = gl.arange(0, D, layout=gl.SliceLayout(0, VECTORS))
-    vectors = (at.q_row + row)[:, None] * D + dim[None, :]  # (M, D), as x_out and all vectors of queries lie
-    q = load_queries(q_in, at, row, there, D, VECTORS)
-    k_mean = gl.load(k_mean_ptr + vectors, mask=there[:, None], other=0.0) * inverse_power(k_unit)
     mean_shared = gl.allocate_shared_memory(gl.float16, [M, D], HALVES, k_mean.to(gl.float16))
-    some = sees_some(row, at, window, SHAPE.CAUSAL)
-    given_ridge = gl.where(some, load_ridge(ridge_in, row, at, 1.0), 1.0)  # (M,)
-    ridge = gl.minimum(ridge_in_units(given_ridge, k_unit), RIDGE_MOST)
-    if ADJOINT:
-        r = gl.load(b_ptr + vectors, mask=there[:, None], other=0.0)
-    else:
-        r = k_mean - q.to(gl.float32) * (q_unit * inverse_power(k_unit))
-    r = gl.where(some[:, None], r, 0.0) + (0.0 * given_ridge)[:, None]
     b2 = gl.sum(r * r, 1)  # (M,), as every scalar of the recurrence
     lowest = gl.full([M], float("inf"), gl.float32, ROWS)
     highest = gl.zeros([M], gl.float32, ROWS)
     solution = gl.zeros([M, D], gl.float32, VECTORS)
-    if not ADJOINT and b_ptr is not None:  # `solve.first_guess`
-        u = q.to(gl.float32) * shortening(q)[:, None]
-        image = gl.load(b_ptr + vectors, mask=there[:, None], other=0.0) + ridge[:, None] * u
-        u_image = gl.sum(u * image, 1)
-        guess = gl.where(u_image > 0, gl.sum(r * u, 1) / gl.where(u_image > 0, u_image, 1.0), 0.0)
-        highest = gl.where(u_image > 0, u_image * inverse_or_zero(gl.sum(u * u, 1)), 0.0)
+    if start is not None:
+        solution, r, highest = start
         lowest = gl.where(highest > 0, highest, lowest)
-        solution = guess[:, None] * u
-        r = r - guess[:, None] * image
     if WIDE:
         solution_shared = gl.allocate_shared_memory(gl.float32, [M, D], SINGLES, solution)
     r2 = gl.sum(r * r, 1)
@@ -230,16 +228,9 @@ def solve_hopper_kernel(
     r_shared = gl.allocate_shared_memory(gl.float32, [M, D], SINGLES, r)
     kept = room_for(KEPT, mean_shared, M, N)
     ones = ones_for(mean_shared, N, ONES)
-    q_operand = gl.convert_layout(q, OPERAND)
-    if not WIDE:  # wider, registers have room, and shared memory has not
-        q_operand = gl.allocate_shared_memory(gl.float16, [M, D], HALVES, q)
 
     score_row = at.start + gl.arange(0, M, layout=SCORE_ROWS)
-    shift = gl.load(lse2_ptr + at.q_row + score_row, mask=score_row < at.q_len, other=0.0) - WEIGHT_BITS
-    factor = scale * LOG2E * q_unit * k_unit
     atol, rtol, coarse = tolerances
-    if not ADJOINT:
-        atol = atol * inverse_power(k_unit) * inverse_power(k_unit)
     many_keys = keys_seen(row, at, window, SHAPE.CAUSAL) > 2 * SHAPE.HEAD_DIM
     rtol = gl.where(many_keys, gl.maximum(rtol, coarse), rtol)
     threshold = gl.maximum(b2, atol) * rtol
@@ -263,6 +254,7 @@ def solve_hopper_kernel(
     zero = gl.zeros([M, N], gl.float32, SCORES)
     sweeps = 0
     nothing = packed(zero)
+    heavy_ridge = ridge * WEIGHT
     while (sweeps < max_iters) & (most * left > 1):
         moves = excess * left > 1
         unsolved = excess > 1
@@ -271,7 +263,6 @@ def solve_hopper_kernel(
             score_row, zero, kept,
         )  # fmt: skip
         state = gl.zeros([M, D], gl.float32, VECTORS), no_sums(nothing, ONES), nothing
-        fence_async_shared()
         nought = ranges[4] * 0
         so_far = state, nought, nought
         cut_from = nought
@@ -298,15 +289,15 @@ def solve_hopper_kernel(
         total = gl.convert_layout(gl.sum(total, 1), ROWS)
         x_wide = x.to(gl.float32)
         k_mean = mean_shared.load(VECTORS).to(gl.float32)
-        image = (acc - k_mean * total[:, None]) * (1 / WEIGHT) + ridge[:, None] * x_wide  # A x
-        curvature = gl.sum(x_wide * image, 1)
-        square = gl.sum(image * image, 1)
+        image = acc - k_mean * total[:, None] + heavy_ridge[:, None] * x_wide  # WEIGHT A x
+        curvature = gl.sum(x_wide * image, 1) * (1 / WEIGHT)
+        square = gl.sum(image * image, 1) * (1 / WEIGHT / WEIGHT)
         unsolved = unsolved & ((curvature > 0) | ~moves)
         moves = moves & unsolved
         inverse_curvature = 1 / gl.where(moves, curvature, 1.0)
         along = r2 * inverse_or_zero(size)  # r.x
         step = gl.where(moves, along * inverse_curvature, 0.0)
-        r = r_shared.load(VECTORS) - step[:, None] * image
+        r = r_shared.load(VECTORS) - (step * (1 / WEIGHT))[:, None] * image
         iterations += moves.to(gl.int32)
         r2_next = gl.sum(r * r, 1)
         r_mean = gl.sum(r * k_mean, 1)
@@ -338,18 +329,86 @@ def solve_hopper_kernel(
             solution += step[:, None] * x_wide
         sweeps += 1
 
-    async_copy.wait_group(0)  # what was fetched for no sweep
     if WIDE:
         solution = solution_shared.load(VECTORS)
     solution += gl.where(left < 1, last_size, 0.0)[:, None] * r_shared.load(VECTORS)
     r2 *= gl.where(last_size > 0, left, 1.0)
     solution += (0.0 * r2)[:, None]  # NaN where the right-hand side was
-    given_ridge = load_ridge(ridge_in, row, at, 1.0)
-    out_of_units = gl.where(ridge < RIDGE_MOST, inverse_power(k_unit), RIDGE_MOST * (k_unit / given_ridge))
+    return solution, b2, r2, threshold, iterations
+
+
+@gluon.jit
+def out_of_units_of(ridge, ridge_in, row, at, k_unit):
+    """What solutions in units of the keys are multiplied by."""
+    return gl.where(
+        ridge < RIDGE_MOST, inverse_power(k_unit), RIDGE_MOST * (k_unit / load_ridge(ridge_in, row, at, 1.0))
+    )
+
+
+@gluon.jit
+def store_ended(ended_out, numbers, there, b2, r2, threshold, iterations):
+    gl.store(ended_out.iterations + numbers, iterations, mask=there)
+    residual = gl.where(r2 == 0, 0.0, gl.sqrt(r2 / b2))
+    gl.store(ended_out.residual + numbers, residual, mask=there)
+    gl.store(ended_out.converged + numbers, r2 <= threshold, mask=there)
+
+
+@gluon.jit(do_not_specialize=[*NUMBERS, "max_iters", "segments"])
+def solve_hopper_kernel(
+    q_in, k_in, units, origin_ptr, lse2_ptr, k_mean_ptr, ridge_in, b_ptr, made_in, x_out, adjoint, ended_out,
+    seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale,
+    tolerances, max_iters, segments,
+    ADJOINT: gl.constexpr, PRECONDITIONER: gl.constexpr, SEGMENT: gl.constexpr, SLOTS: gl.constexpr,
+    KEPT: gl.constexpr, ONES: gl.constexpr, SHAPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """What `solve.solve_kernel` does without a preconditioner. KEPT: tiles whose weights are in shared memory."""
+    at = place(
+        seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False, lanes()
+    )  # fmt: skip
+    if outside(at, at.q_len, seqlens.cu_q):
+        return
+    if made_in is not None:
+        slot = at.q_head.to(gl.int64) * segments + at.start // SEGMENT
+        if gl.load(made_in.use + slot) > 0:
+            return
+    N: gl.constexpr = BLOCK_N
+    D: gl.constexpr = SHAPE.BLOCK_D
+    SCORES: gl.constexpr = products(BLOCK_M, N)
+    VECTORS: gl.constexpr = products(BLOCK_M, D)
+    q_unit, k_unit, _ = units_of(units, at, n_heads, group)
+    rings = (ring_of(N, D, SLOTS),)
+    ranges = tiles_of(key_range(at, window, SHAPE.CAUSAL, BLOCK_M, N), N)
+    sources = ((keys_of(k_in, at), k_in.stride_s),), at.k_stop
+    begin(rings, sources, ranges, N, SLOTS - 2)
+    row = at.start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, VECTORS))
+    there = row < at.q_len
     numbers = at.q_row + row
+    vectors = numbers[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, VECTORS))[None, :]  # (M, D)
+    q = load_queries(q_in, at, row, there, D, VECTORS)
+    k_mean = gl.load(k_mean_ptr + vectors, mask=there[:, None], other=0.0) * inverse_power(k_unit)
+    some = sees_some(row, at, window, SHAPE.CAUSAL)
+    given_ridge, ridge = ridges(ridge_in, row, at, some, k_unit)
     if ADJOINT:
-        b_size = gl.load(adjoint.b_size + numbers, mask=there, other=0.0)
-        y = solution * (b_size * out_of_units)[:, None]
+        r = gl.load(b_ptr + vectors, mask=there[:, None], other=0.0)
+    else:
+        r = k_mean - q.to(gl.float32) * (q_unit * inverse_power(k_unit))
+    r = gl.where(some[:, None], r, 0.0) + (0.0 * given_ridge)[:, None]
+    start = None
+    if not ADJOINT and b_ptr is not None:
+        start = first_guess(q, r, ridge, gl.load(b_ptr + vectors, mask=there[:, None], other=0.0))
+    score_row = at.start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, SCORES))
+    shift = gl.load(lse2_ptr + at.q_row + score_row, mask=score_row < at.q_len, other=0.0) - WEIGHT_BITS
+    atol, rtol, coarse = tolerances
+    if not ADJOINT:
+        atol = atol * inverse_power(k_unit) * inverse_power(k_unit)
+    solution, b2, r2, threshold, iterations = solved(
+        operand_of(q, SCORES), r, start, k_mean, ridge, shift, scale * LOG2E * q_unit * k_unit,
+        (atol, rtol, coarse), max_iters, rings, sources, ranges, row, at, window, ADJOINT, SHAPE, SLOTS, KEPT, ONES, N,
+    )  # fmt: skip
+    async_copy.wait_group(0)  # what was fetched for no sweep
+    solution *= out_of_units_of(ridge, ridge_in, row, at, k_unit)[:, None]
+    if ADJOINT:
+        y = solution * gl.load(adjoint.b_size + numbers, mask=there, other=0.0)[:, None]
         probe = gl.load(adjoint.probe + vectors, mask=there[:, None], other=0.0)
         gl.store(adjoint.z_y + numbers, gl.sum(probe * y, 1), mask=there)
         y = finite_or_zero(y)
@@ -359,8 +418,5 @@ def solve_hopper_kernel(
         lift = lift_of(adjoint.tops, at.k_head, q, D)
         gl.store(x_out + vectors, saturated(y * (-k_unit * lift), q).to(gl.float16), mask=there[:, None])
     else:
-        gl.store(x_out + vectors, solution * out_of_units[:, None], mask=there[:, None])
-        gl.store(ended_out.iterations + numbers, iterations, mask=there)
-        residual = gl.where(r2 == 0, 0.0, gl.sqrt(r2 / b2))
-        gl.store(ended_out.residual + numbers, residual, mask=there)
-        gl.store(ended_out.converged + numbers, r2 <= threshold, mask=there)
+        gl.store(x_out + vectors, solution, mask=there[:, None])
+        store_ended(ended_out, numbers, there, b2, r2, threshold, iterations)

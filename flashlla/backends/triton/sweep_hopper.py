@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from flashlla.backends.triton.primitives import cut_tile, finite, queries_of
+from flashlla.backends.triton.primitives import LANES, cut_tile, finite, queries_of
 
 # Triton 3.7 has renamed it.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -19,6 +19,13 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 def products(rows, columns):
     """How threads have a product of so many rows: a warp 16 of them."""
     return gl.NVMMADistributedLayout([3, 0], [rows // 16, 1], [16, columns, 16])
+
+
+@gluon.jit
+def lanes():
+    """What `primitives.packed_tile` looks among."""
+    WARPS: gl.constexpr = gl.num_warps()
+    return gl.arange(0, LANES, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
 
 
 @gluon.jit

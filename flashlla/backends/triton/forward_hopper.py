@@ -1,0 +1,263 @@
+"""The forward pass of 16-bit inputs in Gluon for Hopper, in one kernel: what those of forward.py and solve.py do.
+
+A tile of queries goes over its keys for the softmax statistics, then for each iteration, then for the output. What one
+sweep leaves to the next stays on the chip.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+from flashlla.backends.triton.primitives import (
+    LN2,
+    LOG2E,
+    NUMBERS,
+    TOP,
+    WEIGHT,
+    WEIGHT_BITS,
+    inverse_or_zero,
+    inverse_power,
+    key_range,
+    keys_of,
+    outside,
+    place,
+    power_of_two,
+    sees_some,
+    units_of,
+    visible,
+)
+from flashlla.backends.triton.solve_hopper import (
+    add_sums,
+    no_sums,
+    ones_for,
+    operand_of,
+    out_of_units_of,
+    ridges,
+    solved,
+    store_ended,
+)
+from flashlla.backends.triton.sweep_hopper import (
+    barrier,
+    begin,
+    fetch,
+    lanes,
+    load_queries,
+    operand,
+    packed,
+    products,
+    ring_of,
+    store_queries,
+    sweep,
+    tiles_of,
+)
+
+
+@gluon.jit
+def faded(x, fade):
+    LAYOUT: gl.constexpr = x.type.layout
+    return x * gl.convert_layout(fade, gl.SliceLayout(1, LAYOUT))[:, None]
+
+
+@gluon.jit
+def statistics_body(
+    state, rows, rings, slot, before, coming, start, at, window, CUT: gl.constexpr, SHAPE: gl.constexpr,
+    OPTIONS: gl.constexpr,
+):  # fmt: skip
+    """As `forward.statistics_body`, without a first guess."""
+    m, w, totals, acc = state
+    q, row, zero, factor, ones = rows
+    FLIP: gl.constexpr = OPTIONS[0]
+    ONES: gl.constexpr = OPTIONS[1]
+    SCORES: gl.constexpr = zero.type.layout
+    VECTORS: gl.constexpr = acc.type.layout
+    N: gl.constexpr = zero.shape[1]
+    s = warpgroup_mma(q, rings[0].index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+    acc = warpgroup_mma(operand(w, VECTORS), rings[0].index(before), acc, is_async=True)
+    totals = add_sums(totals, w, ones, ONES)
+    fetch(rings, coming, N)
+    product = warpgroup_mma_wait(2 if ONES else 1, deps=(s,))
+    s = product * factor
+    if CUT:
+        key = start + gl.arange(0, N, layout=gl.SliceLayout(0, SCORES))
+        s = gl.where(visible(row[:, None], key[None, :], at, window, SHAPE.CAUSAL), s, float("-inf"))
+        m_next = gl.maximum(m, gl.max(s, 1))  # (M,)
+        base = gl.where(m_next == float("-inf"), 0.0, m_next)  # where no key has been seen yet
+    else:
+        m_next = gl.maximum(m, (gl.min(product, 1) if FLIP else gl.max(product, 1)) * factor)
+        base = m_next
+    e = gl.exp2(s - (base - WEIGHT_BITS)[:, None])  # (M, N)
+    fade = gl.exp2(m - base)
+    if ONES:
+        acc, totals, e = warpgroup_mma_wait(0, deps=(acc, totals, e))
+    else:
+        acc, e = warpgroup_mma_wait(0, deps=(acc, e))
+    return m_next, packed(e), faded(totals, fade), faded(acc, fade)
+
+
+@gluon.jit
+def flaws_seen(
+    flaws, at, row, seqlens, window, n_heads, group, k_total, SHAPE: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
+    SCORES: gl.constexpr,
+):  # fmt: skip
+    """`forward.flaws_seen`, for ``row`` in the layout of SCORES."""
+    found = gl.zeros([M], gl.float32, gl.SliceLayout(1, SCORES))
+    k_flaws = flaws.heads + n_heads + at.k_head
+    q_flaw, k_flaw, v_flaw = gl.load(flaws.heads + at.q_head), gl.load(k_flaws), gl.load(k_flaws + n_heads // group)
+    if q_flaw + k_flaw + v_flaw > 0:  # seldom
+        found += gl.load(flaws.q + at.q_row + row, mask=row < gl.where(q_flaw > 0, at.q_len, 0), other=0.0)
+        first, _, _, stop = key_range(at, window, SHAPE.CAUSAL, M, N)
+        k_row = (at.k_head if seqlens.cu_k is None else at.kv_head).to(gl.int64) * k_total + at.k_first
+        for j in range(first, stop, N):
+            key = j + gl.arange(0, N, layout=gl.SliceLayout(0, SCORES))
+            flaw = gl.load(flaws.k + k_row + key, mask=key < gl.where(k_flaw > 0, stop, 0), other=0.0)
+            flaw += gl.load(flaws.v + k_row + key, mask=key < gl.where(v_flaw > 0, stop, 0), other=0.0)
+            seen = visible(row[:, None], key[None, :], at, window, SHAPE.CAUSAL)
+            found += gl.sum(gl.where(seen, flaw[None, :], 0.0), 1)
+    return found
+
+
+@gluon.jit
+def output_body(
+    state, rows, rings, slot, before, coming, start, at, window, CUT: gl.constexpr, SHAPE: gl.constexpr,
+    OPTIONS: gl.constexpr,
+):  # fmt: skip
+    """As `forward.output_body`."""
+    acc, w = state
+    q, z, minus_size, rest, shift, factor, row, zero = rows
+    N: gl.constexpr = zero.shape[1]
+    SCORES: gl.constexpr = zero.type.layout
+    VECTORS: gl.constexpr = acc.type.layout
+    k = rings[0].index(slot).permute((1, 0))
+    s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+    a = warpgroup_mma(z, k, zero, use_acc=False, is_async=True)
+    acc = warpgroup_mma(operand(w, VECTORS), rings[1].index(before), acc, is_async=True)
+    fetch(rings, coming, N)
+    s = warpgroup_mma_wait(2, deps=(s,)) * factor - shift[:, None]
+    if CUT:
+        key = start + gl.arange(0, N, layout=gl.SliceLayout(0, SCORES))
+        s = gl.where(visible(row[:, None], key[None, :], at, window, SHAPE.CAUSAL), s, float("-inf"))
+    e = gl.exp2(s)
+    a, e = warpgroup_mma_wait(1, deps=(a, e))
+    e = e * (a * minus_size[:, None] + rest[:, None])  # 1 - a of (2.2)
+    acc, e = warpgroup_mma_wait(0, deps=(acc, e))
+    return acc, packed(e)
+
+
+@gluon.jit(do_not_specialize=[*NUMBERS, "max_iters"])
+def forward_hopper_kernel(
+    q_in, k_in, v_in, units, flaws, ridge_in, lse_out, omega_out, k_mean_out, probe_out, guard_out, o_out, ended_out,
+    seqlens, window, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, scale, delta_eps,
+    tolerances, max_iters,
+    FLIP: gl.constexpr, SLOTS: gl.constexpr, KEPT: gl.constexpr, ONES: gl.constexpr, SHAPE: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """What `forward.statistics_kernel` without a first guess, `solve.solve_kernel` without a preconditioner and
+    `forward.output_kernel` do, where keys and values are as wide as their tiles."""
+    at = place(
+        seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False, lanes()
+    )  # fmt: skip
+    if outside(at, at.q_len, seqlens.cu_q):
+        return
+    M: gl.constexpr = BLOCK_M
+    N: gl.constexpr = BLOCK_N
+    D: gl.constexpr = SHAPE.BLOCK_D
+    SCORES: gl.constexpr = products(M, N)
+    VECTORS: gl.constexpr = products(M, D)
+    ROWS: gl.constexpr = gl.SliceLayout(1, VECTORS)
+    SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+    q_unit, k_unit, v_unit = units_of(units, at, n_heads, group)
+    k_ring = ring_of(N, D, SLOTS)
+    rings = (k_ring,)
+    ranges = tiles_of(key_range(at, window, SHAPE.CAUSAL, M, N), N)
+    keys = keys_of(k_in, at), k_in.stride_s
+    sources = (keys,), at.k_stop
+    begin(rings, sources, ranges, N, SLOTS - 2)
+    row = at.start + gl.arange(0, M, layout=ROWS)
+    score_row = at.start + gl.arange(0, M, layout=SCORE_ROWS)
+    there = row < at.q_len
+    inside = there[:, None]
+    numbers = at.q_row + row
+    vectors = numbers[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, VECTORS))[None, :]  # (M, D)
+    some = sees_some(row, at, window, SHAPE.CAUSAL)  # (M,) what sees nothing need not be finite
+    factor = scale * LOG2E * q_unit * k_unit
+    q = load_queries(q_in, at, row, there, D, VECTORS)
+    q_operand = operand_of(q, SCORES)
+    zero = gl.zeros([M, N], gl.float32, SCORES)
+    nothing = packed(zero)
+    ones = ones_for(q_operand, N, ONES)
+    state = (
+        gl.full([M], float("-inf"), gl.float32, SCORE_ROWS), nothing, no_sums(nothing, ONES),
+        gl.zeros([M, D], gl.float32, VECTORS),
+    )  # fmt: skip
+    state, last = sweep(
+        statistics_body, state, (q_operand, score_row, zero, factor, ones), rings, sources, ranges, at, window,
+        SHAPE, N, SLOTS - 2, (FLIP, ONES),
+    )  # fmt: skip
+    m, w, totals, acc = state
+    acc = warpgroup_mma(operand(w, VECTORS), k_ring.index(last), acc, is_async=True)
+    totals = add_sums(totals, w, ones, ONES)
+    if ONES:
+        acc, totals = warpgroup_mma_wait(0, deps=(acc, totals))
+    else:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    barrier()  # all are done with the ring: the next sweep's first tiles may come
+    begin(rings, sources, ranges, N, SLOTS - 2)
+    acc = gl.where(some[:, None], acc, 0.0)  # of no keys no tile came
+    total = gl.convert_layout(gl.sum(totals, 1), ROWS)
+    found = flaws_seen(flaws, at, score_row, seqlens, window, n_heads, group, k_len, SHAPE, M, N, SCORES)
+    total += gl.where(some, gl.convert_layout(found, ROWS), 0.0)
+    lse2 = gl.convert_layout(m, ROWS) + (gl.log2(total) - WEIGHT_BITS)
+    gl.store(lse_out + numbers, lse2 * LN2, mask=there)
+    gl.store(omega_out + numbers, total * (1 / WEIGHT), mask=there)
+    whole = gl.where(some, total, 1.0)  # the sums of a query that sees nothing are 0
+    k_mean = gl.div_rn(acc, whole[:, None] + gl.zeros_like(acc)) * k_unit
+    gl.store(k_mean_out + vectors, k_mean, mask=inside)
+    k_mean *= inverse_power(k_unit)
+    shift = gl.convert_layout(lse2, SCORE_ROWS) - WEIGHT_BITS
+
+    given_ridge, ridge = ridges(ridge_in, row, at, some, k_unit)
+    q_wide = q.to(gl.float32) * (q_unit * inverse_power(k_unit))
+    r = gl.where(some[:, None], k_mean - q_wide, 0.0) + (0.0 * given_ridge)[:, None]
+    atol, rtol, coarse = tolerances
+    atol = atol * inverse_power(k_unit) * inverse_power(k_unit)
+    solution, b2, r2, threshold, iterations = solved(
+        q_operand, r, None, k_mean, ridge, shift, factor, (atol, rtol, coarse), max_iters, rings, sources, ranges, row,
+        at, window, False, SHAPE, SLOTS, KEPT, ONES, N,
+    )  # fmt: skip
+    store_ended(ended_out, numbers, there, b2, r2, threshold, iterations)
+    barrier()  # the values' tiles may come where the solve had its own
+    v_ring = ring_of(N, D, SLOTS)
+    values = keys_of(v_in, at), v_in.stride_s
+    begin((v_ring,), ((values,), at.k_stop), ranges, N, SLOTS - 2)
+    probe = solution * out_of_units_of(ridge, ridge_in, row, at, k_unit)[:, None]
+    gl.store(probe_out + vectors, probe, mask=inside)
+    probe *= k_unit
+    k_mean = gl.load(k_mean_out + vectors, mask=inside, other=0.0) * inverse_power(k_unit)
+    q = load_queries(q_in, at, row, there, D, VECTORS)
+    d = k_mean - q.to(gl.float32) * (q_unit * inverse_power(k_unit))
+    d_z = gl.sum(d * probe, 1)  # (M,) d.z, which is also z.A z
+    z_size = gl.sqrt(gl.sum(probe * probe, 1))
+    z = (probe * inverse_or_zero(z_size)[:, None]).to(gl.float16)  # (M, D) of unit length
+    rest = 1 + z_size * gl.sum(z.to(gl.float32) * k_mean, 1)  # 1 + z.k_mean
+    # As of `forward.output_kernel`.
+    bound = 1 + gl.sqrt(gl.maximum(d_z, 0.0))
+    gain = gl.minimum(power_of_two((1 / bound) * TOP), WEIGHT)
+    rows = (
+        q_operand, gl.convert_layout(z, OPERAND), gl.convert_layout(-z_size, SCORE_ROWS),
+        gl.convert_layout(rest, SCORE_ROWS), shift + gl.convert_layout(WEIGHT_BITS - gl.log2(gain), SCORE_ROWS), factor,
+        score_row, zero,
+    )  # fmt: skip
+    state, last = sweep(
+        output_body, (gl.zeros([M, D], gl.float32, VECTORS), nothing), rows, (k_ring, v_ring),
+        ((keys, values), at.k_stop), ranges, at, window, SHAPE, N, SLOTS - 2,
+    )  # fmt: skip
+    acc, w = state
+    acc = warpgroup_mma(operand(w, VECTORS), v_ring.index(last), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    acc = gl.where(some[:, None], acc, 0.0)
+    omega = gl.load(omega_out + numbers, mask=there, other=1.0)
+    least = gl.where(omega < 1, 1.0, omega)  # NaN stays, which a maximum would drop
+    guard = 1 / (1 + delta_eps * (1 + d_z) / least)
+    gl.store(guard_out + numbers, guard, mask=there)
+    store_queries(o_out, at, row, there, acc * (guard * v_unit * inverse_power(gain))[:, None])

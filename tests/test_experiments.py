@@ -62,11 +62,16 @@ def kept_in(folder: Path) -> list[str]:
 
 def test_test_time_regression(tmp_path: Path) -> None:
     runs = test_time_regression.main(["--quick", *kept_in(tmp_path)])
-    of = {run["function"]: run for run in runs.values()}
-    error = lambda function, name: of[function][name]["512"]["error"]
+    of = {run["function"]: run for run in runs.values() if run["dim"] == 4}
+    wider = {run["function"]: run for run in runs.values() if run["dim"] == 8}
+    error = lambda function, name, of=of: of[function][name]["512"]["error"]
     assert error("piecewise", "LLA") < 0.5 * error("piecewise", "softmax")
     assert error("smooth", "LLA") < 0.7 * error("smooth", "softmax")
     assert all(error(function, "LLA") < error(function, "softmax") for function in of)
+    assert all(error(function, "LLA", wider) < error(function, "softmax", wider) for function in wider)
+    # How much better grows with the dimension.
+    ratio = lambda of: error("segments", "softmax", of) / error("segments", "LLA", of)
+    assert ratio(wider) > 4 * ratio(of)
     # Along the four segments, in halves: LLA's error falls in each; ridge regression is the best in the first alone.
     halves = {name: torch.tensor(of["segments"][name]["along"]).view(4, 2, -1).mean(2) for name in ("LLA", "softmax")}
     ridge = torch.tensor(of["segments"]["ridge regression"]["along"]).view(4, 2, -1).mean(2)
@@ -78,6 +83,7 @@ def test_test_time_regression(tmp_path: Path) -> None:
 def test_in_context_regression(tmp_path: Path) -> None:
     runs = in_context_regression.main(["--quick", *kept_in(tmp_path)])
     assert runs["linear, LLA"]["reported"][0] < 0.7 * runs["linear, softmax"]["reported"][0]
+    assert runs["network, LLA"]["reported"][0] < 0.9 * runs["network, softmax"]["reported"][0]
 
 
 def test_associative_recall(tmp_path: Path) -> None:

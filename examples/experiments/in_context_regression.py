@@ -65,8 +65,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser.add_argument("--batch", type=int, default=32, help="sequences a step")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.seeds, options.steps, options.length, options.batch = [0], 150, 32, 32
-        options.functions, options.mixers = ["linear"], ["softmax", "LLA"]
+        options.seeds, options.steps, options.length, options.batch = [0], 100, 32, 32
+        options.mixers = ["softmax", "LLA"]
     how = (options.seeds, options.length, options.batch, options.steps)
     pairs = product(options.functions, options.mixers)
     wanted = {f"{function}, {mixer}": partial(run, function, mixer, *how) for function, mixer in pairs}

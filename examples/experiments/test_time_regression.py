@@ -132,7 +132,7 @@ def run(function: str, dim: int, length: int, draws: int, seed: int) -> Run:
 
 def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="D = 4, up to 512 tokens, one seed")
+    parser.add_argument("--quick", action="store_true", help="D = 4 and 8, up to 512 tokens, one seed")
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--draws", type=int, default=4)
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser.add_argument("--plot", type=Path, help="draw it here, as PNG")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.dims, options.length, options.seeds = [4], 512, [0]
+        options.dims, options.length, options.seeds = [4, 8], 512, [0]
     runs = Runs(options.results, "cpu")
     wanted = list(product(options.seeds, options.dims, FUNCTIONS))
     for seed, dim, function in progress(wanted, desc="runs", unit="run"):

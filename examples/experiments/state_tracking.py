@@ -30,7 +30,7 @@ SWAPS = [i for i, p in enumerate(GROUP) if sum(a != b for a, b in enumerate(p)) 
 PRODUCT = torch.tensor([[GROUP.index(tuple(b[i] for i in a)) for b in GROUP] for a in GROUP])
 KINDS = {"swaps": torch.tensor(SWAPS), "permutations": torch.arange(len(GROUP))}
 WIDTH, HEADS, LAYERS = 64, 2, 4
-RATES = (1e-3, 3e-3)
+RATES = {"swaps": (1e-3, 3e-3, 1e-2), "permutations": (1e-3, 3e-3)}
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def draw(kind: str, length: int, sequences: int, generator: torch.Generator) -> 
 
 
 def run(kind: str, mixer: str, seeds: list[int], length: int, batch: int, steps: int) -> Run:
-    models = len(seeds) * len(RATES)
+    models = len(seeds) * len(RATES[kind])
     torch.manual_seed(seeds[0])
     blocks = [Block(models, WIDTH, HEADS, mixer, mlp=True) for _ in range(LAYERS)]
     enter, leave = Embedding(models, len(GROUP), WIDTH, length), Linear(models, WIDTH, len(GROUP))
@@ -62,7 +62,7 @@ def run(kind: str, mixer: str, seeds: list[int], length: int, batch: int, steps:
         first=length // 2,
         enough=0.01,
     )
-    learned = learn(model.to(DEVICE), task, seeds, RATES, batch, steps)
+    learned = learn(model.to(DEVICE), task, seeds, RATES[kind], batch, steps)
     return {"kind": kind, "mixer": mixer, "length": length, **learned}
 
 
@@ -77,7 +77,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
         options.kinds, options.mixers, options.seeds, options.steps = ["swaps"], MIXERS[:2], [0], 100
         options.lengths, options.batch = [4], 64
     wanted = {
-        f"{length} {kind}, {mixer}": partial(run, kind, mixer, options.seeds, length, options.batch, options.steps)
+        f"{length} {kind}, {options.steps} steps, {mixer}": partial(
+            run, kind, mixer, options.seeds, length, options.batch, options.steps
+        )
         for kind, length, mixer in product(options.kinds, options.lengths, options.mixers)
     }
     return study(options, wanted, plot, table)
@@ -91,19 +93,19 @@ def followed(run: Run) -> list[int]:
 
 def table(runs: dict[str, Run]) -> str:
     """Markdown: what is reported, and how many permutations are followed, of each seed."""
-    rows = ["| run | steps | wrong in the second half | permutations followed |", "|---|---|---|---|"]
+    rows = ["| run | wrong in the second half | permutations followed |", "|---|---|---|"]
     for name, run in runs.items():
-        rows.append(f"| {name} | {run['steps']} | {spread(run['reported'])} | {', '.join(map(str, followed(run)))} |")
+        rows.append(f"| {name} | {spread(run['reported'])} | {', '.join(map(str, followed(run)))} |")
     return "\n".join(rows)
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:
     """Wrong answers after so many permutations."""
     panels: dict[str, dict[str, list[tuple[list[float], list[float]]]]] = {}
-    for run in runs.values():
+    for run in sorted(runs.values(), key=lambda run: (run["kind"], run["length"], run["of_steps"])):
         after = [float(i + 1) for i in range(run["length"])]
         lines = [(after, run["along"][i]) for i in run["members"]]
-        panels.setdefault(f"{run['kind']}, {run['length']}", {})[run["mixer"]] = lines
+        panels.setdefault(f"{run['length']} {run['kind']}, {run['of_steps']} steps", {})[run["mixer"]] = lines
     draw_curves(panels, path, x="permutations", y="wrong answers", log="")
 
 

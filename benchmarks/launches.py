@@ -45,4 +45,4 @@ def recorded(carried_out: bool = True) -> Iterator[list[Launch]]:
 
 
 def repeat(made: Launch) -> None:
-    made.compiled.launch(made.grid, None, made.arguments)
+    made.compiled.launch(made.grid, made.arguments)

@@ -193,7 +193,7 @@ def test_past_tritons_launcher_goes_what_it_would_hand_on() -> None:
     binary = SimpleNamespace(run=launcher, function=5, packed_metadata=(1, 2))
     run, head = runtime._launcher(binary)
     assert run is not launcher
-    runtime.Compiled(binary, run, head, (64,), _Compiles()).launch((3, 1, 1), 7, ((8, 9), 10))
+    run(3, 1, 1, 7, *head, (8, 9), 10, 64)
     launcher(3, 1, 1, 7, binary.function, binary.packed_metadata, None, None, None, (8, 9), 10, 64)
     assert seen[0] == seen[1]
     launcher.global_scratch_size = 16

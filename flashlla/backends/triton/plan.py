@@ -166,12 +166,15 @@ class Launch:
 
     def run(self, call: Running) -> None:
         try:
-            if self.compiled is None:
-                self.compiled = self.compile().result()
-            if self.compiled is not None:
-                self.compiled.launch(self.grid, call.stream, call.values[self.seat])
-            else:
+            made = self.compiled
+            if made is None:
+                made = self.compiled = self.compile().result()
+            if made is None:
                 self.kernel[self.grid](*of_tensors(self.arguments, call.memories), **self.settings)
+            elif call.stream is None:
+                made.launch(self.grid, call.values[self.seat])
+            else:  # not by a method of its own: every call in Python shows in a call's time
+                made.run(*self.grid, call.stream, *made.head, *call.values[self.seat], *made.parameters)
         except Exception as error:
             runtime.compiled.pop(self.key, None)  # the next call tries again
             raise runtime.failed(self.kernel, self.name, self.device, self.arguments, self.settings) from error

@@ -34,12 +34,9 @@ class Compiled(NamedTuple):
     parameters: tuple[Any, ...]  # those of the kernel that are settings, as they follow its arguments
     kernel: Kernel
 
-    def launch(self, grid: tuple[int, int, int], stream: int | None, arguments: tuple[Any, ...]) -> None:
-        """On ``stream``; None: as Triton does, which asks for the device, its stream and what hooks launches."""
-        if stream is None:
-            self.binary[grid](*arguments, *self.parameters)
-        else:
-            self.run(*grid, stream, *self.head, *arguments, *self.parameters)
+    def launch(self, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+        """As Triton does, which asks for the device, its stream and what hooks launches."""
+        self.binary[grid](*arguments, *self.parameters)
 
 
 def _launcher(binary: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -209,31 +209,44 @@ def test_heads_in_lanes_are_those_of_one_call() -> None:
 
 
 @pytest.mark.gpu
-def test_decoding_from_a_cuda_graph() -> None:
-    """Captured after the calls that ranks compare, and replayed with other queries and one more key."""
+def test_from_cuda_graphs() -> None:
+    """Captured after the calls that ranks compare, and replayed with other queries: a sequence's heads in two streams,
+    and a new token with one more key."""
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
+        group = dist.group.WORLD
         q, k, v = (t.cuda() for t in qkv(1, 4, 256, 64, dtype=torch.bfloat16))
-        q, lengths = q[:, :, :1].contiguous(), torch.tensor([200], dtype=torch.int32, device="cuda")
-        call = lambda: lla_decode_cp(q, k, v, lengths, group=dist.group.WORLD, ridge_lambda=1.0)
+        new, lengths = q[:, :, :1].contiguous(), torch.tensor([200], dtype=torch.int32, device="cuda")
+        calls = {
+            "attention": lambda: lla_attention_cp(q, k, v, group=group, ridge_lambda=1.0, key_heads_at_once=1),
+            "decode": lambda: lla_decode_cp(new, k, v, lengths, group=group, ridge_lambda=1.0),
+        }
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(COMPARED + 1):
-                call()
+                [call() for call in calls.values()]
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            o = call()
-        q.copy_(normal(1, 4, 1, 64, seed=8))
+        graphs = {name: torch.cuda.CUDAGraph() for name in calls}
+        found = {}
+        for name, call in calls.items():
+            with torch.cuda.graph(graphs[name], stream=stream):
+                found[name] = call()
+        q.copy_(normal(1, 4, 256, 64, seed=8))
+        new.copy_(normal(1, 4, 1, 64, seed=9))
         lengths += 1
-        graph.replay()
-        assert torch.equal(o, call())
-        exact = lla_decode(q.double(), k.double(), v.double(), lengths, ridge_lambda=1.0)
-        assert (o - exact).norm() < 1e-2 * exact.norm()
-        del graph
+        for name, call in calls.items():
+            graphs[name].replay()
+            assert torch.equal(found[name], call())
+        del graphs
     finally:
         dist.destroy_process_group()
+    of_all = [t.double() for t in (q, k, v)]
+    for got, exact in (
+        (found["attention"], lla_attention(*of_all, ridge_lambda=1.0)),
+        (found["decode"], lla_decode(new.double(), *of_all[1:], lengths, ridge_lambda=1.0)),
+    ):
+        assert (got - exact).norm() < 1e-2 * exact.norm()
 
 
 def test_a_compiled_model_may_call_it(alone: dist.ProcessGroup) -> None:

@@ -15,7 +15,7 @@ from flashlla import lla_attention, lla_decode
 from flashlla.distributed import collectives, context, decode, lla_attention_cp, lla_decode_cp
 from flashlla.distributed.context import heads_at_once
 from flashlla.distributed.groups import COMPARED, Ranks
-from flashlla.distributed.keys import Neighbours, parts_of
+from flashlla.distributed.keys import Neighbours, bringing, parts_of
 from flashlla.distributed.sharding import Shards
 from flashlla.nn import LocalLinearAttention
 from flashlla.problem import Inputs
@@ -47,9 +47,10 @@ def test_shards_make_up_the_sequence(order: Any, size: int) -> None:
 def test_of_a_window_the_neighbours_halo_travels_alone(order: Any, size: int, window: int) -> None:
     shards = Shards(LENGTH // size, size, order)
     of_ranks = [
-        Neighbours(Ranks(cast("Any", None), rank, size), shards, parts_of(rank, shards, True, window), window)
+        bringing(Ranks(cast("Any", None), rank, size), shards, parts_of(rank, shards, True, window), window)
         for rank in range(size)
     ]
+    assert all(isinstance(keys, Neighbours) for keys in of_ranks)
     for rank, keys in enumerate(of_ranks):
         assert [other.sends[rank] for other in of_ranks] == keys.receives
         assert sum(keys.receives) == sum(min(window - 1, chunk.start) for chunk in shards.chunks(rank))
@@ -57,6 +58,15 @@ def test_of_a_window_the_neighbours_halo_travels_alone(order: Any, size: int, wi
             before = {(chunk.start // shards.chunk) - 1 for chunk in shards.chunks(rank)}
             owners = {r for r in range(size) for chunk in shards.chunks(r) if chunk.start // shards.chunk in before}
             assert {r for r, rows in enumerate(keys.receives) if rows} <= owners
+
+
+@pytest.mark.quick
+def test_what_comes_next_is_on_its_way_before() -> None:
+    made: list[str] = []
+    for item, coming in collectives.ahead([1, 2, 3], lambda item: made.append(f"{item} begun") or item):
+        made.append(f"{coming} used")
+        assert coming == item
+    assert made == ["1 begun", "2 begun", "1 used", "3 begun", "2 used", "3 used"]
 
 
 @pytest.mark.quick

@@ -221,10 +221,12 @@ def wanted() -> str:
     def of_others() -> Iterator[Sequence[str]]:
         of_host = kept("host_h100")
         for name, most in (("forward", "0.2"), ("step", "0.6")):
-            if some := [line[f"{name}_us"]["median"] / 1e3 for line in of_host.get("host", [])]:
+            if lines := [line[f"{name}_us"] for line in of_host.get("host", [])]:
                 added = of_host["parts"]["addition_us"]["median"]
                 what = f"milliseconds of the host, {name}, eager (an addition: {added:.1f} us)"
-                yield what, most, [f"{min(some):.2f} to {max(some):.2f}"]
+                some, least = (sorted(line[which] / 1e3 for line in lines) for which in ("median", "least"))
+                shown = f"{some[0]:.2f} to {some[-1]:.2f}, at the least {least[0]:.2f} to {least[-1]:.2f}"
+                yield what, most, [shown]
         of_model = {(line["mode"], line["tolerance"]): line for line in kept("model_h100").get("rows", [])}
         if line := of_model.get(("eager", 0.1)):
             yield "a model's step beside softmax's, eager, tolerance 0.1", "1.35x", [f"{line['ratio']:.2f}x"]

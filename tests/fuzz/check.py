@@ -418,11 +418,13 @@ def _check_decoding(call: Call, case: Decoding, device: str) -> str:
 
 
 def _judge_decoding(call: Call, case: Decoding, found: Outcome, device: str, draws: int) -> str:
+    fused = call.backend.startswith("triton")
+    of_few = fused and case.new <= FEW_NEW
     try:
-        wanted, spreads = expected(case, call.dtype), spread(case, draws)
+        wanted = expected(case, call.dtype)
+        spreads = spread(case, draws, call.dtype if fused and not of_few else None)
     except torch.linalg.LinAlgError:  # the reference's own
         return "loose"
-    of_few = case.new <= FEW_NEW and call.backend.startswith("triton")
     solver = call.options.get("solver")
     direct = call.backend == "naive" or of_few or solver == "direct" or (solver is None and call.backend == "chunked")
     allowed = allowance(
@@ -430,7 +432,7 @@ def _judge_decoding(call: Call, case: Decoding, found: Outcome, device: str, dra
         spreads,
         call.dtype,
         iterative=not direct,
-        truncates=call.backend.startswith("triton") and device == "cpu",
+        truncates=fused and device == "cpu",
         tolerance=case.dim**0.5 * max(flashlla.CG.rtol**0.5, resolution(call.dtype)),
     )
     _, k, _, keywords = case.make(torch.float64)

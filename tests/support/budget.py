@@ -130,19 +130,20 @@ def budget_of(
     result, as in :func:`allowance`; from so many ``draws`` of each disturbance. Without any it is what every call is
     allowed, however well its numbers bear rounding. fused: for the fused kernels."""
     exact = reference(case, leaves)
-    with _fused(dtype.itemsize == 2) if fused else contextlib.nullcontext():
+    with as_kernels_do(dtype) if fused else contextlib.nullcontext():
         spread = spreads_of(case, leaves, exact, draws)
     return _budget(exact, spread, dtype, iterative, truncates, tolerance, units or {})
 
 
 @contextlib.contextmanager
-def _fused(half: bool) -> Iterator[None]:
-    """The naive backend computes as fused kernels do; ``half``: those of 16-bit operands, which take keys as they come.
-    docs/math.md, section 6."""
+def as_kernels_do(dtype: torch.dtype) -> Iterator[None]:
+    """The naive backend computes as the fused kernels do; those of 16-bit operands take keys as they come, and all
+    weights from lse. docs/math.md, section 6."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(naive, "error", _of_one_sum))
         stack.enter_context(mock.patch.object(naive, "of_keys", functools.partial(_made_anew, naive.of_keys)))
-        stack.enter_context(mock.patch.object(naive, "whole", functools.partial(_from_lse, naive.whole)))
+        half = dtype.itemsize == 2
+        stack.enter_context(mock.patch.object(naive, "whole", functools.partial(_from_lse, naive.whole, half)))
         if half:
             stack.enter_context(mock.patch.object(KeySpans, "first_of", lambda _, k: torch.zeros_like(k[:, :, :1])))
             stack.enter_context(mock.patch.object(naive, "moment", _of_halves))
@@ -167,13 +168,15 @@ def _of_one_sum(
     return e - (g_mean - dot(y, k_mean))
 
 
-def _from_lse(whole: Callable[..., Any], problem: Problem, inputs: Inputs) -> Any:
-    """The systems' weights from lse, which is rounded: they sum to 1 but for that."""
+def _from_lse(whole: Callable[..., Any], everywhere: bool, problem: Problem, inputs: Inputs) -> Any:
+    """The systems' weights, or all, from lse, which is rounded: they sum to 1 but for that. And omega's largest term is
+    1 but for what a fused multiply-add finds of its logit beside the rounded one."""
     given, found = whole(problem, inputs)
     lse = lambda: found.m + found.omega.log()
-    apart = (lse() - lse()).where(found.omega > 0, 0)
-    systems = replace(found.systems, p=found.p * apart.exp())
-    return given, found._replace(systems=systems)
+    near_one = lambda: (lse() - lse()).where(found.omega > 0, 0).exp()
+    p = found.p * near_one()
+    systems = replace(found.systems, p=p)
+    return given, found._replace(systems=systems, p=p if everywhere else found.p, omega=found.omega * near_one())
 
 
 def _made_anew(of_keys: Callable[..., Any], problem: Problem, p: Tensor, q: Tensor, k: Tensor, *rest: Tensor) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashlla import lla_attention, lla_decode
 from flashlla.backends.naive import Naive
-from tests.support.budget import spreads
+from tests.support.budget import as_kernels_do, spreads
 from tests.support.helpers import normal, problem_of
 from tests.support.rounding import Rounding, disturbed
 
@@ -174,8 +174,9 @@ def arguments(case: Decoding, dtype: torch.dtype, device: str = "cpu") -> tuple[
 
 
 @functools.cache
-def spread(case: Decoding, draws: int = 3) -> dict[str, Tensor]:
-    """What the error budget knows of the output's rows, from so many draws: tests/support/budget.py."""
+def spread(case: Decoding, draws: int = 3, fused: torch.dtype | None = None) -> dict[str, Tensor]:
+    """What the error budget knows of the output's rows, from so many draws: tests/support/budget.py. fused: for the
+    training kernels, which take many new queries, of operands of that dtype."""
     q, k, v, keywords = case.make(torch.float64)
     k, v = (t.nan_to_num().repeat_interleave(case.heads // case.key_heads, 1) for t in (k, v))
     ridge = torch.as_tensor(keywords["ridge_lambda"], dtype=torch.float64).expand(q.shape[:-1])
@@ -187,4 +188,10 @@ def spread(case: Decoding, draws: int = 3) -> dict[str, Tensor]:
         o = disturbed(lambda: Naive().forward(problem, inputs).o, rounding, many)
         return [[one] for one in o.split(case.heads, 1)]
 
-    return {kind: of[0] for kind, of in spreads(run, [expected(case, torch.float64)], draws).items()}
+    exact = [expected(case, torch.float64)]
+    found = {kind: of[0] for kind, of in spreads(run, exact, draws).items()}
+    if fused is not None:
+        with as_kernels_do(fused):
+            # But for operands: z is rounded once, for its products with keys and with their mean.
+            found |= {kind: of[0] for kind, of in spreads(run, exact, draws).items() if kind != "operand"}
+    return found

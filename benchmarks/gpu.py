@@ -22,6 +22,7 @@ from benchmarks.timing import milliseconds, prepared, sdpa
 from flashlla import CG, lla_attention, lla_attention_varlen
 
 EXACT = CG(atol=0.0, rtol=1e-24, max_iters=2000)
+BOTH = ("cast", "gram", "solve", "solve_gram")  # passes that forward and backward have
 SPEED = [(4, 16, 4096, 64, "iid"), (4, 8, 4096, 128, "iid"), (4, 16, 4096, 64, "correlated"), (4, 16, 1024, 64, "iid")]
 
 
@@ -56,8 +57,8 @@ def passes(tensors: list[Tensor], ridge: float) -> dict[str, float]:
     total: dict[str, float] = {}
     for launch in found:
         name = launch.name
-        again = (name == "solve" and "solve" in total) or (name == "cast" and "output" in total)  # backward's
-        label = f"{name} again" if again else name
+        backward = not {"output", "forward"}.isdisjoint(total)  # forward's last
+        label = f"{name} again" if backward and name in BOTH else name
         total[label] = total.get(label, 0.0) + milliseconds(lambda: launches.repeat(launch))
     return total
 

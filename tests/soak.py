@@ -84,9 +84,9 @@ def memory(device: str) -> dict[str, float]:
 
 def caches() -> dict[str, int]:
     """What the package keeps from call to call; of kernels there are as many as kinds of calls."""
-    from flashlla import problem
+    from flashlla import again, problem
 
-    kept = {"problems": [problem._describe]}
+    kept = {"problems": [problem._describe], "kinds": [again._cell]}
     if plan := sys.modules.get("flashlla.backends.triton.plan"):
         kept["plans"] = plan._makers
     found = {}

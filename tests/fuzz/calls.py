@@ -42,7 +42,8 @@ class Call:
     options: of the solver, by keyword. bshd: with layout="bshd". flipped: sequences and heads the other way round.
     lengths: how tensors of integers lie, "int32", "int64" or "column" of a table. planted: (name, place, value), a
     number that is no number, or as good as none; places go from 0 to 1 along tensors (B, H, S, D). wrong: an argument
-    and what it must be refused for. out: of decoding, into a strided tensor. twice: the second time to the same bits.
+    and what it must be refused for. out: of decoding, into a strided tensor. twice: the second time to the same bits;
+    brief: without a report, the second time.
     """
 
     case: Case | Decoding
@@ -56,6 +57,7 @@ class Call:
     wrong: tuple[str, Any] | None = None
     out: bool = False
     twice: bool = True
+    brief: bool = False
 
     def __str__(self) -> str:
         return f"check({_spelled(self)})"
@@ -150,6 +152,7 @@ def draw(seed: int, number: int, backends: Sequence[str], sizes: Sizes = USUAL) 
         lengths=rng.choice(["int32", "int32", "int64", "column"]),
         out=isinstance(case, Decoding) and _one_in(rng, 4),
         twice=not sizes.few or _one_in(rng, 5),
+        brief=isinstance(case, Case) and _one_in(random.Random(f"{seed}/{number}/brief"), 8),
     )
     if turn:
         rng = random.Random(f"{seed}/{form}/{turn}")

@@ -100,8 +100,11 @@ def _check_refusal(call: Call, device: str) -> str:
 # lla_attention and lla_attention_varlen
 
 
-def _attend(call: Call, case: Case, leaves: Mapping[str, Tensor], more: Mapping[str, Any]) -> Outcome:
-    """The call, its gradients, and that it changed nothing that it was given."""
+def _attend(
+    call: Call, case: Case, leaves: Mapping[str, Tensor], more: Mapping[str, Any], brief: bool = False
+) -> Outcome:
+    """The call, its gradients, and that it changed nothing that it was given. brief: without a report, which takes the
+    short way (flashlla/again.py), and tells of no convergence."""
     mine = differentiable(leaves)
     keywords = {**case.keywords(mine), **call.options, "backend": call.backend}
     views = case.arrange(mine)
@@ -125,12 +128,14 @@ def _attend(call: Call, case: Case, leaves: Mapping[str, Tensor], more: Mapping[
         keywords["layout"] = "bshd"
     with warnings.catch_warnings(record=True) as caught, poisoned():
         warnings.simplefilter("always")
-        o, info = case.op(*map(turn, views), **{**keywords, **more}, return_info=True)
-        o, converged = turn(o), turn(info.converged)
+        found = case.op(*map(turn, views), **{**keywords, **more}, return_info=not brief)
+        o, info = (found, None) if brief else found
+        o = turn(o)
+        converged = torch.ones_like(o[..., 0], dtype=torch.bool) if info is None else turn(info.converged)
         if call.flipped:
             o, converged = flip(o), flip(converged)
         o.backward(mine["grad_o"])
-    if info.backend != call.backend:
+    if info is not None and info.backend != call.backend:
         raise Fault("another backend", f"ran on {info.backend}")
     if o.dtype != call.dtype:
         raise Fault("dtype", f"o has {o.dtype}")
@@ -172,7 +177,7 @@ def _check_attention(call: Call, case: Case, device: str) -> str:
     found = _ran(run, call)
     if found is None:
         return "refused"
-    again = _ran(run, call) if call.twice else found
+    again = _ran(functools.partial(run, brief=call.brief), call) if call.twice else found
     for name, t in {"o": found.o, **found.gradients}.items():
         if not _same(t, again.o if name == "o" else again.gradients[name]):
             raise Fault("not the same again", name)

@@ -238,14 +238,16 @@ def draw(runs: dict[str, Run], path: Path, arms: Sequence[Arm]) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     legend: dict[str, Any] = {}
     colours: dict[Any, str] = {}
+    kept = by_arm(runs)
     for arm in arms:
-        if (resolved := resolve(arm, runs)) is None:
+        if (resolved := resolve(arm, runs)) is None or not (
+            some := kept.get(replace(resolved, steps=arm.steps).name())
+        ):
             continue
         colour = colours.setdefault((arm.kind, arm.as_lla, arm.steps), f"C{len(colours)}")
-        label = "LLA" if arm.kind == "lla" else "softmax"
-        label += f", as long as LLA's {arm.steps} steps" if arm.as_lla else f", {arm.steps} steps"
+        label = f"{'LLA' if arm.kind == 'lla' else 'softmax'}, {some[0]['steps']} steps"
         label += ", no qk-norm" * (not arm.qk_norm) + ", Muon" * (arm.optimizer == "muon")
-        for run in by_arm(runs).get(replace(resolved, steps=arm.steps).name(), []):
+        for run in some:
             steps, _, losses = zip(*run["curve"])
             own_ms = step_ms(replace(resolved, as_lla=False), runs) or math.nan
             for axes, x in zip(panels, (steps, [step * own_ms / 1e3 for step in steps])):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -116,6 +120,42 @@ def _compile_both(stuck: _Compiles) -> None:
     _plan(stuck, _Compiles()).run([])
 
 
+KEYS = """
+import importlib, pkgutil, sys
+from flashlla.backends import triton
+from flashlla.backends.triton import hopper, runtime
+names = [m.name for m in pkgutil.iter_modules(triton.__path__)]
+names = [n for n in names if n != "hopper" and (hopper.without_gluon() is None or "hopper" not in n)]
+step = int(sys.argv[1])
+for name in names[::step]:
+    found = vars(importlib.import_module(f"flashlla.backends.triton.{name}"))
+    for kernel in [n for n in found if n.endswith("_kernel")][::step]:
+        runtime._hash(found[kernel])
+        print(kernel, found[kernel].hash)
+"""
+
+
+def test_a_kernels_key_on_disk_is_the_same_whoever_comes_first() -> None:
+    """Of every kernel, as it is hashed in one order and in the other."""
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
+    environment.pop("TRITON_INTERPRET", None)
+    run = lambda step: subprocess.run(
+        [sys.executable, "-c", KEYS, step], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    keys = [set(run(step).stdout.splitlines()) for step in ("1", "-1")]
+    assert len(keys[0]) > 12
+    assert keys[0] == keys[1]
+
+
+def test_a_kernel_is_hashed_before_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashlla.backends.triton import runtime
+
+    order: list[str] = []
+    monkeypatch.setattr(runtime, "_hash", lambda kernel: order.append("hashed"))
+    _plan(_Compiles(lambda: order.append("compiled"))).run([])
+    assert order == ["hashed", "compiled"]
+
+
 class _Launchers:
     """Stands for what Triton 3.6 makes of kernels: launchers are modules of one name, which is one at a time."""
 
@@ -144,7 +184,7 @@ def test_each_kernel_has_its_own_launcher(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_child_forked_while_a_launcher_is_made_makes_its_own() -> None:
     from flashlla.backends.triton import runtime
 
-    with runtime._launchers():
+    with runtime._alone():
         child = multiprocessing.get_context("fork").Process(target=_plan(_Compiles()).run, args=([],))
         child.start()
         child.join(20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import concurrent.futures
 import contextlib
 import functools
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import triton
+from triton.runtime.jit import JITCallable
 
 from flashlla.backends.triton import configs
 
@@ -104,17 +106,31 @@ def _set_up(device_type: str) -> None:
 
 
 @functools.cache
-def _launchers() -> threading.Lock:
-    """Held by the one thread that makes a launcher: Triton 3.6 compiles and loads one for each signature, all as
-    modules of one name, and of a file that was loaded before Python gives the last module of that name, with another
-    ``launch`` in it than that thread finds which is between loading and asking for it."""
+def _alone() -> threading.Lock:
+    """Held by the one thread that does what threads of Triton's must not do side by side.
+
+    One makes a launcher at a time: Triton 3.6 compiles and loads one for each signature, all as modules of one name,
+    and of a file that was loaded before Python gives the last module of that name, with another ``launch`` in it than
+    that thread finds which is between loading and asking for it. And one hashes kernels (`_hash`)."""
     return threading.Lock()
+
+
+def _hash(function: Any) -> None:
+    """Have Triton make the key of ``function`` by which it finds on disk what it compiled; callees first.
+
+    In a key are the global numbers of all functions that are called, but not of one whose own key is not made yet: by
+    another order, of threads or of calls, a kernel would have another key, and be compiled in each process anew."""
+    if isinstance(function, JITCallable) and function.hash is None:
+        for node in ast.walk(function.parse()):
+            if isinstance(node, ast.Name):
+                _hash(function.__globals__.get(node.id))
+        _ = function.cache_key
 
 
 def _forget_threads() -> None:
     """A forked process has none of its parent's, and nobody finishes what they have begun."""
     _threads.cache_clear()
-    _launchers.cache_clear()
+    _alone.cache_clear()
     for key in [key for key, found in compiled.items() if not found.done()]:
         del compiled[key]
 
@@ -153,11 +169,13 @@ def _compile(
 ) -> Compiled | None:  # fmt: skip
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of this thread
+    with _alone():
+        _hash(kernel)
     binary = kernel.run(*arguments, grid=(1,), warmup=True, **settings, **COMPILER)
     if binary is None:
         return None
     parameters = tuple(settings[parameter] for parameter in kernel.arg_names[len(arguments) :])
-    with _launchers():  # to ask for ``run`` makes one, and loads the kernel to the device
+    with _alone():  # to ask for ``run`` makes one, and loads the kernel to the device
         return Compiled(binary, *_launcher(binary), parameters, kernel)
 
 

@@ -1,0 +1,206 @@
+"""What the documentation says of examples/experiments is what their records hold."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+from examples.experiments import (
+    language_model,
+    state_tracking,
+    test_time_regression,
+    tolerance,
+)
+from examples.experiments.runs import RESULTS, table_of
+from examples.experiments.training import Arm
+
+RECORDS = {
+    "language_model": language_model.table,
+    "language_model_small": language_model.table,
+    "tolerance": tolerance.table,
+    "test_time_regression": test_time_regression.table,
+    "in_context_regression": table_of,
+    "associative_recall": table_of,
+    "state_tracking": state_tracking.table,
+}
+
+
+def test_rows_of_the_pages_are_those_of_the_records() -> None:
+    rows: set[str] = set()
+    for name, table in RECORDS.items():
+        if (record := RESULTS / f"{name}.json").exists():
+            rows.update(table(json.loads(record.read_text())["runs"]).splitlines())
+    docs = Path(__file__).parents[1] / "docs"
+    tolerances = (docs / "solvers.md").read_text().split("## What the tolerance buys")[1].split("\n## ")[0]
+    told = [line for page in ((docs / "experiments.md").read_text(), tolerances) for line in page.splitlines()]
+    told = [line for line in told if line.startswith("|")]
+    assert len(told) > 20
+    assert [line for line in told if line not in rows] == []
+
+
+def in_time_of(steps: int) -> float:
+    """As many steps of softmax attention take the time of so many of LLA's."""
+    runs = json.loads((RESULTS / "language_model.json").read_text())["runs"]
+    softmax, lla = (language_model.step_ms(Arm(kind, lr=2e-3), runs) for kind in ("softmax", "lla"))
+    assert softmax is not None
+    assert lla is not None
+    return steps * lla / softmax
+
+
+def test_figures_of_the_readme_are_those_of_the_record() -> None:
+    runs = language_model.by_arm(json.loads((RESULTS / "language_model.json").read_text())["runs"])
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+
+    def loss(arm: str) -> str:
+        losses = [run["reported"] for run in runs[arm]]
+        return f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+
+    ms = lambda arm: f"{statistics.mean(run['step_ms'] for run in runs[arm] if 'note' not in run):.1f}"
+    softmax, lla, longer = "softmax lr=0.002", "lla lr=0.002", "softmax as_lla=True lr=0.002"
+    steps = f"{runs[longer][0]['steps']} steps" + f", {len(runs[longer])} seeds" * (len(runs[longer]) != 3)
+    assert f"| softmax | {loss(softmax)} | {ms(softmax)} | {loss(longer)} ({steps}) |" in readme
+    assert f"| LLA | {loss(lla)} | {ms(lla)} | {loss(lla)} |" in readme
+    long = [f"{runs[f'{kind} steps=5000 lr=0.002'][0]['reported']:.3f}" for kind in ("softmax", "lla")]
+    assert f"After 5000 steps, in one seed, softmax attention is at {long[0]} and LLA at {long[1]}" in readme
+    more = statistics.mean(run["reported"] for run in runs["softmax steps=7000 lr=0.002"])
+    part = f"{7000 / in_time_of(5000):.0%}".replace("%", " %")
+    assert f"softmax attention at {more:.3f} after 7000, for which it needs {part} of the time of LLA's 5000" in readme
+    muon = [loss(f"{kind} optimizer=muon lr={lr}") for kind, lr in (("softmax", 0.016), ("lla", 0.008))]
+    assert "With Muon in place of AdamW they are at {} and {} after 500 steps".format(*muon) in readme
+    assert f"{ms(softmax)} ms with softmax attention and {ms(lla)} at the layer's default" in readme
+    bare = [loss(f"{kind} qk_norm=False lr=0.001").split()[0] for kind in ("softmax", "lla")]
+    assert f"Without that softmax attention is at {bare[0]} after 500 steps, LLA at {bare[1]}" in readme
+
+
+def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:
+    runs = language_model.by_arm(json.loads((RESULTS / "language_model.json").read_text())["runs"])
+    page = " ".join((Path(__file__).parents[1] / "docs" / "experiments.md").read_text().split())
+    loss = lambda arm: statistics.mean(run["reported"] for run in runs[arm])
+    ridges = lambda arm: [r for run in runs[arm] for layer in run["ridges"] for r in layer]
+    lla, softmax, bare = "lla lr=0.002", "softmax lr=0.002", "qk_norm=False lr=0.001"
+    first = lambda arm: runs[arm][0]["reported"]
+    narrow, large, loose = "window=256 lr=0.002", "lla ridge_init=10.0 lr=0.002", "lla tolerance=0.1 lr=0.002"
+    ms = lambda arm: "{:.1f} ms for {:.1f}".format(
+        *(statistics.mean(run["step_ms"] for run in runs[name] if "note" not in run) for name in (arm, lla))
+    )
+    muon = lambda kind: min(
+        (arm for arm in runs if arm.startswith(f"{kind} optimizer=muon lr=")), key=lambda arm: runs[arm][0]["choice"]
+    )
+    equal = lambda arm: loss(arm) - loss(arm.replace("lla", "softmax").replace(" lr", " as_lla=True lr"))
+    apart = sorted(a["reported"] - b["reported"] for a, b in zip(runs[softmax], runs[lla]))
+    some = sorted(run["unconverged"][0] for name in (lla, f"lla {bare}") for run in runs[name])
+    long = runs["lla steps=5000 lr=0.002"]
+    solves, longer = sorted(run["unconverged"] for run in long), runs["softmax steps=5000 as_lla=True lr=0.002"][0]
+    told = [
+        f"by {loss(softmax) - loss(lla):.3f} with normalised queries and keys, "
+        f"by {loss(f'softmax {bare}') - loss(f'lla {bare}'):.3f} without",
+        f"At equal time softmax attention is ahead by {equal(lla):.3f} (without normalised queries and keys, where "
+        f"LLA's time is that of earlier kernels, by {equal(f'lla {bare}'):.3f}",
+        f"it makes {in_time_of(1):.1f} times as many",
+        f"Of {runs[lla][0]['unconverged'][1] // 10**6} million solves of a run {some[0]} to {some[-1]} did not",
+        f"Learned ridges went from 1 to between {min(ridges(lla)):.1f} and {max(ridges(lla)):.1f}",
+        f"in seed 0 by {first('softmax steps=5000 lr=0.002') - long[0]['reported']:.3f} where it was "
+        f"{apart[0]:.3f} to {apart[-1]:.3f} after 500",
+        f"gains nothing over softmax attention: {loss('lla every=3 lr=0.002'):.3f} for {loss(softmax):.3f}",
+        f"A window of 256 makes LLA worse by {loss(f'lla {narrow}') - loss(lla):.3f} and softmax attention by "
+        f"{loss(f'softmax {narrow}') - loss(softmax):.3f}, and leaves LLA ahead by "
+        f"{loss(f'softmax {narrow}') - loss(f'lla {narrow}'):.3f}",
+        f"better than the usual one in every seed, by {loss(lla) - loss(large):.3f}, and a step takes {ms(large)}",
+        f"1e-1 in training changes nothing: {loss(loose):.3f} for {loss(lla):.3f}. A step takes {ms(loose)}",
+        f"{loss(softmax) - loss(muon('softmax')):.2f} over AdamW with softmax attention. With it LLA is ahead by "
+        f"{loss(muon('softmax')) - loss(muon('lla')):.3f}, in every seed, each at its best rate, where with AdamW it "
+        f"is by {loss(softmax) - loss(lla):.3f}",
+        f"takes for {in_time_of(5000):.0f} steps, and {longer['steps']} with the kernels of then. In seed 0 softmax "
+        f"attention is ahead by {long[0]['reported'] - loss('softmax steps=7000 lr=0.002'):.3f} after 7000, for which "
+        f"it needs {100 * 7000 / in_time_of(5000):.0f} % of that time, and by "
+        f"{long[0]['reported'] - longer['reported']:.3f} after {longer['steps']}; in the time of 500 it was by "
+        f"{first(lla) - first('softmax as_lla=True lr=0.002'):.3f}",
+        f"Of {solves[0][1] // 10**6} million solves of a run {solves[0][0]} and {solves[1][0]} did not reach",
+        "went to between {:.1f} and {:.1f}:".format(*(of(ridges("lla steps=5000 lr=0.002")) for of in (min, max))),
+    ]
+    assert [phrase for phrase in told if phrase not in page] == []
+    assert first("lla ridge_init=0.1 lr=0.002") > first(softmax)
+    assert abs(first("lla ridge=token lr=0.002") - first(softmax)) < 0.001
+    ahead = lambda better, worse: all(a["reported"] < b["reported"] for a, b in zip(runs[better], runs[worse]))
+    pairs = [(lla, softmax), (f"lla {bare}", f"softmax {bare}"), (large, lla), (muon("lla"), muon("softmax"))]
+    assert [pair for pair in pairs if not ahead(*pair)] == []
+
+
+def test_figures_told_of_tolerances_are_those_of_the_record() -> None:
+    page = " ".join((Path(__file__).parents[1] / "docs" / "solvers.md").read_text().split())
+    runs = json.loads((RESULTS / "tolerance.json").read_text())["runs"]
+    both = lambda tolerance: sum(runs[f"trained_qknorm {tolerance}"][f"{x}_ms"] for x in ("forward", "backward"))
+    qkv = lambda tolerance: [
+        100 * run["errors"][x] for name, run in runs.items() if name.endswith(f" {tolerance}") for x in "qkv"
+    ]
+    ms = [
+        json.loads((RESULTS / "language_model.json").read_text())["runs"][f"lla {arm}"]["step_ms"]
+        for arm in ("tolerance=0.1 lr=0.002 seed=1", "lr=0.002 seed=0")
+    ]
+    told = [
+        f"gradients are off by {min(qkv('0.01')):.1f} to {max(qkv('0.01')):.1f} %",
+        f"passes take {100 * (1 - both('0.01') / both('0.001')):.0f} % less time than at 1e-3",
+        f"At 1e-1 they take another {100 * (1 - both('0.1') / both('0.01')):.0f} % less",
+        f"by up to {max(qkv('0.1')):.0f} %",
+        f"a model's step takes {100 * (1 - ms[0] / ms[1]):.0f} % less time at 1e-1",
+        f"with gradients off by {min(qkv('0.03')):.0f} to {max(qkv('0.03')):.0f} %",
+    ]
+    assert [phrase for phrase in told if phrase not in page] == []
+
+
+def test_figures_told_of_the_small_model_are_those_of_the_record() -> None:
+    runs = json.loads((RESULTS / "language_model_small.json").read_text())["runs"]
+    page = " ".join((Path(__file__).parents[1] / "docs" / "experiments.md").read_text().split())
+    loss, choice = (lambda arm, lr="0.002", of=of: runs[f"{arm} lr={lr} seed=0"][of] for of in ("reported", "choice"))
+    lla, softmax = (f"{kind} optimizer=muon" for kind in ("lla", "softmax"))
+    rates = ("0.002", "0.004", "0.008", "0.016")
+    worse = lambda setting: f"{loss(f'lla {setting}') - loss('lla'):.3f}"
+    told = [
+        f"LLA is ahead by {loss('softmax') - loss('lla'):.3f} at equal steps",
+        f"0.1 makes it {worse('tolerance=0.1')} worse. A ridge that begins at 10 is {worse('ridge_init=10.0')} worse, "
+        f"and {choice('lla') - choice('lla ridge_init=10.0'):.3f} better on the other set; one that begins at 0.1 is "
+        f"{worse('ridge_init=0.1')} worse, a ridge of each token's own {worse('ridge=token')}",
+        f"LLA is at {loss(lla, rates[-1]):.3f} and softmax attention at {loss(softmax, rates[-1]):.3f}, at the largest "
+        "rate that was tried. On the other set softmax attention is ahead, by "
+        f"{choice(lla, rates[-1]) - choice(softmax, rates[-1]):.3f}:",
+    ]
+    assert [phrase for phrase in told if phrase not in page] == []
+    for arm in (lla, softmax):
+        losses = [loss(arm, lr) for lr in rates]
+        assert losses == sorted(losses, reverse=True)
+
+
+def test_figures_told_of_recall_are_those_of_the_record() -> None:
+    runs = json.loads((RESULTS / "associative_recall.json").read_text())["runs"]
+    page = " ".join((Path(__file__).parents[1] / "docs" / "experiments.md").read_text().split())
+    of = lambda pairs, width, mixer: runs[
+        f"words, {pairs} pairs, {min(16 * pairs, 512)} tokens, width {width}, {mixer}"
+    ]
+    learned = lambda pairs, width, mixer: sum(wrong < 0.05 for wrong in of(pairs, width, mixer)["reported"])
+    softmax = of(4, 32, "softmax")
+    steps = [of(pairs, 32, "LLA")["steps"] for pairs in (4, 8, 16)]
+    told = [
+        "with LLA all seeds have learned to look up 4, 8 and 16 pairs after {}, {} and {} steps".format(*steps),
+        f"none has learned 4 after {softmax['steps']}, where it is wrong in {statistics.mean(softmax['reported']):.2f}",
+        f"all have learned 16 after {of(16, 32, 'softmax')['steps']}. 64 pairs it has not begun to learn after "
+        f"{of(64, 32, 'softmax')['steps']}",
+    ]
+    assert [phrase for phrase in told if phrase not in page] == []
+    assert [learned(pairs, 32, "LLA") for pairs in (4, 8, 16)] == [3, 3, 3]
+    assert [learned(pairs, 32, "softmax") for pairs in (4, 8, 16)] == [0, 2, 3]
+    assert min(of(64, 32, "softmax")["reported"]) > 0.99
+    assert [learned(pairs, 16, "softmax") for pairs in (4, 8)] == [0, 0]
+    assert learned(4, 16, "LLA") == 2
+    assert learned(4, 32, "delta rule") == 1
+
+
+def test_figures_told_of_swaps_are_those_of_the_record() -> None:
+    runs = json.loads((RESULTS / "state_tracking.json").read_text())["runs"]
+    of = lambda kind, mixer, steps=5000: runs[f"16 {kind}, {steps} steps, {mixer}"]["reported"]
+    best, *others = sorted(of("swaps", "LLA"))
+    assert (round(best, 2), min(others) > 0.27) == (0.01, True)
+    assert max(of("swaps", "gated delta rule")) < 0.12
+    assert min(of("swaps", "softmax")) > 0.7
+    assert 0.3 < min(of("swaps", "softmax", 15000)) < max(of("swaps", "softmax", 15000)) < min(of("swaps", "softmax"))
+    assert min(min(of("permutations", mixer)) for mixer in state_tracking.MIXERS) > 0.98

@@ -88,6 +88,7 @@ def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:
         (arm for arm in runs if arm.startswith(f"{kind} optimizer=muon lr=")), key=lambda arm: runs[arm][0]["choice"]
     )
     equal = lambda arm: loss(arm) - loss(arm.replace("lla", "softmax").replace(" lr", " as_lla=True lr"))
+    gains = sorted(a["reported"] - b["reported"] for a, b in zip(runs[lla], runs[large]))
     apart = sorted(a["reported"] - b["reported"] for a, b in zip(runs[softmax], runs[lla]))
     some = sorted(run["unconverged"][0] for name in (lla, f"lla {bare}") for run in runs[name])
     long = runs["lla steps=5000 lr=0.002"]
@@ -106,7 +107,8 @@ def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:
         f"A window of 256 makes LLA worse by {loss(f'lla {narrow}') - loss(lla):.3f} and softmax attention by "
         f"{loss(f'softmax {narrow}') - loss(softmax):.3f}, and leaves LLA ahead by "
         f"{loss(f'softmax {narrow}') - loss(f'lla {narrow}'):.3f}",
-        f"better than the usual one in every seed, by {loss(lla) - loss(large):.3f}, and a step takes {ms(large)}",
+        f"better than the usual one in every seed, by {loss(lla) - loss(large):.3f} ({gains[0]:.3f} to "
+        f"{gains[-1]:.3f}), and a step takes {ms(large)}",
         f"1e-1 in training changes nothing: {loss(loose):.3f} for {loss(lla):.3f}. A step takes {ms(loose)}",
         f"{loss(softmax) - loss(muon('softmax')):.2f} over AdamW with softmax attention. With it LLA is ahead by "
         f"{loss(muon('softmax')) - loss(muon('lla')):.3f}, in every seed, each at its best rate, where with AdamW it "

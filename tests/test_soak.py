@@ -32,7 +32,7 @@ def test_what_is_a_leak() -> None:
 
 def test_a_short_soak() -> None:
     told: list[tuple[int, dict[str, float]]] = []
-    soak.soak("cpu", 2, 3, told.append)
+    soak.soak("cpu", 1, 3, told.append)
     assert {seed for seed, _ in told} == {3}
     assert len(told) >= 2  # however slow the machine is
     assert told[-1][1]["problems"] > 0
@@ -48,9 +48,9 @@ def test_what_was_seen_is_kept_as_it_comes(tmp_path: Path, monkeypatch: pytest.M
         kept.append(json.loads(path.read_text())["processes"])
 
     monkeypatch.setattr(record.Record, "write", note)
-    assert soak.main(["--device", "cpu", "--seconds", "6", "--processes", "1", "--json", str(path)]) in (0, 1)
+    assert soak.main(["--device", "cpu", "--seconds", "1", "--processes", "1", "--json", str(path)]) in (0, 1)
     assert len(kept) >= 2
     for processes, following in itertools.pairwise(kept):
         assert following[0]["looks"][: len(processes[0]["looks"])] == processes[0]["looks"]
-    assert kept[-1][0]["seconds"] >= 6
+    assert kept[-1][0]["seconds"] >= 1
     assert kept[-1][0]["calls"] >= kept[0][0]["calls"]

@@ -305,6 +305,10 @@ def test_some_gradients_and_transforms(short: list[str]) -> None:
         o = lla_attention(*given[:3], ridge_lambda=given[3], backend="triton")
         assert _same(list(torch.autograd.grad(o, given[i], grad_o)), [want[1 + i]])
     assert not lla_attention(q, k, v, ridge_lambda=2.0, backend="triton").requires_grad
+    given = [t.detach().requires_grad_() for t in leaves]
+    o = lla_attention(*given[:3], ridge_lambda=given[3], backend="triton")
+    several = torch.autograd.grad(o, given, torch.stack([grad_o, grad_o]), is_grads_batched=True)
+    assert all(torch.equal(a[0], b) and torch.equal(a[1], b) for a, b in zip(several, want[1:], strict=True))
     short.clear()
     _, pull = torch.func.vjp(lambda q, k, v, r: lla_attention(q, k, v, ridge_lambda=r, backend="triton"), *leaves)
     assert _same(list(pull(grad_o)), want[1:])

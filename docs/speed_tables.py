@@ -71,6 +71,11 @@ def times(x: float | None) -> str:
     return "" if x is None else f"{x:.1f}x"
 
 
+def span(some: Sequence[float]) -> str:
+    """From the least to the most."""
+    return " to ".join(dict.fromkeys((f"{min(some):.2f}", f"{max(some):.2f}")))
+
+
 def calls(window: bool = False) -> dict[tuple[Any, ...], dict[str, Line]]:
     """Lines of `run` by (batch x heads, tokens, head dim, data, ridge, tolerance), and by pass."""
     found: dict[tuple[Any, ...], dict[str, Line]] = {}
@@ -229,9 +234,8 @@ def wanted() -> str:
             if lines := [line[f"{name}_us"] for line in of_host.get("host", []) if f"{name}_us" in line]:
                 added = of_host["parts"]["addition_us"]["median"]
                 what = f"milliseconds of the host, {kind} (an addition: {added:.1f} us)"
-                some, least = (sorted(line[which] / 1e3 for line in lines) for which in ("median", "least"))
-                shown = f"{some[0]:.2f} to {some[-1]:.2f}, at the least {least[0]:.2f} to {least[-1]:.2f}"
-                yield what, most, [shown]
+                some, least = (span([line[which] / 1e3 for line in lines]) for which in ("median", "least"))
+                yield what, most, [f"{some}, at the least {least}"]
         of_model = {(line["mode"], line["tolerance"]): line for line in kept("model_h100").get("rows", [])}
         if line := of_model.get(("eager", 0.1)):
             yield "a model's step beside softmax's, eager, tolerance 0.1", "1.35x", [f"{line['ratio']:.2f}x"]

@@ -4,10 +4,9 @@ Who trains makes the same call over and over: tensors of the same shapes, stride
 same options. To check them, to choose a backend and to find its plans takes the host longer than to run these, and all
 of it sees no more of a call than is in a key here. So a call goes the long way once, which has every check and every
 error, and what it came to is kept by that key. What may change from call to call beside it is asked for in each: modes,
-transforms, autocast, the preferred backend and the environment. Who wants a report, lengths, or numbers looked at, as
-on the CPU they always are, goes the long way.
-
-Both ways save the same tensors for backward, so that checkpointing may take one after the other.
+transforms, autocast, the preferred backend and the environment. Where somebody watches, counts what converged, or has
+numbers looked at, as on the CPU they always are, the operators run inside; it saves the same tensors for backward
+either way, so that checkpointing may come back the other way. Who wants a report, or has lengths, goes the long way.
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor
 
 
 class LLA(torch.autograd.Function):
-    """By the short way."""
+    """The node of such a call."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ridge: Tensor, kind: Kind) -> Tensor:

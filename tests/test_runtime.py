@@ -184,7 +184,7 @@ def test_each_kernel_has_its_own_launcher(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_child_forked_while_a_launcher_is_made_makes_its_own() -> None:
     from flashlla.backends.triton import runtime
 
-    with runtime._alone():
+    with runtime._alone:
         child = multiprocessing.get_context("fork").Process(target=_plan(_Compiles()).run, args=([],))
         child.start()
         child.join(20)

@@ -27,6 +27,13 @@ tuned: dict[tuple[Any, ...], configs.Config] = {}
 compiled: dict[tuple[Any, ...], Future[Compiled | None]] = {}
 
 
+# Held by the one thread that does what threads of Triton's must not do side by side. One hashes kernels (`_hash`). And
+# one makes a launcher: Triton 3.6 compiles and loads one for each signature, all as modules of one name, and of a file
+# that was loaded before Python gives the last module of that name, with another ``launch`` in it than that thread finds
+# which is between loading and asking for it.
+_alone = threading.Lock()
+
+
 class Compiled(NamedTuple):
     """What Triton made of ``kernel``, which must live as long as its id is in a key: its own hash takes a lock."""
 
@@ -105,16 +112,6 @@ def _set_up(device_type: str) -> None:
         getattr(triton.runtime.cache, "triton_key", lambda: None)()
 
 
-@functools.cache
-def _alone() -> threading.Lock:
-    """Held by the one thread that does what threads of Triton's must not do side by side.
-
-    One makes a launcher at a time: Triton 3.6 compiles and loads one for each signature, all as modules of one name,
-    and of a file that was loaded before Python gives the last module of that name, with another ``launch`` in it than
-    that thread finds which is between loading and asking for it. And one hashes kernels (`_hash`)."""
-    return threading.Lock()
-
-
 def _hash(function: Any) -> None:
     """Have Triton make the key of ``function`` by which it finds on disk what it compiled; callees first.
 
@@ -129,8 +126,9 @@ def _hash(function: Any) -> None:
 
 def _forget_threads() -> None:
     """A forked process has none of its parent's, and nobody finishes what they have begun."""
+    global _alone
     _threads.cache_clear()
-    _alone.cache_clear()
+    _alone = threading.Lock()
     for key in [key for key, found in compiled.items() if not found.done()]:
         del compiled[key]
 
@@ -169,13 +167,13 @@ def _compile(
 ) -> Compiled | None:  # fmt: skip
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of this thread
-    with _alone():
+    with _alone:
         _hash(kernel)
     binary = kernel.run(*arguments, grid=(1,), warmup=True, **settings, **COMPILER)
     if binary is None:
         return None
     parameters = tuple(settings[parameter] for parameter in kernel.arg_names[len(arguments) :])
-    with _alone():  # to ask for ``run`` makes one, and loads the kernel to the device
+    with _alone:  # to ask for ``run`` makes one, and loads the kernel to the device
         return Compiled(binary, *_launcher(binary), parameters, kernel)
 
 

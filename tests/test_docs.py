@@ -132,7 +132,7 @@ def test_the_forecast_from_windows_of_one_norm(tmp_path: Path):
     out = run("forecast_sunspots.py", "--unit-norm", "--output", str(tmp_path / "sunspots.png"))
     softmax, lla = re.findall(r"0\.\d{3}", out.split("At the scale")[1])
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"at the best scale for each {softmax}, and LLA {lla}" in readme
+    assert f"at the scale that turns out best for each {softmax}, and LLA {lla}" in readme
 
 
 def test_the_reference_holds_every_public_name():

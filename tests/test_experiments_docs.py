@@ -65,12 +65,32 @@ def test_figures_of_the_readme_are_those_of_the_record() -> None:
     assert f"After 5000 steps, in one seed, softmax attention is at {long[0]} and LLA at {long[1]}" in readme
     more = statistics.mean(run["reported"] for run in runs["softmax steps=7000 lr=0.002"])
     part = f"{7000 / in_time_of(5000):.0%}".replace("%", " %")
-    assert f"softmax attention at {more:.3f} after 7000, for which it needs {part} of the time of LLA's 5000" in readme
+    told = f"In less time, {part} of that of LLA's 5000 steps, softmax attention makes 7000 and is at {more:.3f}"
+    assert told in readme
     muon = [loss(f"{kind} optimizer=muon lr={lr}") for kind, lr in (("softmax", 0.016), ("lla", 0.008))]
     assert "With Muon in place of AdamW they are at {} and {} after 500 steps".format(*muon) in readme
     assert f"{ms(softmax)} ms with softmax attention and {ms(lla)} at the layer's default" in readme
     bare = [loss(f"{kind} qk_norm=False lr=0.001").split()[0] for kind in ("softmax", "lla")]
-    assert f"Without that softmax attention is at {bare[0]} after 500 steps, LLA at {bare[1]}" in readme
+    assert f"Without normalisation softmax attention is at {bare[0]} after 500 steps, LLA at {bare[1]}" in readme
+
+
+def test_figures_of_the_readme_of_small_models_are_those_of_the_records() -> None:
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    recall, track = (
+        json.loads((RESULTS / f"{name}.json").read_text())["runs"] for name in ("associative_recall", "state_tracking")
+    )
+    words = lambda pairs, mixer: recall[f"words, {pairs} pairs, {16 * pairs} tokens, width 32, {mixer}"]
+    wrong = lambda mixer: "{:.2f} ± {:.2f}".format(
+        *(of(track[f"16 swaps, 5000 steps, {mixer}"]["reported"]) for of in (statistics.mean, statistics.stdev))
+    )
+    told = [
+        f"16 pairs of words after {words(16, 'LLA')['steps']} steps with LLA, after {words(16, 'softmax')['steps']} "
+        f"with softmax attention, in all of three seeds; 4 pairs after {words(4, 'LLA')['steps']}, and in none of the "
+        f"three after {words(4, 'softmax')['steps']}",
+        f"wrong in {wrong('LLA')} after 5000 steps with LLA, in {wrong('softmax')} with softmax attention, in "
+        f"{wrong('gated delta rule')} with the gated delta rule",
+    ]
+    assert [phrase for phrase in told if phrase not in readme] == []
 
 
 def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:

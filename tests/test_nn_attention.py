@@ -447,6 +447,13 @@ def test_a_cache_wants_the_layers_number():
         make(layer_idx=None)(hidden(), use_cache=True)
 
 
+def test_three_tensors_are_told_what_the_layer_takes():
+    """As torch's attention layers take."""
+    x = hidden()
+    with pytest.raises(TypeError, match=r"past_key_values: got Tensor, .*try layer\(x\) for layer\(x, x, x\)"):
+        make(layer_idx=None)(x, x, x)
+
+
 def test_a_cache_that_slides_wants_the_window():
     for window in (None, 9):
         cache = CACHES["sliding"](7)

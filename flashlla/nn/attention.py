@@ -225,11 +225,7 @@ class LocalLinearAttention(nn.Module):
             raise ValueError(f"max_seqlen: got {max_seqlen} without cu_seqlens, wanted None, or both")
         elif use_cache and past_key_values is None:
             past_key_values = LLACache()
-        cache = None
-        if past_key_values is not None:
-            if self.layer_idx is None:
-                raise ValueError("layer_idx: got None, wanted this layer's number, by which a cache knows it; try 0")
-            cache = open_cache(past_key_values, self.layer_idx, self.window)
+        cache = None if past_key_values is None else open_cache(past_key_values, self.layer_idx, self.window)
         past = Past() if cache is None else cache.past()
         past.check_batch(batch)
 

@@ -24,16 +24,22 @@ class Cache(Protocol):
         ...
 
 
-def open_cache(cache: Any, layer_idx: int, window: int | None) -> Cache:
+def open_cache(cache: Any, layer_idx: int | None, window: int | None) -> Cache:
     """``cache``, for one layer."""
-    if isinstance(cache, LLACache):
-        return _Own(cache, layer_idx)
     update = getattr(type(cache), "update", None)
-    if update is None or not hasattr(cache, "get_seq_length"):
+    if not isinstance(cache, LLACache) and (update is None or not hasattr(cache, "get_seq_length")):
+        instead = "LLACache()"
+        if isinstance(cache, Tensor):
+            instead = "layer(x) for layer(x, x, x), as queries, keys and values come from the same hidden states"
         raise TypeError(
             f"past_key_values: got {type(cache).__name__}, wanted a flashlla.nn.LLACache, a cache of Hugging Face "
-            f"(DynamicCache, StaticCache) or of fla; try LLACache()"
+            f"(DynamicCache, StaticCache) or of fla; try {instead}"
         )
+    if layer_idx is None:
+        raise ValueError("layer_idx: got None, wanted this layer's number, by which a cache knows it; try 0")
+    if isinstance(cache, LLACache):
+        return _Own(cache, layer_idx)
+    assert update is not None
     kind = _FLA if "attn_state" in inspect.signature(update).parameters else _HuggingFace
     return kind(cache, layer_idx, window)
 

@@ -21,6 +21,7 @@ _VARLEN = "flashlla.lla_attention_varlen, which has cu_seqlens= and max_seqlen="
 _ELSEWHERE = {
     "is_causal": "causal=, True here by default",
     **dict.fromkeys(("scale", "softmax_scale", "sm_scale", "scaling"), _SCALE),
+    **dict.fromkeys(("ridge", "ridge_init", "lam", "lambda_", "reg"), "ridge_lambda="),
     **dict.fromkeys(
         ("window_size", "sliding_window", "local_window_size"), "window=left + 1, the query's own key counted"
     ),

@@ -23,6 +23,12 @@ def test_a_hint_names_arguments_that_are_there(call):
             assert hint.removesuffix("=") in elsewhere, (name, hint)
 
 
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_the_layers_name_of_the_ridge_is_known(call):
+    with pytest.raises(TypeError, match="'ridge'; try ridge_lambda="):
+        hints.refuse_unknown(call.__name__, ["ridge"], lambda: named_arguments(call))
+
+
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("name", ["attention_mask", "temperature"])
 def test_a_hint_reaches_who_compiles(name, fullgraph):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from flashlla.distributed import (
     tensor_parallel_plan,
     unshard_sequence,
 )
-from flashlla.distributed.groups import COMPARED
 from flashlla.nn import LLACache, LocalLinearAttention
 from tests.support.helpers import cu, normal
 from tests.support.processes import outcomes
@@ -321,75 +319,6 @@ def the_same_bits_in_every_run(method: str, window: int | None) -> None:
 
 for _method, _window in itertools.product(METHODS, (None, 9)):
     check(_method, _window, name=f"the_same_bits_in_every_run-{_method}-{_window}")(the_same_bits_in_every_run)
-
-
-# What does not fit.
-
-
-@check()
-def numbers_that_do_not_divide_are_named() -> None:
-    size = dist.get_world_size()
-    divisor = 2 * size
-    with pytest.raises(
-        ValueError, match=rf"x: got 47 tokens, wanted a multiple of {divisor}, 2 x {size} ranks.*try 1 more"
-    ):
-        shard_sequence(torch.zeros(47), group=world(), dim=0)
-    with pytest.raises(ValueError, match=rf"wanted a multiple of {size}, {size} ranks"):
-        shard_positions(47, group=world(), order="contiguous")
-    odd = normal(1, 2, 5, 4)
-    with pytest.raises(ValueError, match=rf"q: got 5 tokens on rank {dist.get_rank()}, wanted an even number"):
-        lla_attention_cp(odd, odd, odd, group=world())
-    q, k = normal(1, 4, 4, 4), normal(1, 1, 4, 4)
-    with pytest.raises(
-        ValueError, match=rf"'all_to_all' with 1 heads of k on {size} ranks, wanted a multiple of {size}"
-    ):
-        lla_attention_cp(q, k, k, group=world(), method="all_to_all")
-
-
-@check()
-def ranks_that_disagree_all_say_so() -> None:
-    group = dist.new_group()  # whose calls are counted from here on
-    mine = dist.get_rank() == 1
-    q = normal(1, 2, 4, 4)
-    more = normal(1, 2, 6, 4)
-    if mine:
-        os.environ["FLASHLLA_CHECK"] = "1"
-    with pytest.raises(ValueError, match="FLASHLLA_CHECK: False on rank 0, True on rank 1"):
-        lla_attention_cp(q, q, q, group=group)
-    os.environ.pop("FLASHLLA_CHECK", None)
-    for own, words in (
-        ({"ridge_lambda": torch.ones(2, 1, requires_grad=mine)}, "wanting gradients"),
-        ({"window": 3 if mine else 4}, "window: 4 on rank 0, 3 on rank 1"),
-        ({"backend": "naive" if mine else "chunked"}, "backend: 'chunked' on rank 0, 'naive' on rank 1"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            lla_attention_cp(q, q, q, group=group, **own)
-    wrong = more if mine else q
-    with pytest.raises(ValueError, match=r"q: .*\(1, 2, 4, 4\).* on rank 0, .*\(1, 2, 6, 4\).* on rank 1"):
-        lla_attention_cp(wrong, wrong, wrong, group=group)
-    for _ in range(COMPARED - 6):
-        lla_attention_cp(q, q, q, group=group)
-    with pytest.raises(ValueError, match="causal: False on rank 0, True on rank 1"):
-        lla_attention_cp(q, q, q, group=group, causal=mine)  # the tenth call
-    lla_attention_cp(q, q, q, group=group, causal=mine)  # nobody looks any more
-    os.environ["FLASHLLA_CHECK"] = "1"
-    try:
-        with pytest.raises(ValueError, match="causal"):
-            lla_attention_cp(q, q, q, group=group, causal=mine)
-    finally:
-        del os.environ["FLASHLLA_CHECK"]
-
-
-@check()
-def wrong_lengths_are_refused() -> None:
-    q = normal(1, 2, 4, 4)
-    whole = 4 * dist.get_world_size()
-    with pytest.raises(ValueError, match=rf"seqlens_k: got {whole + 1} at sequence 0, wanted 0 to {whole}"):
-        lla_attention_cp(q, q, q, group=world(), seqlens_k=torch.tensor([whole + 1]))
-    with pytest.raises(ValueError, match=rf"cu_seqlens: got {whole + 1} last, wanted at most {whole}"):
-        lla_attention_varlen_cp(q, q, q, group=world(), cu_seqlens=cu(0, whole + 1), max_seqlen=99)
-    with pytest.raises(ValueError, match="cu_seqlens_q: got one, wanted None"):
-        lla_attention_varlen_cp(q, q, q, group=world(), cu_seqlens_q=cu(0, 4), cu_seqlens_k=cu(0, 4))
 
 
 # A cache in shares: of (sequence, rank) how many keys; for 2 ranks the first two columns hold all of them.

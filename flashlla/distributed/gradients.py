@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashlla.distributed.groups import ranks_of
+from flashlla.distributed.groups import agree, ranks_of, untraced
 
 if TYPE_CHECKING:
     from flashlla.distributed.groups import Group
 
 
+@untraced
 def sum_gradients(parameters: Tensor | Iterable[Tensor], *, group: Group) -> None:
     """Add up over ``group`` the gradients of tensors that every rank has whole, as a learned ridge: in place.
 
@@ -32,7 +33,8 @@ def sum_gradients(parameters: Tensor | Iterable[Tensor], *, group: Group) -> Non
         group: a ProcessGroup, or a DeviceMesh of one dimension.
 
     Raises:
-        TypeError, ValueError: ``group`` does not fit.
+        TypeError, ValueError: ``group`` does not fit; in the first ten calls of a group, and in all of them where
+            FLASHLLA_CHECK is 1, on all ranks: shapes or dtypes differ from rank to rank, as in another order.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -45,12 +47,20 @@ def sum_gradients(parameters: Tensor | Iterable[Tensor], *, group: Group) -> Non
         >>> dist.destroy_process_group()
     """
     ranks = ranks_of(group)
-    wanting = [t for t in ([parameters] if isinstance(parameters, Tensor) else parameters) if t.requires_grad]
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not given:
+        return
+    owns: list[Tensor] = []
+    for t in given:
+        if t.requires_grad:
+            if t.grad is None:
+                t.grad = torch.zeros_like(t)
+            owns.append(_own(t.grad))
+    # Sums are of one long row: in another order, of as many numbers, they would be finite and wrong.
+    asked = {f"gradient {i}": (tuple(own.shape), own.dtype) for i, own in enumerate(owns)}
+    agree(ranks, given[0].device, {"function": "sum_gradients", "gradients": len(owns), **asked})
     alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for t in wanting:
-        if t.grad is None:
-            t.grad = torch.zeros_like(t)
-        own = _own(t.grad)
+    for own in owns:
         alike.setdefault((own.dtype, own.device), []).append(own)
     for gradients in alike.values():
         summed = torch.cat([gradient.flatten() for gradient in gradients])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashlla.distributed import collectives
-from flashlla.distributed.groups import Ranks, ranks_of
+from flashlla.distributed.groups import Ranks, agree, ranks_of, untraced
 
 if TYPE_CHECKING:
     from flashlla.distributed.groups import Group
@@ -117,6 +117,7 @@ def shard_sequence(x: Tensor, *, group: Group, order: Order = "head_tail", dim: 
     return torch.cat([x.narrow(dim, places.start, len(places)) for places in shards.chunks(ranks.rank)], dim)
 
 
+@untraced
 def unshard_sequence(x: Tensor, *, group: Group, order: Order = "head_tail", dim: int) -> Tensor:
     """The inverse of :func:`shard_sequence`: all ranks' tokens, on every rank.
 
@@ -130,7 +131,8 @@ def unshard_sequence(x: Tensor, *, group: Group, order: Order = "head_tail", dim
         there are ranks: divide it by their number, or take it on one rank.
 
     Raises:
-        ValueError, TypeError: as :func:`shard_sequence`.
+        ValueError, TypeError: as :func:`shard_sequence`; in the first ten calls of a group, and in all of them where
+            FLASHLLA_CHECK is 1, on all ranks: shapes, dtypes, ``order`` or ``dim`` differ from rank to rank.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -144,6 +146,8 @@ def unshard_sequence(x: Tensor, *, group: Group, order: Order = "head_tail", dim
     """
     ranks, dim = ranks_of(group), _check_dim(x, dim)
     shards = shards_of(x.shape[dim], ranks, order, "x")
+    asked = {"function": "unshard_sequence", "x": (tuple(x.shape), x.dtype), "order": order, "dim": dim}
+    agree(ranks, x.device, asked)
     whole: Tensor = _Unshard.apply(x.movedim(dim, 0), ranks, shards)
     return whole.movedim(0, dim)
 

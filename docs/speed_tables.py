@@ -333,14 +333,12 @@ def distributed_groups() -> str:
 
 
 def distributed_parts() -> str:
-    """What calls by all_gather consist of, all heads at once, beside the same share of one GPU's: milliseconds."""
+    """What calls by all_gather consist of on most GPUs, beside the same share of one GPU's: milliseconds."""
     columns: dict[str, dict[str, float]] = {}
     for which in ("forward", "step"):
-        (one,) = (line for line in record("distributed_h100")["parts"] if (line["gpus"], line["pass"]) == (1, which))
-        (several,) = (
-            line for line in record("distributed_sent_h100")["parts"] if (line["streams"], line["pass"]) == (1, which)
-        )
-        gpus = several["gpus"]
+        of_gpus = {line["gpus"]: line for line in record("distributed_h100")["parts"] if line["pass"] == which}
+        gpus = max(of_gpus)
+        one, several = of_gpus[1], of_gpus[gpus]
         columns[f"{which}: 1/{gpus} of one GPU's"] = {name: x / gpus for name, x in one["mean_s"].items()}
         columns[f"{which}: mean of {gpus}"] = several["mean_s"]
         columns[f"{which}: slowest"] = several["most_s"]

@@ -61,6 +61,33 @@ def test_python_blocks_run(page: Path, users_machine: None):
         exec(compile("\n" * line + block, str(page), "exec", dont_inherit=True), namespace)
 
 
+def test_the_page_of_several_devices_on_two_processes(tmp_path: Path):
+    """By the command that it names; what it puts together is what one process gives."""
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("needs gloo")
+    blocks = [block for _, block in python_blocks(ROOT / "docs" / "distributed.md")]
+    (made,) = (i for i, block in enumerate(blocks) if "whole = " in block)
+    blocks[made] += """
+from flashlla import lla_attention
+wanted = lla_attention(q, k, v, ridge_lambda=1.0)
+assert dist.get_world_size() == 2 and (whole - wanted).norm() < 1e-4 * wanted.norm()
+"""
+    script = tmp_path / "script.py"
+    # At once: where an interpreter ends, threads of torch that still want it may abort the process.
+    end = "dist.barrier()\ndist.destroy_process_group()\nos._exit(0)\n"
+    script.write_text("".join([*blocks, end]), encoding="utf-8")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FLASHLLA_BACKEND")}
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def public_examples() -> list[doctest.DocTest]:
     """The examples in the docstrings of all that a user can import from the public modules."""
     finder = doctest.DocTestFinder(exclude_empty=True)

@@ -21,18 +21,18 @@ from flashlla.backends.triton.primitives import (
     room,
     sees_some,
     units_of,
-    visible,
 )
 from flashlla.backends.triton.sweep_hopper import (
     begin,
     fetch,
     finite_or_zero,
     lanes,
+    layouts,
     load_queries,
+    masked,
     operand,
     packed,
     part_sums,
-    products,
     ring_of,
     store_queries,
     sweep,
@@ -49,7 +49,6 @@ def dq_body(
     acc, totals, dl = state
     q, z, do, y_neg, minus_size, rest, e_mean, push, shift, factor, row, zero = rows
     N: gl.constexpr = zero.shape[1]
-    SCORES: gl.constexpr = zero.type.layout
     VECTORS: gl.constexpr = acc.type.layout
     k, v = rings[0].index(slot).permute((1, 0)), rings[1].index(slot).permute((1, 0))
     s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
@@ -61,8 +60,7 @@ def dq_body(
     fetch(rings, coming, N)
     s = warpgroup_mma_wait(4, deps=(s,)) * factor - shift[:, None]
     if CUT:
-        key = start + gl.arange(0, N, layout=gl.SliceLayout(0, SCORES))
-        s = gl.where(visible(row[:, None], key[None, :], at, window, SHAPE.CAUSAL), s, float("-inf"))
+        s = masked(s, row, start, at, window, SHAPE)
     w = gl.exp2(s)
     a, w = warpgroup_mma_wait(3, deps=(a, w))
     a = a * minus_size[:, None] + rest[:, None]  # 1 - a of (2.2)
@@ -88,23 +86,19 @@ def dq_hopper_kernel(
     M: gl.constexpr = BLOCK_M
     N: gl.constexpr = BLOCK_N
     D: gl.constexpr = SHAPE.BLOCK_D
-    SCORES: gl.constexpr = products(M, N)
-    VECTORS: gl.constexpr = products(M, D)
-    ROWS: gl.constexpr = gl.SliceLayout(1, VECTORS)
-    SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
-    HALVES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], gl.float16)
+    LAYOUTS: gl.constexpr = layouts(M, N, D)
     q_unit, k_unit, v_unit = units_of(units, at, n_heads, group)
     rings = ring_of(N, D, SLOTS), ring_of(N, D, SLOTS)
     ranges = tiles_of(key_range(at, window, SHAPE.CAUSAL, M, N), N)
     sources = ((keys_of(k_in, at), k_in.stride_s), (keys_of(v_in, at), v_in.stride_s)), at.k_stop
     begin(rings, sources, ranges, N, SLOTS - 2)
-    row = at.start + gl.arange(0, M, layout=ROWS)
+    row = at.start + gl.arange(0, M, layout=LAYOUTS.rows)
     there = row < at.q_len
-    dim = gl.arange(0, D, layout=gl.SliceLayout(0, VECTORS))
+    dim = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUTS.vectors))
     vectors = (at.q_row + row)[:, None] * D + dim[None, :]  # (M, D)
     numbers = at.q_row + row
     inside = there[:, None]
-    q = load_queries(q_in, at, row, there, D, VECTORS)
+    q = load_queries(q_in, at, row, there, D, LAYOUTS.vectors)
     do = gl.load(do_in.ptr + vectors, mask=inside, other=0.0)
     y_neg = gl.load(y_neg_ptr + vectors, mask=inside, other=0.0)
     z = gl.load(z_in.ptr + vectors, mask=inside, other=0.0)
@@ -125,30 +119,30 @@ def dq_hopper_kernel(
     e_top = room(D) * gl.sqrt(gl.sum(do_wide * do_wide, 1))
     dl_top = spread * e_top + gl.abs(push)
     gain = gl.minimum(power_of_two((1 / (dl_top + 1e-30)) * TOP), WEIGHT * WEIGHT)
-    q_shared = gl.allocate_shared_memory(gl.float16, [M, D], HALVES, q)
-    zero = gl.zeros([M, N], gl.float32, SCORES)
+    q_shared = gl.allocate_shared_memory(gl.float16, [M, D], LAYOUTS.halves, q)
+    zero = gl.zeros([M, N], gl.float32, LAYOUTS.scores)
     rows = (
-        q_shared, gl.allocate_shared_memory(gl.float16, [M, D], HALVES, z),
-        gl.allocate_shared_memory(gl.float16, [M, D], HALVES, do),
-        gl.allocate_shared_memory(gl.float16, [M, D], HALVES, y_neg),
-        gl.convert_layout(-z_size, SCORE_ROWS), gl.convert_layout(1 + a_mean, SCORE_ROWS),
-        gl.convert_layout(e_mean, SCORE_ROWS), gl.convert_layout(push, SCORE_ROWS),
-        gl.convert_layout(lse2 - gl.log2(gain), SCORE_ROWS), scale * LOG2E * q_unit * k_unit,
-        at.start + gl.arange(0, M, layout=SCORE_ROWS), zero,
+        q_shared, gl.allocate_shared_memory(gl.float16, [M, D], LAYOUTS.halves, z),
+        gl.allocate_shared_memory(gl.float16, [M, D], LAYOUTS.halves, do),
+        gl.allocate_shared_memory(gl.float16, [M, D], LAYOUTS.halves, y_neg),
+        gl.convert_layout(-z_size, LAYOUTS.score_rows), gl.convert_layout(1 + a_mean, LAYOUTS.score_rows),
+        gl.convert_layout(e_mean, LAYOUTS.score_rows), gl.convert_layout(push, LAYOUTS.score_rows),
+        gl.convert_layout(lse2 - gl.log2(gain), LAYOUTS.score_rows), scale * LOG2E * q_unit * k_unit,
+        at.start + gl.arange(0, M, layout=LAYOUTS.score_rows), zero,
     )  # fmt: skip
     dl = packed(zero)
-    state = gl.zeros([M, D], gl.float32, VECTORS), part_sums(dl), dl
+    state = gl.zeros([M, D], gl.float32, LAYOUTS.vectors), part_sums(dl), dl
     if ranges[4] > 0:
         state, last = sweep(
             dq_body, state, rows, rings, sources, ranges, at, window, SHAPE, N, SLOTS - 2
         )  # fmt: skip
         acc, totals, dl = state
-        acc = warpgroup_mma(operand(dl, VECTORS), rings[0].index(last), acc, is_async=True)
+        acc = warpgroup_mma(operand(dl, LAYOUTS.vectors), rings[0].index(last), acc, is_async=True)
         totals += part_sums(dl)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         state = acc, totals, dl
     acc, totals, _ = state
-    total = gl.convert_layout(gl.sum(totals, 1), ROWS)
+    total = gl.convert_layout(gl.sum(totals, 1), LAYOUTS.rows)
     # The sum of dl is zero but for rounding, which k_mean takes out of keys far from the origin.
     k_mean = gl.load(k_mean_ptr + vectors, mask=inside, other=0.0) * inverse_power(k_unit)
     y = gl.load(y_in.ptr + vectors, mask=inside, other=0.0).to(gl.float32)

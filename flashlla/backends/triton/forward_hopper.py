@@ -41,10 +41,11 @@ from flashlla.backends.triton.sweep_hopper import (
     begin,
     fetch,
     lanes,
+    layouts,
     load_queries,
+    masked,
     operand,
     packed,
-    products,
     ring_of,
     store_queries,
     sweep,
@@ -68,7 +69,6 @@ def statistics_body(
     q, row, zero, factor, ones = rows
     FLIP: gl.constexpr = OPTIONS[0]
     ONES: gl.constexpr = OPTIONS[1]
-    SCORES: gl.constexpr = zero.type.layout
     VECTORS: gl.constexpr = acc.type.layout
     N: gl.constexpr = zero.shape[1]
     s = warpgroup_mma(q, rings[0].index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -78,8 +78,7 @@ def statistics_body(
     product = warpgroup_mma_wait(2 if ONES else 1, deps=(s,))
     s = product * factor
     if CUT:
-        key = start + gl.arange(0, N, layout=gl.SliceLayout(0, SCORES))
-        s = gl.where(visible(row[:, None], key[None, :], at, window, SHAPE.CAUSAL), s, float("-inf"))
+        s = masked(s, row, start, at, window, SHAPE)
         m_next = gl.maximum(m, gl.max(s, 1))  # (M,)
         base = gl.where(m_next == float("-inf"), 0.0, m_next)  # where no key has been seen yet
     else:
@@ -125,7 +124,6 @@ def output_body(
     acc, w = state
     q, z, minus_size, rest, shift, factor, row, zero = rows
     N: gl.constexpr = zero.shape[1]
-    SCORES: gl.constexpr = zero.type.layout
     VECTORS: gl.constexpr = acc.type.layout
     k = rings[0].index(slot).permute((1, 0))
     s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
@@ -134,8 +132,7 @@ def output_body(
     fetch(rings, coming, N)
     s = warpgroup_mma_wait(2, deps=(s,)) * factor - shift[:, None]
     if CUT:
-        key = start + gl.arange(0, N, layout=gl.SliceLayout(0, SCORES))
-        s = gl.where(visible(row[:, None], key[None, :], at, window, SHAPE.CAUSAL), s, float("-inf"))
+        s = masked(s, row, start, at, window, SHAPE)
     e = gl.exp2(s)
     a, e = warpgroup_mma_wait(1, deps=(a, e))
     e = e * (a * minus_size[:, None] + rest[:, None])  # 1 - a of (2.2)
@@ -161,11 +158,7 @@ def forward_hopper_kernel(
     M: gl.constexpr = BLOCK_M
     N: gl.constexpr = BLOCK_N
     D: gl.constexpr = SHAPE.BLOCK_D
-    SCORES: gl.constexpr = products(M, N)
-    VECTORS: gl.constexpr = products(M, D)
-    ROWS: gl.constexpr = gl.SliceLayout(1, VECTORS)
-    SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+    LAYOUTS: gl.constexpr = layouts(M, N, D)
     q_unit, k_unit, v_unit = units_of(units, at, n_heads, group)
     k_ring = ring_of(N, D, SLOTS)
     rings = (k_ring,)
@@ -173,29 +166,29 @@ def forward_hopper_kernel(
     keys = keys_of(k_in, at), k_in.stride_s
     sources = (keys,), at.k_stop
     begin(rings, sources, ranges, N, SLOTS - 2)
-    row = at.start + gl.arange(0, M, layout=ROWS)
-    score_row = at.start + gl.arange(0, M, layout=SCORE_ROWS)
+    row = at.start + gl.arange(0, M, layout=LAYOUTS.rows)
+    score_row = at.start + gl.arange(0, M, layout=LAYOUTS.score_rows)
     there = row < at.q_len
     inside = there[:, None]
     numbers = at.q_row + row
-    vectors = numbers[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, VECTORS))[None, :]  # (M, D)
+    vectors = numbers[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUTS.vectors))[None, :]  # (M, D)
     some = sees_some(row, at, window, SHAPE.CAUSAL)  # (M,) what sees nothing need not be finite
     factor = scale * LOG2E * q_unit * k_unit
-    q = load_queries(q_in, at, row, there, D, VECTORS)
-    q_operand = operand_of(q, SCORES)
-    zero = gl.zeros([M, N], gl.float32, SCORES)
+    q = load_queries(q_in, at, row, there, D, LAYOUTS.vectors)
+    q_operand = operand_of(q, LAYOUTS.scores)
+    zero = gl.zeros([M, N], gl.float32, LAYOUTS.scores)
     nothing = packed(zero)
     ones = ones_for(q_operand, N, ONES)
     state = (
-        gl.full([M], float("-inf"), gl.float32, SCORE_ROWS), nothing, no_sums(nothing, ONES),
-        gl.zeros([M, D], gl.float32, VECTORS),
+        gl.full([M], float("-inf"), gl.float32, LAYOUTS.score_rows), nothing, no_sums(nothing, ONES),
+        gl.zeros([M, D], gl.float32, LAYOUTS.vectors),
     )  # fmt: skip
     state, last = sweep(
         statistics_body, state, (q_operand, score_row, zero, factor, ones), rings, sources, ranges, at, window,
         SHAPE, N, SLOTS - 2, (FLIP, ONES),
     )  # fmt: skip
     m, w, totals, acc = state
-    acc = warpgroup_mma(operand(w, VECTORS), k_ring.index(last), acc, is_async=True)
+    acc = warpgroup_mma(operand(w, LAYOUTS.vectors), k_ring.index(last), acc, is_async=True)
     totals = add_sums(totals, w, ones, ONES)
     if ONES:
         acc, totals = warpgroup_mma_wait(0, deps=(acc, totals))
@@ -204,17 +197,17 @@ def forward_hopper_kernel(
     barrier()  # all are done with the ring: the next sweep's first tiles may come
     begin(rings, sources, ranges, N, SLOTS - 2)
     acc = gl.where(some[:, None], acc, 0.0)  # of no keys no tile came
-    total = gl.convert_layout(gl.sum(totals, 1), ROWS)
-    found = flaws_seen(flaws, at, score_row, seqlens, window, n_heads, group, k_len, SHAPE, M, N, SCORES)
-    total += gl.where(some, gl.convert_layout(found, ROWS), 0.0)
-    lse2 = gl.convert_layout(m, ROWS) + (gl.log2(total) - WEIGHT_BITS)
+    total = gl.convert_layout(gl.sum(totals, 1), LAYOUTS.rows)
+    found = flaws_seen(flaws, at, score_row, seqlens, window, n_heads, group, k_len, SHAPE, M, N, LAYOUTS.scores)
+    total += gl.where(some, gl.convert_layout(found, LAYOUTS.rows), 0.0)
+    lse2 = gl.convert_layout(m, LAYOUTS.rows) + (gl.log2(total) - WEIGHT_BITS)
     gl.store(lse_out + numbers, lse2 * LN2, mask=there)
     gl.store(omega_out + numbers, total * (1 / WEIGHT), mask=there)
     whole = gl.where(some, total, 1.0)  # the sums of a query that sees nothing are 0
     k_mean = gl.div_rn(acc, whole[:, None] + gl.zeros_like(acc)) * k_unit
     gl.store(k_mean_out + vectors, k_mean, mask=inside)
     k_mean *= inverse_power(k_unit)
-    shift = gl.convert_layout(lse2, SCORE_ROWS) - WEIGHT_BITS
+    shift = gl.convert_layout(lse2, LAYOUTS.score_rows) - WEIGHT_BITS
 
     given_ridge, ridge = ridges(ridge_in, row, at, some, k_unit)
     q_wide = q.to(gl.float32) * (q_unit * inverse_power(k_unit))
@@ -234,7 +227,7 @@ def forward_hopper_kernel(
     gl.store(probe_out + vectors, probe, mask=inside)
     probe *= k_unit
     k_mean = gl.load(k_mean_out + vectors, mask=inside, other=0.0) * inverse_power(k_unit)
-    q = load_queries(q_in, at, row, there, D, VECTORS)
+    q = load_queries(q_in, at, row, there, D, LAYOUTS.vectors)
     d = k_mean - q.to(gl.float32) * (q_unit * inverse_power(k_unit))
     d_z = gl.sum(d * probe, 1)  # (M,) d.z, which is also z.A z
     z_size = gl.sqrt(gl.sum(probe * probe, 1))
@@ -244,16 +237,16 @@ def forward_hopper_kernel(
     bound = 1 + gl.sqrt(gl.maximum(d_z, 0.0))
     gain = gl.minimum(power_of_two((1 / bound) * TOP), WEIGHT)
     rows = (
-        q_operand, gl.convert_layout(z, OPERAND), gl.convert_layout(-z_size, SCORE_ROWS),
-        gl.convert_layout(rest, SCORE_ROWS), shift + gl.convert_layout(WEIGHT_BITS - gl.log2(gain), SCORE_ROWS), factor,
-        score_row, zero,
+        q_operand, gl.convert_layout(z, LAYOUTS.operand), gl.convert_layout(-z_size, LAYOUTS.score_rows),
+        gl.convert_layout(rest, LAYOUTS.score_rows),
+        shift + gl.convert_layout(WEIGHT_BITS - gl.log2(gain), LAYOUTS.score_rows), factor, score_row, zero,
     )  # fmt: skip
     state, last = sweep(
-        output_body, (gl.zeros([M, D], gl.float32, VECTORS), nothing), rows, (k_ring, v_ring),
+        output_body, (gl.zeros([M, D], gl.float32, LAYOUTS.vectors), nothing), rows, (k_ring, v_ring),
         ((keys, values), at.k_stop), ranges, at, window, SHAPE, N, SLOTS - 2,
     )  # fmt: skip
     acc, w = state
-    acc = warpgroup_mma(operand(w, VECTORS), v_ring.index(last), acc, is_async=True)
+    acc = warpgroup_mma(operand(w, LAYOUTS.vectors), v_ring.index(last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     acc = gl.where(some[:, None], acc, 0.0)
     omega = gl.load(omega_out + numbers, mask=there, other=1.0)

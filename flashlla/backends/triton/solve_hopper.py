@@ -29,7 +29,6 @@ from flashlla.backends.triton.primitives import (
     sees_some,
     shortening,
     units_of,
-    visible,
 )
 from flashlla.backends.triton.solve import LAST_MARGIN, LAST_MOST, RIDGE_MOST
 from flashlla.backends.triton.sweep_hopper import (
@@ -38,7 +37,9 @@ from flashlla.backends.triton.sweep_hopper import (
     fetch,
     finite_or_zero,
     lanes,
+    layouts,
     load_queries,
+    masked,
     operand,
     packed,
     part_sums,
@@ -90,7 +91,6 @@ def matvec_body(
     acc, totals, w = state
     q, x, x_mean, shift, factor, ones, row, zero, kept = rows
     N: gl.constexpr = zero.shape[1]
-    SCORES: gl.constexpr = zero.type.layout
     VECTORS: gl.constexpr = acc.type.layout
     BESIDE: gl.constexpr = 2 if ONES else 1  # products issued after the first two
     k = rings[0].index(slot).permute((1, 0))
@@ -101,8 +101,7 @@ def matvec_body(
     fetch(rings, coming, N)
     s = warpgroup_mma_wait(BESIDE + 1, deps=(s,)) * factor - shift[:, None]
     if CUT:
-        key = start + gl.arange(0, N, layout=gl.SliceLayout(0, SCORES))
-        s = gl.where(visible(row[:, None], key[None, :], at, window, SHAPE.CAUSAL), s, float("-inf"))
+        s = masked(s, row, start, at, window, SHAPE)
     e = gl.exp2(s)
     if kept.dtype == gl.int32:  # not what stands for none
         step = coming[1] - (rings[0].shape[0] - 2)
@@ -205,19 +204,14 @@ def solved(
     """
     M: gl.constexpr = r.shape[0]
     D: gl.constexpr = r.shape[1]
-    VECTORS: gl.constexpr = r.type.layout
-    SCORES: gl.constexpr = products(M, N)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
-    ROWS: gl.constexpr = gl.SliceLayout(1, VECTORS)
-    SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
-    HALVES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, D], gl.float16)
+    LAYOUTS: gl.constexpr = layouts(M, N, D)
     WIDE: gl.constexpr = D > 64
     SINGLES: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-    mean_shared = gl.allocate_shared_memory(gl.float16, [M, D], HALVES, k_mean.to(gl.float16))
+    mean_shared = gl.allocate_shared_memory(gl.float16, [M, D], LAYOUTS.halves, k_mean.to(gl.float16))
     b2 = gl.sum(r * r, 1)  # (M,), as every scalar of the recurrence
-    lowest = gl.full([M], float("inf"), gl.float32, ROWS)
-    highest = gl.zeros([M], gl.float32, ROWS)
-    solution = gl.zeros([M, D], gl.float32, VECTORS)
+    lowest = gl.full([M], float("inf"), gl.float32, LAYOUTS.rows)
+    highest = gl.zeros([M], gl.float32, LAYOUTS.rows)
+    solution = gl.zeros([M, D], gl.float32, LAYOUTS.vectors)
     if start is not None:
         solution, r, highest = start
         lowest = gl.where(highest > 0, highest, lowest)
@@ -229,7 +223,7 @@ def solved(
     kept = room_for(KEPT, mean_shared, M, N)
     ones = ones_for(mean_shared, N, ONES)
 
-    score_row = at.start + gl.arange(0, M, layout=SCORE_ROWS)
+    score_row = at.start + gl.arange(0, M, layout=LAYOUTS.score_rows)
     atol, rtol, coarse = tolerances
     many_keys = keys_seen(row, at, window, SHAPE.CAUSAL) > 2 * SHAPE.HEAD_DIM
     rtol = gl.where(many_keys, gl.maximum(rtol, coarse), rtol)
@@ -240,18 +234,18 @@ def solved(
     x_mean = r_mean * inverse_size
     goal = threshold
     excess = gl.where(r2 > goal, r2 / goal, 0.0)
-    iterations = gl.zeros([M], gl.int32, ROWS)
+    iterations = gl.zeros([M], gl.int32, LAYOUTS.rows)
     if ADJOINT:  # |solution|^2 and solution.x, of which the residual takes no part: it is at right angles to all before
-        solution2 = gl.zeros([M], gl.float32, ROWS)
-        solution_x = gl.zeros([M], gl.float32, ROWS)
-    last_size = gl.zeros([M], gl.float32, ROWS)
+        solution2 = gl.zeros([M], gl.float32, LAYOUTS.rows)
+        solution_x = gl.zeros([M], gl.float32, LAYOUTS.rows)
+    last_size = gl.zeros([M], gl.float32, LAYOUTS.rows)
     share_left = gl.where(excess > 1, 1.0, 0.0)
     tells = gl.sum(((excess > 1) & many_keys).to(gl.int32), 0) >= M // 2
     left = 1.0
     most = gl.max(excess, 0)
     fence_async_shared()
     barrier()
-    zero = gl.zeros([M, N], gl.float32, SCORES)
+    zero = gl.zeros([M, N], gl.float32, LAYOUTS.scores)
     sweeps = 0
     nothing = packed(zero)
     heavy_ridge = ridge * WEIGHT
@@ -259,10 +253,10 @@ def solved(
         moves = excess * left > 1
         unsolved = excess > 1
         rows = (
-            q_operand, gl.convert_layout(x, OPERAND), gl.convert_layout(x_mean, SCORE_ROWS), shift, factor, ones,
-            score_row, zero, kept,
+            q_operand, gl.convert_layout(x, LAYOUTS.operand), gl.convert_layout(x_mean, LAYOUTS.score_rows), shift,
+            factor, ones, score_row, zero, kept,
         )  # fmt: skip
-        state = gl.zeros([M, D], gl.float32, VECTORS), no_sums(nothing, ONES), nothing
+        state = gl.zeros([M, D], gl.float32, LAYOUTS.vectors), no_sums(nothing, ONES), nothing
         nought = ranges[4] * 0
         so_far = state, nought, nought
         cut_from = nought
@@ -278,7 +272,7 @@ def solved(
             ONES,
         )  # fmt: skip
         acc, total, w = state
-        acc = warpgroup_mma(operand(w, VECTORS), rings[0].index(last), acc, is_async=True)
+        acc = warpgroup_mma(operand(w, LAYOUTS.vectors), rings[0].index(last), acc, is_async=True)
         total = add_sums(total, w, ones, ONES)
         if ONES:
             acc, total = warpgroup_mma_wait(0, deps=(acc, total))
@@ -286,9 +280,9 @@ def solved(
             acc = warpgroup_mma_wait(0, deps=(acc,))
         barrier()  # all are done with the ring: the next sweep's first tiles may come
         begin(rings, sources, ranges, N, SLOTS - 2)
-        total = gl.convert_layout(gl.sum(total, 1), ROWS)
+        total = gl.convert_layout(gl.sum(total, 1), LAYOUTS.rows)
         x_wide = x.to(gl.float32)
-        k_mean = mean_shared.load(VECTORS).to(gl.float32)
+        k_mean = mean_shared.load(LAYOUTS.vectors).to(gl.float32)
         image = acc - k_mean * total[:, None] + heavy_ridge[:, None] * x_wide  # WEIGHT A x
         curvature = gl.sum(x_wide * image, 1) * (1 / WEIGHT)
         square = gl.sum(image * image, 1) * (1 / WEIGHT / WEIGHT)
@@ -297,7 +291,7 @@ def solved(
         inverse_curvature = 1 / gl.where(moves, curvature, 1.0)
         along = r2 * inverse_or_zero(size)  # r.x
         step = gl.where(moves, along * inverse_curvature, 0.0)
-        r = r_shared.load(VECTORS) - (step * (1 / WEIGHT))[:, None] * image
+        r = r_shared.load(LAYOUTS.vectors) - (step * (1 / WEIGHT))[:, None] * image
         iterations += moves.to(gl.int32)
         r2_next = gl.sum(r * r, 1)
         r_mean = gl.sum(r * k_mean, 1)
@@ -324,14 +318,14 @@ def solved(
         left = gl.where((rest < LAST_MOST * LAST_MOST) & tells, rest, 1.0)
         r_shared.store(r)
         if WIDE:
-            solution_shared.store(solution_shared.load(VECTORS) + step[:, None] * x_wide)
+            solution_shared.store(solution_shared.load(LAYOUTS.vectors) + step[:, None] * x_wide)
         else:
             solution += step[:, None] * x_wide
         sweeps += 1
 
     if WIDE:
-        solution = solution_shared.load(VECTORS)
-    solution += gl.where(left < 1, last_size, 0.0)[:, None] * r_shared.load(VECTORS)
+        solution = solution_shared.load(LAYOUTS.vectors)
+    solution += gl.where(left < 1, last_size, 0.0)[:, None] * r_shared.load(LAYOUTS.vectors)
     r2 *= gl.where(last_size > 0, left, 1.0)
     solution += (0.0 * r2)[:, None]  # NaN where the right-hand side was
     return solution, b2, r2, threshold, iterations
@@ -373,18 +367,17 @@ def solve_hopper_kernel(
             return
     N: gl.constexpr = BLOCK_N
     D: gl.constexpr = SHAPE.BLOCK_D
-    SCORES: gl.constexpr = products(BLOCK_M, N)
-    VECTORS: gl.constexpr = products(BLOCK_M, D)
+    LAYOUTS: gl.constexpr = layouts(BLOCK_M, N, D)
     q_unit, k_unit, _ = units_of(units, at, n_heads, group)
     rings = (ring_of(N, D, SLOTS),)
     ranges = tiles_of(key_range(at, window, SHAPE.CAUSAL, BLOCK_M, N), N)
     sources = ((keys_of(k_in, at), k_in.stride_s),), at.k_stop
     begin(rings, sources, ranges, N, SLOTS - 2)
-    row = at.start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, VECTORS))
+    row = at.start + gl.arange(0, BLOCK_M, layout=LAYOUTS.rows)
     there = row < at.q_len
     numbers = at.q_row + row
-    vectors = numbers[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, VECTORS))[None, :]  # (M, D)
-    q = load_queries(q_in, at, row, there, D, VECTORS)
+    vectors = numbers[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUTS.vectors))[None, :]  # (M, D)
+    q = load_queries(q_in, at, row, there, D, LAYOUTS.vectors)
     k_mean = gl.load(k_mean_ptr + vectors, mask=there[:, None], other=0.0) * inverse_power(k_unit)
     some = sees_some(row, at, window, SHAPE.CAUSAL)
     given_ridge, ridge = ridges(ridge_in, row, at, some, k_unit)
@@ -396,13 +389,13 @@ def solve_hopper_kernel(
     start = None
     if not ADJOINT and b_ptr is not None:
         start = first_guess(q, r, ridge, gl.load(b_ptr + vectors, mask=there[:, None], other=0.0))
-    score_row = at.start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, SCORES))
+    score_row = at.start + gl.arange(0, BLOCK_M, layout=LAYOUTS.score_rows)
     shift = gl.load(lse2_ptr + at.q_row + score_row, mask=score_row < at.q_len, other=0.0) - WEIGHT_BITS
     atol, rtol, coarse = tolerances
     if not ADJOINT:
         atol = atol * inverse_power(k_unit) * inverse_power(k_unit)
     solution, b2, r2, threshold, iterations = solved(
-        operand_of(q, SCORES), r, start, k_mean, ridge, shift, scale * LOG2E * q_unit * k_unit,
+        operand_of(q, LAYOUTS.scores), r, start, k_mean, ridge, shift, scale * LOG2E * q_unit * k_unit,
         (atol, rtol, coarse), max_iters, rings, sources, ranges, row, at, window, ADJOINT, SHAPE, SLOTS, KEPT, ONES, N,
     )  # fmt: skip
     async_copy.wait_group(0)  # what was fetched for no sweep

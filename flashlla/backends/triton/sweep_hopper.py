@@ -4,12 +4,14 @@ A tile's products are issued at once, and with them the last product of the tile
 needed. Keys, and values where a pass takes them, come ahead through a rings of tiles in shared memory.
 """
 
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from flashlla.backends.triton.primitives import LANES, cut_tile, finite, queries_of
+from flashlla.backends.triton.primitives import LANES, cut_tile, finite, queries_of, visible
 
 # Triton 3.7 has renamed it.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -19,6 +21,27 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 def products(rows, columns):
     """How threads have a product of so many rows: a warp 16 of them."""
     return gl.NVMMADistributedLayout([3, 0], [rows // 16, 1], [16, columns, 16])
+
+
+class Layouts(NamedTuple):
+    """How threads have what belongs to a program's M queries."""
+
+    scores: gl.NVMMADistributedLayout  # logits of a tile of keys (M, N)
+    vectors: gl.NVMMADistributedLayout  # (M, D)
+    score_rows: gl.SliceLayout  # a number of each query (M,), as logits meet it
+    rows: gl.SliceLayout  # and as vectors do
+    operand: gl.DotOperandLayout  # vectors in registers, of which products make logits
+    halves: gl.NVMMASharedLayout  # those in shared memory, as float16
+
+
+@gluon.constexpr_function
+def layouts(M, N, D):
+    scores, vectors = products(M, N), products(M, D)
+    found = (
+        scores, vectors, gl.SliceLayout(1, scores), gl.SliceLayout(1, vectors), gl.DotOperandLayout(0, scores, 2),
+        gl.NVMMASharedLayout.get_default_for([M, D], gl.float16),
+    )  # fmt: skip
+    return Layouts(*map(gl.constexpr, found))  # as Triton 3.6 takes a member
 
 
 @gluon.jit
@@ -77,6 +100,14 @@ def part_sums(w):
 def finite_or_zero(x):
     """`primitives.finite_or_zero`, whose zeros have no layout."""
     return gl.where(finite(x), x, 0.0)
+
+
+@gluon.jit
+def masked(s, row, start, at, window, SHAPE: gl.constexpr):
+    """Logits s (M, N) of queries ``row`` and keys ``start`` on, -inf where a query does not see a key."""
+    LAYOUT: gl.constexpr = s.type.layout
+    key = start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    return gl.where(visible(row[:, None], key[None, :], at, window, SHAPE.CAUSAL), s, float("-inf"))
 
 
 @gluon.jit

@@ -254,7 +254,9 @@ class set_backend:
 
 
 def _reason(backend: Backend, problem: Problem) -> str | None:
-    return backend.unavailable() or backend.unsupported(problem)
+    """All that keeps ``backend`` from running ``problem``: who mends the first learns of no second one then."""
+    reasons = (backend.unavailable(), backend.unsupported(problem))
+    return "; ".join(reason for reason in reasons if reason is not None) or None
 
 
 def explain(problem: Problem, demand: str | None = None) -> Explanation:
@@ -281,7 +283,8 @@ def choose(problem: Problem, demand: str | None = None) -> Backend:
     name = get_backend() if demand is None else demand
     # What nearly all calls come to, without every backend's reason.
     for b in all_backends():
-        if (b.name == name or (name == AUTO and not b.emulated())) and _reason(b, problem) is None:
+        asked = b.name == name or (name == AUTO and not b.emulated())
+        if asked and b.unavailable() is None and b.unsupported(problem) is None:
             return b
     explanation = explain(problem, demand)
     if explanation.backend is None:

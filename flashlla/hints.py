@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
-from typing import NoReturn
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import NoReturn, ParamSpec
 
 import torch
+
+P = ParamSpec("P")
 
 _SCALE = "qk_scale="
 _MASK = "causal=, window=, and seqstarts_k= and seqlens_k= for padding; there are no other masks"
@@ -71,10 +75,34 @@ _FOR: dict[str, dict[str, str]] = {
 }
 
 
-def refuse_unknown(caller: str, names: Iterable[str], known: Callable[[], list[str]]) -> NoReturn:
+# What layers elsewhere call what they are made with, and what to try here.
+LAYER = {
+    **dict.fromkeys(("embed_dim", "d_model", "n_embd", "model_dim", "dim", "input_dim"), "hidden_size="),
+    **dict.fromkeys(("num_attention_heads", "num_q_heads", "n_heads", "n_head", "nhead", "heads"), "num_heads="),
+    **dict.fromkeys(("num_key_value_heads", "num_query_groups", "n_kv_heads", "kv_heads"), "num_kv_heads="),
+    **dict.fromkeys(("dim_head", "kv_channels", "d_head"), "head_dim="),
+    **dict.fromkeys(("bias", "attention_bias", "use_bias", "qkv_proj_bias"), "qkv_bias="),
+    **dict.fromkeys(("use_qk_norm", "qk_layernorm", "norm_eps", "norm_type"), "qk_norm=, True or False"),
+    **dict.fromkeys(("rope_base", "rotary_base", "rotary_emb_base", "base"), "rope_theta="),
+    **dict.fromkeys(("window_size", "sliding_window"), "window="),
+    **dict.fromkeys(("ridge_lambda", "lam", "reg"), "ridge=, a number, or ridge_init=, where it is learned"),
+    **dict.fromkeys(("layer_number", "layer_id"), "layer_idx="),
+    **dict.fromkeys(("process_group", "cp_group", "group"), "context_parallel="),
+    **dict.fromkeys(("cg_rtol", "cg_atol", "rtol", "tol"), "tolerance="),
+    **dict.fromkeys(("max_position_embeddings", "max_seq_len", "block_size"), "without it: sequences have any length"),
+    **dict.fromkeys(("dropout_p", "dropout", "attention_dropout", "attn_dropout"), _DROPOUT),
+    **dict.fromkeys(("causal", "is_causal"), "without it: the layer is causal"),
+    "batch_first": "without it: hidden states are (B, S, hidden_size)",
+    **dict.fromkeys(("scale", "softmax_scale", "scaling", "qk_scale"), "without it: it is 1 / sqrt(head_dim)"),
+}
+
+
+def refuse_unknown(
+    caller: str, names: Iterable[str], known: Callable[[], list[str]], hints: Mapping[str, str] | None = None
+) -> NoReturn:
     """The error for arguments ``names`` of ``caller``, which takes those that ``known`` tells; it is asked last, since
-    torch.compile traces neither it nor a search."""
-    hints = {**_ELSEWHERE, **_FOR.get(caller, {})}
+    torch.compile traces neither it nor a search. ``hints``: what to try; None: those of the calls."""
+    hints = {**_ELSEWHERE, **_FOR.get(caller, {})} if hints is None else hints
     name = sorted(names, key=lambda name: (name not in hints, name))[0]
     hint = hints.get(name)
     if hint is None:
@@ -85,3 +113,29 @@ def refuse_unknown(caller: str, names: Iterable[str], known: Callable[[], list[s
 def _search(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"{close[0]}=" if close else f"one of {', '.join(known)}"
+
+
+def with_hints(
+    hints: Mapping[str, str], beside: Callable[..., None] | None = None
+) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Decorates an ``__init__``: arguments that it does not have are refused with one of ``hints``, or with the nearest
+    that it has. ``beside``: the ``__init__`` that it hands others to."""
+
+    def decorate(init: Callable[P, None]) -> Callable[P, None]:
+        known = [name for name in (*keywords_of(init), *(keywords_of(beside) if beside else ())) if name not in hints]
+
+        @functools.wraps(init)
+        def checked(*arguments: P.args, **keywords: P.kwargs) -> None:
+            if unknown := [name for name in keywords if name not in known]:
+                refuse_unknown(type(arguments[0]).__name__, unknown, lambda: known, hints)
+            init(*arguments, **keywords)
+
+        return checked
+
+    return decorate
+
+
+def keywords_of(function: Callable[..., object]) -> list[str]:
+    """What it, of a class, takes by name."""
+    _, *parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

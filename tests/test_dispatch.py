@@ -266,11 +266,26 @@ def test_an_emulated_backend_runs_on_demand_only():
         assert ran_on() == "slow"
 
 
-def test_triton_first_misses_the_device(monkeypatch):
+def test_one_error_tells_all_that_is_in_the_way(monkeypatch):
     monkeypatch.setattr(triton, "_has_gpu", lambda: False)
     monkeypatch.setattr(triton, "_has_triton", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "no CUDA device" in triton.Triton().unavailable()
+    q, k, v = (t.double() for t in inputs(5))
+    with pytest.raises(flashlla.UnsupportedError) as caught:
+        flashlla.lla_attention(q, k, v, backend="triton", solver="direct")
+    assert [line for line in str(caught.value).splitlines() if line.startswith("  triton ")] == [
+        "  triton      there is no CUDA device (TRITON_INTERPRET=1: the kernels run on the CPU, slowly, for tests); "
+        "Triton is not installed (torch brings it where it is built for CUDA); "
+        "it fuses the solvers CG and PCG(preconditioner='jacobi' or 'gram'), not Direct; "
+        "its kernels take bfloat16, float16 and float32, not float64"
+    ]
+
+
+def test_tensors_on_the_wrong_side(monkeypatch):
+    monkeypatch.setattr(triton, "_has_gpu", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reason = flashlla.explain(*inputs(5)).reasons["triton"]
+    assert "its kernels run on CUDA tensors, and these are on the CPU" in reason
 
 
 def test_naive_says_which_solvers_it_stands_in_for():

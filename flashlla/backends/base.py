@@ -74,7 +74,8 @@ class Backend(ABC):
 
     @abstractmethod
     def unsupported(self, problem: Problem) -> str | None:
-        """Why this backend cannot take ``problem``, in words a user can act on; None where it can."""
+        """Why this backend cannot take ``problem``, all of it, in words a user can act on; None where it can. Asked
+        also where it is unavailable."""
 
     @abstractmethod
     def forward(self, problem: Problem, inputs: Inputs) -> Forward:

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from flashlla import nn
+from flashlla import hints, nn
 
 __all__ = ["LocalLinearAttention"]
+
+_HINTS = {name: hint for name, hint in hints.LAYER.items() if name not in ("window_size", "max_position_embeddings")}
 
 
 class LocalLinearAttention(nn.LocalLinearAttention):
@@ -43,6 +45,7 @@ class LocalLinearAttention(nn.LocalLinearAttention):
         torch.Size([2, 10, 32])
     """
 
+    @hints.with_hints({**_HINTS, "window": "window_size="}, beside=nn.LocalLinearAttention.__init__)
     def __init__(
         self,
         hidden_size: int = 2048,

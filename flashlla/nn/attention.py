@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from flashlla import hints
 from flashlla.api import lla_attention, lla_attention_varlen, lla_decode
 from flashlla.nn.across import Across
 from flashlla.nn.cache import Keys, LLACache
@@ -113,6 +114,7 @@ class LocalLinearAttention(nn.Module):
         torch.Size([4])
     """
 
+    @hints.with_hints(hints.LAYER)
     def __init__(
         self,
         hidden_size: int,
@@ -423,5 +425,9 @@ def _refuse(others: dict[str, Any]) -> None:
             if harmless is None or any(value is known or value == known for known in harmless):
                 continue
             raise ValueError(f"{name}: got {value!r}, wanted {harmless[-1]}; try {_INSTEAD[name]}")
-        hint = f"; try {_INSTEAD[name]}" if name in _INSTEAD else ""
-        raise TypeError(f"LocalLinearAttention got an unexpected keyword argument {name!r}{hint}")
+        hints.refuse_unknown(
+            "LocalLinearAttention.forward",
+            [name],
+            lambda: hints.keywords_of(LocalLinearAttention.forward),
+            _INSTEAD,
+        )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashlla.checks import check_whole
+from flashlla.hints import with_hints
 from flashlla.nn.padding import Padding, Past, read_mask
 from flashlla.values import looked_at
 
@@ -77,6 +78,9 @@ class LLACache:
         True
     """
 
+    @with_hints(
+        {"max_cache_len": "max_len=", "max_seq_len": "max_len=", "config": "without it: layers come as they are"}
+    )
     def __init__(self, max_len: int | None = None) -> None:
         if max_len is not None:
             max_len = check_whole(max_len, "max_len", "a whole number or None")

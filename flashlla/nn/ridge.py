@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashlla.hints import with_hints
 from flashlla.nn.checks import check_numbers, check_whole
 
 
@@ -53,6 +54,7 @@ class Ridge(nn.Module):
         10.0
     """
 
+    @with_hints({"ridge": "kind=", "ridge_init": "init=", "ridge_min": "minimum="})
     def __init__(
         self,
         kind: Literal["head", "token"] | float = "head",

@@ -48,21 +48,26 @@ class Triton(Backend):
     _preconditioners: ClassVar[dict[str, str]] = {"cg": "none", "pcg": "jacobi", "pcg_gram": "gram"}
 
     def unavailable(self) -> str | None:
+        missing = []
         if not _has_gpu() and not interpreted():
-            return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+            missing.append(
+                "there is no CUDA device (TRITON_INTERPRET=1: the kernels run on the CPU, slowly, for tests)"
+            )
         if not _has_triton():
-            return "Triton is not installed (torch brings it where it is built for CUDA)"
-        return None
+            missing.append("Triton is not installed (torch brings it where it is built for CUDA)")
+        return "; ".join(missing) or None
 
     def emulated(self) -> bool:
         return interpreted()
 
     def unsupported(self, problem: Problem) -> str | None:
-        return self._device(problem) or self._solver(problem) or self._tensors(problem)
+        reasons = (self._device(problem), self._solver(problem), self._tensors(problem))
+        return "; ".join(reason for reason in reasons if reason is not None) or None
 
     def _device(self, problem: Problem) -> str | None:
         if problem.device.type == "cpu":
-            return None if interpreted() else "its kernels run on CUDA tensors, and these are on the CPU"
+            told = interpreted() or not _has_gpu()  # `unavailable` says the same of all tensors
+            return None if told else "its kernels run on CUDA tensors, and these are on the CPU"
         if problem.device.type != "cuda":
             return f"its kernels run on CUDA tensors, and these are on {problem.device}"
         if interpreted():

@@ -283,8 +283,8 @@ def choose(problem: Problem, demand: str | None = None) -> Backend:
     name = get_backend() if demand is None else demand
     # What nearly all calls come to, without every backend's reason.
     for b in all_backends():
-        asked = b.name == name or (name == AUTO and not b.emulated())
-        if asked and b.unavailable() is None and b.unsupported(problem) is None:
+        meant = b.name == name or (name == AUTO and not b.emulated())
+        if meant and b.unavailable() is None and b.unsupported(problem) is None:
             return b
     explanation = explain(problem, demand)
     if explanation.backend is None:

@@ -46,6 +46,32 @@ def test_gram_is_left_where_triton_does_not_compile_it(
     assert explain(q, q, q, backend="triton").reasons["triton"] is None
 
 
+def test_without_triton_its_version_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashlla import explain
+    from flashlla.backends import triton as backend
+    from flashlla.backends.triton import configs
+
+    monkeypatch.setattr(backend, "_has_triton", lambda: False)
+    monkeypatch.setattr(configs, "triton_version", lambda: pytest.fail("there is none"))
+    monkeypatch.setattr(configs, "capability", lambda device: (10, 0))
+    q = torch.zeros(1, 1, 1100, 16, dtype=torch.bfloat16)
+    assert "Triton is not installed" in str(explain(q, q, q, solver="pcg_gram").reasons["triton"])
+
+
+@pytest.mark.parametrize(("version", "tile"), [("3.6.0", 64), ("3.7.1", 64), ("3.8.0", 32), ("3.10.0+git", 32)])
+def test_dk_has_fewer_keys_a_tile_where_triton_is_all_it_has(
+    monkeypatch: pytest.MonkeyPatch, version: str, tile: int
+) -> None:
+    import triton
+
+    from flashlla.backends.triton import configs
+
+    monkeypatch.setattr(triton, "__version__", version)
+    table = configs.config.__wrapped__("dk", 64, torch.float16, (9, 0))
+    assert (table.m, table.n) == (32, tile)
+    assert configs.config.__wrapped__("dk", 128, torch.float16, (9, 0)) == configs._HALF[128]["dk"]
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
 @pytest.mark.parametrize("operand", [torch.float16, torch.float32])
 @pytest.mark.parametrize("head_dim", [1, 16, 40, 64, 128, 200, 256])

@@ -173,7 +173,7 @@ def _without_gram(problem: Problem) -> str | None:
     if problem.mask.packed:
         return "its preconditioner 'gram' is not made for packed sequences"
     capability = configs.capability(problem.device)
-    if not configs.gram_compiles(capability):
+    if _has_triton() and not configs.gram_compiles(capability):
         return "Triton 3.6 does not compile its preconditioner 'gram' for compute capability 10"
     widest = max(problem.head_dim, problem.v_dim)
     most = configs.gram_widest(problem.dtype, capability)

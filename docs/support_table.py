@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 
 from flashlla import dispatch
+from flashlla.backends import triton
 from flashlla.backends.base import Backend
 from flashlla.problem import SUPPORTED_DTYPES, Mask, Problem
 from flashlla.solvers import CG, PCG, Direct, Solver
@@ -77,8 +78,9 @@ WIDTHS = (64, 128, 256, 512, 4096)
 def a_gpu() -> Iterator[None]:
     """Backends see one, and no interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    there = mock.patch.object(triton, "_has_gpu", return_value=True)
     capability = mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0))
-    with mock.patch.dict(os.environ, environment, clear=True), capability:
+    with mock.patch.dict(os.environ, environment, clear=True), there, capability:
         yield
 
 

@@ -106,7 +106,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor
     ):
         return None
     if not isinstance(ridge, Tensor):
-        ridge = torch.full((), ridge, dtype=accumulator(q.dtype), device=q.device)
+        ridge = torch.full((), float(ridge), dtype=accumulator(q.dtype), device=q.device)
     if torch.is_grad_enabled():
         o: Tensor = _apply(q, k, v, ridge, kind)
     else:

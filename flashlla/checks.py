@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import operator
+import sys
 from numbers import Integral, Real
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from flashlla.problem import SUPPORTED_DTYPES, accumulator
 
+# Whole numbers and fractions may be larger, and no float has them.
+_LARGEST = sys.float_info.max
 # Asked once: torch.compile cannot trace the question before torch 2.12.
 _AUTOCAST = frozenset(d for d in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(d))
 # The size of a page, in keys, is a multiple of this.
@@ -313,7 +315,7 @@ def check_number(value: float, name: str, wanted: str = "a number") -> float:
                 "is the same (q * qk_scale would move the queries, too)"
             )
         raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}{hint}")
-    if not -math.inf < value < math.inf:
+    if not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: got {value}, wanted a finite number")
     return float(value)
 

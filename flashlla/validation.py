@@ -230,8 +230,8 @@ def _check_settings(
     causal, window = _check_mask(causal, window)
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: got {type(backend).__name__}, wanted a backend's name, 'auto' or None")
-    scale = 1 / math.sqrt(head_dim) if qk_scale is None else _check_scale(qk_scale, dtype)
-    delta_eps = constant(check_number(delta_eps, "delta_eps"))
+    scale = 1 / math.sqrt(head_dim) if qk_scale is None else _check_held(qk_scale, "qk_scale", dtype)
+    delta_eps = _check_held(delta_eps, "delta_eps", dtype)
     if delta_eps < 0:
         raise ValueError(f"delta_eps: got {delta_eps}, wanted a number of at least 0")
     name, solver_numbers = _check_solver(solver, cg)
@@ -254,11 +254,12 @@ def _check_settings(
 _checked_settings = functools.lru_cache(maxsize=1024, typed=True)(_check_settings)
 
 
-def _check_scale(qk_scale: float, dtype: torch.dtype) -> float:
-    scale, most = constant(check_number(qk_scale, "qk_scale")), torch.finfo(accumulator(dtype)).max
-    if not -most <= scale <= most:
-        raise ValueError(f"qk_scale: got {qk_scale}, wanted a number that sums of {dtype} hold: at most {most:.1e}")
-    return scale
+def _check_held(value: float, name: str, dtype: torch.dtype) -> float:
+    """A number that the accumulator of inputs of ``dtype`` holds."""
+    number, most = constant(check_number(value, name)), torch.finfo(accumulator(dtype)).max
+    if not -most <= number <= most:
+        raise ValueError(f"{name}: got {value}, wanted a number that sums of {dtype} hold: at most {most:.1e}")
+    return number
 
 
 def _check_layout(layout: str) -> None:

@@ -1,6 +1,7 @@
 """What callers may pass, and what they get."""
 
 import inspect
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -158,3 +159,7 @@ def test_numpy_numbers_are_numbers():
     assert torch.equal(o, lla_attention(q, k, v, ridge_lambda=2.0, qk_scale=0.5))
     o = lla_attention(q, k, v, window=np.int64(2), causal=np.bool_(True))
     assert torch.equal(o, lla_attention(q, k, v, window=2))
+    for ridge in (Fraction(1, 2), Fraction(1, 4)):
+        for _ in range(2):  # the second goes the short way
+            o = lla_attention(q, k, v, ridge_lambda=ridge)
+            assert torch.equal(o, lla_attention(q, k, v, ridge_lambda=float(ridge)))

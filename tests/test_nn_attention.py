@@ -470,6 +470,7 @@ MISMADE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rope_theta": ({"rope_theta": 0.0}, ValueError, "rope_theta: got 0.0, wanted a number above 0, or None"),
     "rope_theta_word": ({"rope_theta": "a"}, TypeError, "rope_theta: got str, wanted a number"),
     "rope_theta_endless": ({"rope_theta": math.inf}, ValueError, "rope_theta: got inf, wanted a number above 0"),
+    "rope_theta_beyond_floats": ({"rope_theta": 10**400}, ValueError, "rope_theta: got 1000"),
     "window": ({"window": 0}, ValueError, "window: got 0, wanted a whole number of at least 1"),
     "window_pair": ({"window": (3, 0)}, TypeError, "window: got tuple, wanted a whole number"),
     "ridge": ({"ridge": "heads"}, ValueError, "ridge: got 'heads'"),

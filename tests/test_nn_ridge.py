@@ -145,6 +145,8 @@ def test_meta():
         ({"kind": "heads"}, "ridge: got 'heads', wanted 'head', 'token' or a number"),
         ({"kind": True}, "ridge: got True"),
         ({"kind": -1.0}, "ridge: got -1.0, wanted a finite number above 0"),
+        ({"kind": 10**400}, "ridge: got 1000.*, wanted a finite number above 0"),
+        ({"init": 10**400}, "ridge_init: got 1000.* with ridge_min 0.01"),
         ({"init": 0.01}, "ridge_init: got 0.01 with ridge_min 0.01, wanted .*; try ridge_init=0.02"),
         ({"minimum": -0.1}, "ridge_init: got 1.0 with ridge_min -0.1"),
         ({"kind": "token", "hidden_size": None}, "hidden_size: got None"),

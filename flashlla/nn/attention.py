@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -154,7 +154,7 @@ class LocalLinearAttention(nn.Module):
             check_whole(window=window)
         if rope_theta is not None:
             check_numbers(rope_theta=rope_theta)
-            if not 0 < rope_theta < math.inf:
+            if not 0 < rope_theta <= sys.float_info.max:
                 raise ValueError(f"rope_theta: got {rope_theta}, wanted a number above 0, or None for no positions")
             if head_dim % 2:
                 raise ValueError(f"head_dim: got {head_dim}, wanted an even number where rope_theta is not None")

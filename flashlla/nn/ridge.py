@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, Literal
@@ -70,11 +71,11 @@ class Ridge(nn.Module):
         if kind not in ("head", "token"):
             if isinstance(kind, bool) or not isinstance(kind, Real):
                 raise ValueError(f"ridge: got {kind!r}, wanted 'head', 'token' or a number")
-            if not 0 < kind < math.inf:
+            if not 0 < kind <= sys.float_info.max:
                 raise ValueError(f"ridge: got {kind}, wanted a finite number above 0")
         else:
             check_numbers(ridge_init=init, ridge_min=minimum)
-            if not 0 <= minimum < init < math.inf:
+            if not 0 <= minimum < init <= sys.float_info.max:
                 raise ValueError(
                     f"ridge_init: got {init} with ridge_min {minimum}, wanted 0 <= ridge_min < ridge_init; "
                     f"try ridge_init={2 * minimum if minimum > 0 else 1.0}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from flashlla.covariance import Systems, dot
 from flashlla.solvers.base import SOUND, Solution, Solver, Spelling, power_of_two_above
+
+# The largest float, and the most iterations: reports and kernels count in int32.
+_LARGEST, _MOST = sys.float_info.max, 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class CG(Solver):
     Raises:
         TypeError: an argument is no number.
         ValueError: ``atol`` or ``rtol`` is negative or not finite, ``tolerance`` is not from 0 to below 1 or comes
-            together with another ``rtol``, or ``max_iters`` is under 1.
+            together with another ``rtol``, or ``max_iters`` is under 1 or beyond int32.
 
     Source: Hestenes and Stiefel (1952); the rule is that of Zuo et al. (ICLR 2026). docs/math.md, section 4.
 
@@ -85,10 +89,10 @@ def check_tolerances(atol: float, rtol: float, max_iters: int, prefix: str = "")
         if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
             raise TypeError(f"{prefix}{name}: got {type(value).__name__}, wanted a number")
     for name, value in (("atol", atol), ("rtol", rtol)):
-        if not 0 <= value < float("inf"):
+        if not 0 <= value <= _LARGEST:
             raise ValueError(f"{prefix}{name}: got {value}, wanted a finite number of at least 0")
-    if max_iters < 1 or max_iters != int(max_iters):
-        raise ValueError(f"{prefix}max_iters: got {max_iters}, wanted a whole number of at least 1")
+    if not 1 <= max_iters <= _MOST or max_iters != int(max_iters):
+        raise ValueError(f"{prefix}max_iters: got {max_iters}, wanted a whole number from 1 to {_MOST}")
 
 
 def squared(tolerance: float) -> float:

@@ -27,7 +27,7 @@ from benchmarks import keys as trained
 from benchmarks import needs, record
 from benchmarks.data import TRAINED, learned_ridge, make
 from benchmarks.exact import relative
-from benchmarks.timing import captured
+from benchmarks.timing import captured, graphed
 from flashlla import lla_attention, lla_attention_varlen, lla_decode
 from flashlla.distributed import (
     collectives,
@@ -44,10 +44,11 @@ from flashlla.nn import LocalLinearAttention
 
 RIDGE = 1.0
 SHORT = 32768  # tokens; what is compiled for so many serves longer sequences
-LONG = 131072  # tokens; of more, a call takes so long that it is timed once, and not on one GPU
-FOR_FOUR = 524288  # tokens that want four GPUs at least
+LONG = 131072  # tokens; of more, a call takes so long that it is timed once, after one of SHORT tokens
 ACCURATE = 2048  # tokens whose errors are looked at
 LEARNING_STEPS = 20
+HOW = ("", "row_", "graph_")  # calls: each by itself, ROW of them, from a CUDA graph
+ROW = 4  # calls one after the other, as the layers of a model make them: the host is ahead of the device
 DECODED = 10  # calls of decoding, one after the other
 BALANCED_OVER = (2, 4, 8)  # ranks
 TILE = 64  # queries that go on until the last of them has converged
@@ -157,7 +158,7 @@ def accuracy_cases(world: World) -> dict[str, Case]:
 
 def accuracy(world: World, options: argparse.Namespace) -> list[Line]:
     """Errors of o and of the gradients, relative to float64; and how far they are from one GPU's."""
-    if world.size < dist.get_world_size():
+    if world.size == 1 < dist.get_world_size():
         return []
     heads = min(4, options.heads)
     tensors = make((1, heads, ACCURATE, options.dim), dtype=options.dtype, device=world.device)
@@ -196,11 +197,8 @@ def speed(world: World, options: argparse.Namespace) -> list[Line]:
     """Forward and step of (1, heads, S, dim): on one GPU, or on several, head-tail, by both methods."""
     lines = []
     for length in options.lengths:
-        if (length >= FOR_FOUR and world.size < 4) or (length > LONG and world.size == 1):
-            world.say(f"speed: {length} tokens on {world.size} left out")
-        else:
-            lines.append(_speed_of(world, options, length))
-            world.say("speed", _told(lines[-1]))
+        lines.append(_speed_of(world, options, length))
+        world.say("speed", _told(lines[-1]))
     return lines
 
 
@@ -215,15 +213,19 @@ def _speed_of(world: World, options: argparse.Namespace, length: int) -> Line:
     line: Line = {"length": length, "heads": options.heads, "dim": options.dim, "gpus": world.size}
     own, long = shard(length), length > LONG
     for way, attend in ways.items():
-        if long and way:
-            continue
         if long:
             stepper(attend, shard(SHORT))()
-        step = stepper(attend, own)
-        line[f"{way}forward_s"] = world.cost(lambda: attend(*own[:3]), warm=not long).seconds
+        step, forward = stepper(attend, own), lambda: attend(*own[:3])
+        line[f"{way}forward_s"] = world.cost(forward, warm=not long).seconds
         line[f"{way}step_s"], line[f"{way}peak_gib"] = world.cost(step, warm=not long)
-        if world.device == "cuda" and world.size > 1 and not way:
-            line |= communication(world, step)
+        if length <= SHORT:
+            for name, call in {"forward": forward, "step": step}.items():
+                line[f"{way}row_{name}_s"] = world.cost(lambda: [call() for _ in range(ROW)]).seconds / ROW
+                if world.device == "cuda":
+                    graph = graphed({"forward": "forward", "step": "both"}[name], attend, own)
+                    line[f"{way}graph_{name}_s"] = world.cost(graph.graph.replay).seconds
+        if world.device == "cuda" and world.size > 1 and (not long or not way):
+            line |= {f"{way}{name}": x for name, x in communication(world, step).items()}
     return line
 
 
@@ -525,7 +527,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="default: all of them")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--gpus", nargs="+", type=int, help="numbers of them; default: 1, 2, 4 and so on, and all")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[SHORT, LONG, FOR_FOUR], help="of sequences")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[SHORT, LONG, 4 * LONG], help="of sequences")
     parser.add_argument("--cached", type=int, default=2**20, help="tokens of the cache; default: 2**20")
     parser.add_argument("--heads", type=int, default=16, help="default: 16")
     parser.add_argument("--dim", type=int, default=128, help="default: 128")
@@ -580,7 +582,7 @@ def with_efficiencies(lines: list[Line]) -> list[Line]:
     for line in lines:
         alone = one.get(line.get("length"), {})
         if line.get("gpus", 1) > 1:
-            for took in {"forward_s", "step_s", "us"} & alone.keys():
+            for took in {"us", *(f"{how}{what}_s" for how in HOW for what in ("forward", "step"))} & alone.keys():
                 for way in {"", "all_to_all_"} if f"all_to_all_{took}" in line else {""}:
                     name = f"{way}{took.rpartition('_')[0]}_efficiency".lstrip("_")
                     line[name] = alone[took] / (line["gpus"] * line[f"{way}{took}"])

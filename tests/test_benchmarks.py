@@ -495,6 +495,7 @@ def test_a_group_of_one_is_as_exact_as_the_call_itself(tmp_path: Path, monkeypat
         for what in ("o", "dq", "dk", "dv", "dridge"):
             assert line[what]["across"] < 1.5 * line[what]["alone"] < 1e-4
     assert figures["speed"][0]["step_s"] > figures["speed"][0]["forward_s"] > 0
+    assert figures["speed"][0]["row_forward_s"] > 0
     assert figures["decode"][0]["us"] > 0
     assert figures["decode"][0]["host_us"] > 0
     for line in figures["balance"]:
@@ -503,11 +504,14 @@ def test_a_group_of_one_is_as_exact_as_the_call_itself(tmp_path: Path, monkeypat
 
 
 def test_efficiency_is_beside_one_gpu_at_the_same_length():
-    one = {"gpus": 1, "length": 64, "forward_s": 8.0, "step_s": 24.0}
+    one = {"gpus": 1, "length": 64, "forward_s": 8.0, "step_s": 24.0, "row_step_s": 20.0, "graph_step_s": 16.0}
     two = {"gpus": 2, "length": 64, "forward_s": 5.0, "step_s": 12.0, "all_to_all_step_s": 10.0}
+    two |= {"row_step_s": 12.5, "graph_step_s": 16.0, "all_to_all_graph_step_s": 10.0}
     _, found, longer = distributed.with_efficiencies([one, two, {**two, "length": 128}])
     assert (found["forward_efficiency"], found["step_efficiency"]) == (0.8, 1.0)
     assert found["all_to_all_step_efficiency"] == 1.2
+    assert (found["row_step_efficiency"], found["graph_step_efficiency"]) == (0.8, 0.5)
+    assert found["all_to_all_graph_step_efficiency"] == 0.8
     assert "step_efficiency" not in longer
     assert distributed.with_efficiencies([{"gpus": 1, "us": 8.0}, {"gpus": 4, "us": 2.5}])[1]["efficiency"] == 0.8
 

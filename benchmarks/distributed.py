@@ -27,7 +27,8 @@ from benchmarks import keys as trained
 from benchmarks import needs, record
 from benchmarks.data import TRAINED, learned_ridge, make
 from benchmarks.exact import relative
-from benchmarks.timing import captured, graphed
+from benchmarks.timing import captured, graphed, prepared
+from benchmarks.world import World
 from flashlla import lla_attention, lla_attention_varlen, lla_decode
 from flashlla.distributed import (
     collectives,
@@ -38,7 +39,7 @@ from flashlla.distributed import (
     sum_gradients,
     unshard_sequence,
 )
-from flashlla.distributed.groups import COMPARED, Ranks, agree
+from flashlla.distributed.groups import Ranks
 from flashlla.distributed.sharding import Order, Shards
 from flashlla.nn import LocalLinearAttention
 
@@ -54,78 +55,6 @@ BALANCED_OVER = (2, 4, 8)  # ranks
 TILE = 64  # queries that go on until the last of them has converged
 
 Line = dict[str, Any]
-
-
-class Cost(NamedTuple):
-    """Of one call."""
-
-    seconds: float  # the median, of the slowest rank
-    gib: float  # that it allocates at most, beside what there is before, on the rank where that is most
-
-
-class World:
-    """The first ``size`` ranks, by themselves, and the device of this one. To be made by all ranks."""
-
-    def __init__(self, device: str, size: int) -> None:
-        self.device, self.size, self.rank = device, size, dist.get_rank()
-        self.group: Any = dist.new_group(list(range(size)))
-
-    def settle(self) -> None:
-        """Have done with what ranks do in a group's first calls alone: they compare what they ask for."""
-        for _ in range(COMPARED):
-            agree(Ranks(self.group, self.rank, self.size), torch.device(self.device), {})
-
-    @property
-    def mine(self) -> bool:
-        """Whether this rank is one of them."""
-        return self.rank < self.size
-
-    def say(self, *words: Any) -> None:
-        if self.rank == 0:
-            print(*words, flush=True)
-
-    def most(self, number: float) -> float:
-        """The largest of all ranks'."""
-        return max(self.every(number))
-
-    def every(self, number: float) -> list[float]:
-        found = [torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(self.size)]
-        dist.all_gather(found, torch.tensor(number, dtype=torch.float64, device=self.device), group=self.group)
-        return [float(x) for x in found]
-
-    def wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def cost(self, call: Callable[[], Any], calls: int = 5, most: float = 1.5, warm: bool = True) -> Cost:
-        """Of up to ``calls``, fewer if they take longer than ``most`` seconds; ``warm``: after another."""
-        before = 0
-        if self.device == "cuda":
-            self.wait()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        if warm:
-            call()
-        times: list[float] = []
-        while len(times) < calls and sum(times) <= most:
-            self.most(0.0)  # all begin at once
-            self.wait()
-            start = time.perf_counter()
-            call()
-            self.wait()
-            times.append(self.most(time.perf_counter() - start))
-        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
-        return Cost(statistics.median(times), self.most((peak - before) / 2**30))
-
-    def begun(self, call: Callable[[], Any]) -> float:
-        """Seconds that the host of the slowest rank takes to begin what ``call`` asks of the device."""
-        self.most(0.0)
-        self.wait()
-        start = time.perf_counter()
-        call()
-        took = time.perf_counter() - start
-        self.wait()
-        return self.most(took)
 
 
 def stepper(attend: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[], Any]:
@@ -203,30 +132,51 @@ def speed(world: World, options: argparse.Namespace) -> list[Line]:
 
 
 def _speed_of(world: World, options: argparse.Namespace, length: int) -> Line:
-    across = lambda q, k, v, **method: lla_attention_cp(q, k, v, ridge_lambda=RIDGE, group=world.group, **method)
-    ways: dict[str, Callable[..., Any]] = {"": across, "all_to_all_": functools.partial(across, method="all_to_all")}
-    if world.size == 1:
-        ways = {"": lambda q, k, v: lla_attention(q, k, v, ridge_lambda=RIDGE)}
-    shard = lambda length: make(
-        (1, options.heads, length // world.size, options.dim), dtype=options.dtype, device=world.device, seed=world.rank
-    )
-    line: Line = {"length": length, "heads": options.heads, "dim": options.dim, "gpus": world.size}
-    own, long = shard(length), length > LONG
-    for way, attend in ways.items():
+    line, long = _of_length(world, options, length), length > LONG
+    own = _shard(world, options, length)
+    for way, attend in _ways(world).items():
         if long:
-            stepper(attend, shard(SHORT))()
-        step, forward = stepper(attend, own), lambda: attend(*own[:3])
-        line[f"{way}forward_s"] = world.cost(forward, warm=not long).seconds
+            stepper(attend, _shard(world, options, SHORT))()
+        step = stepper(attend, own)
+        line[f"{way}forward_s"] = world.cost(lambda: attend(*own[:3]), warm=not long).seconds
         line[f"{way}step_s"], line[f"{way}peak_gib"] = world.cost(step, warm=not long)
-        if length <= SHORT:
-            for name, call in {"forward": forward, "step": step}.items():
-                line[f"{way}row_{name}_s"] = world.cost(lambda: [call() for _ in range(ROW)]).seconds / ROW
-                if world.device == "cuda":
-                    graph = graphed({"forward": "forward", "step": "both"}[name], attend, own)
-                    line[f"{way}graph_{name}_s"] = world.cost(graph.graph.replay).seconds
         if world.device == "cuda" and world.size > 1 and (not long or not way):
             line |= {f"{way}{name}": x for name, x in communication(world, step).items()}
     return line
+
+
+def _of_length(world: World, options: argparse.Namespace, length: int) -> Line:
+    return {"length": length, "heads": options.heads, "dim": options.dim, "gpus": world.size}
+
+
+def _shard(world: World, options: argparse.Namespace, length: int) -> list[Tensor]:
+    """This rank's q, k, v and grad_o of ``length`` tokens."""
+    shape = 1, options.heads, length // world.size, options.dim
+    return make(shape, dtype=options.dtype, device=world.device, seed=world.rank)
+
+
+def _ways(world: World) -> dict[str, Callable[..., Any]]:
+    """How they are attended to, by what names begin with: on one GPU, or on several by each method."""
+    if world.size == 1:
+        return {"": functools.partial(lla_attention, ridge_lambda=RIDGE)}
+    across = functools.partial(lla_attention_cp, ridge_lambda=RIDGE, group=world.group)
+    return {"": across, "all_to_all_": functools.partial(across, method="all_to_all")}
+
+
+def turns(world: World, options: argparse.Namespace) -> list[Line]:
+    """Forward and step of the fewest tokens, each call by itself, in a row, and from a CUDA graph: in several rounds,
+    one GPU and several in turn, for a GPU's clock falls as it warms up."""
+    line = _of_length(world, options, min(options.lengths))
+    own, cost = _shard(world, options, line["length"]), functools.partial(world.cost, calls=4, most=0.5)
+    for way, attend in _ways(world).items():
+        for which, name in {"forward": "forward", "both": "step"}.items():
+            call = prepared(which, attend, own)
+            line[f"{way}{name}_s"] = cost(call).seconds
+            line[f"{way}row_{name}_s"] = cost(lambda: [call() for _ in range(ROW)]).seconds / ROW
+            if world.device == "cuda":
+                line[f"{way}graph_{name}_s"] = cost(graphed(which, attend, own).graph.replay).seconds
+    world.say("turns", _told(line))
+    return [line]
 
 
 def _told(line: Line) -> Line:
@@ -306,15 +256,7 @@ def parts(world: World, options: argparse.Namespace) -> list[Line]:
     kernel; of those from the first one's start to the last one's end how many there are, and in how many none runs."""
     if world.device != "cuda":
         return []
-    tensors = make(
-        (1, options.heads, SHORT // world.size, options.dim),
-        dtype=options.dtype,
-        device=world.device,
-        seed=world.rank,
-    )
-    attend: Callable[..., Any] = functools.partial(lla_attention, ridge_lambda=RIDGE)
-    if world.size > 1:
-        attend = functools.partial(lla_attention_cp, ridge_lambda=RIDGE, group=world.group)
+    tensors, attend = _shard(world, options, SHORT), _ways(world)[""]
     line = {"gpus": world.size, "length": SHORT}
     calls = {"forward": lambda: attend(*tensors[:3]), "step": stepper(attend, tensors)}
     return [{**line, "pass": which, **_parts(world, call)} for which, call in calls.items()]
@@ -520,7 +462,9 @@ KINDS = {
     "balance": balance,
     "parts": parts,
     "decode_graph": decode_graph,
+    "turns": turns,
 }
+ROUNDS = {"turns": 3}  # of a kind, if there is more than one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -557,11 +501,11 @@ def main(options: argparse.Namespace) -> int:
     begun = time.perf_counter()
     for kind in options.only:
         lines: list[Line] = []
-        for world in worlds:
+        for world in worlds * ROUNDS.get(kind, 1):
             if world.mine:
                 lines += KINDS[kind](world, options)
             dist.barrier()
-            kept.figures[kind] = with_efficiencies(lines)
+            kept.figures[kind] = with_efficiencies(medians(lines) if kind in ROUNDS else lines)
             if first:
                 kept.write()
             worlds[0].say(f"{kind} of {world.size}: {time.perf_counter() - begun:.1f} s since the start")
@@ -574,6 +518,14 @@ def main(options: argparse.Namespace) -> int:
 def _sizes(everyone: int) -> list[int]:
     """1, 2, 4 and so on, and all."""
     return sorted({everyone, *(2**n for n in range(everyone.bit_length()))})
+
+
+def medians(lines: list[Line]) -> list[Line]:
+    """Of the rounds on each number of GPUs."""
+    rounds = [[line for line in lines if line["gpus"] == gpus] for gpus in {line["gpus"]: None for line in lines}]
+    return [
+        {name: statistics.median(line[name] for line in of) for name in of[0]} | {"rounds": len(of)} for of in rounds
+    ]
 
 
 def with_efficiencies(lines: list[Line]) -> list[Line]:

@@ -487,15 +487,17 @@ def test_a_group_of_one_is_as_exact_as_the_call_itself(tmp_path: Path, monkeypat
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
     small = ["--lengths", "64", "--heads", "2", "--dim", "8", "--cached", "96", "--device", "cpu"]
-    kept = tmp_path / "kept.json"
-    assert main(["distributed", *small, "--only", "accuracy", "speed", "decode", "balance", "--json", str(kept)]) == 0
+    kept, kinds = tmp_path / "kept.json", ["accuracy", "speed", "turns", "decode", "balance"]
+    assert main(["distributed", *small, "--json", str(kept), "--only", *kinds]) == 0
     figures = json.loads(kept.read_text())
     assert [line["what"] for line in figures["accuracy"]] == ["all_gather", "all_to_all", "window", "packed"]
     for line in figures["accuracy"]:
         for what in ("o", "dq", "dk", "dv", "dridge"):
             assert line[what]["across"] < 1.5 * line[what]["alone"] < 1e-4
     assert figures["speed"][0]["step_s"] > figures["speed"][0]["forward_s"] > 0
-    assert figures["speed"][0]["row_forward_s"] > 0
+    (turns,) = figures["turns"]
+    assert turns["rounds"] == distributed.ROUNDS["turns"]
+    assert all(turns[f"{how}{what}_s"] > 0 for how in ("", "row_") for what in ("forward", "step"))
     assert figures["decode"][0]["us"] > 0
     assert figures["decode"][0]["host_us"] > 0
     for line in figures["balance"]:
@@ -514,6 +516,14 @@ def test_efficiency_is_beside_one_gpu_at_the_same_length():
     assert found["all_to_all_graph_step_efficiency"] == 0.8
     assert "step_efficiency" not in longer
     assert distributed.with_efficiencies([{"gpus": 1, "us": 8.0}, {"gpus": 4, "us": 2.5}])[1]["efficiency"] == 0.8
+
+
+def test_of_rounds_in_turn_the_median_counts():
+    rounds = [{"gpus": gpus, "length": 64, "step_s": gpus * s} for s in (3.0, 1.0, 2.0) for gpus in (1, 2)]
+    assert distributed.medians(rounds) == [
+        {"gpus": 1, "length": 64, "step_s": 2.0, "rounds": 3},
+        {"gpus": 2, "length": 64, "step_s": 4.0, "rounds": 3},
+    ]
 
 
 @pytest.mark.usefixtures("instant")

@@ -142,6 +142,33 @@ def test_decoding_sums_once_and_gathers_statistics_once(
     assert sorted(made) == ["all_reduce", *["gather"] * gathers]
 
 
+def test_the_part_that_sees_most_keys_comes_first(alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each part's backward pass has the settings that the part ran with."""
+    ran, seen = [], []
+    forward, backward = context.forward, context.backward
+
+    def noted(arguments: Any) -> Any:
+        ran.append(arguments.inputs.k.shape[2])
+        return forward(arguments)
+
+    def checked(arguments: Any) -> Any:
+        seen.append((arguments.inputs.k.shape[2], arguments.settings.backend))
+        return backward(arguments._replace(settings=arguments.settings._replace(backend="chunked")))
+
+    as_told = lambda arguments: arguments._replace(
+        settings=arguments.settings._replace(backend=f"of {arguments.inputs.k.shape[2]}")
+    )
+    monkeypatch.setattr(context, "forward", noted)
+    monkeypatch.setattr(context, "backward", checked)
+    monkeypatch.setattr(context, "ran", as_told)
+    q, k, v = (t.requires_grad_() for t in qkv(1, 2, LENGTH, 4, dtype=torch.float64))
+    o = lla_attention_cp(q, k, v, group=alone, key_heads_at_once=1)
+    gradients = torch.autograd.grad(o.sum(), (q, k, v))
+    assert ran == [LENGTH, LENGTH // 2] * 2
+    assert seen == [(n, f"of {n}") for n in ran]
+    torch.testing.assert_close(gradients, torch.autograd.grad(lla_attention(q, k, v).sum(), (q, k, v)))
+
+
 class Streams:
     """What torch.cuda has of streams, and which of them is the current one."""
 

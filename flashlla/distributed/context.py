@@ -76,11 +76,12 @@ class Shared:
 
     def calls(self, own: Differentiable) -> Generator[tuple[Heads, list[tuple[Part, Arguments]]]]:
         """For some heads at a time the call of each part, once its keys are there, to be made before the next: until
-        then whoever asks is in their lane; who stops before the last must close this, to be where it was."""
+        then whoever asks is in their lane; who stops before the last must close this, to be where it was. The last
+        part comes first: it sees most keys, so the device is at work long enough for the host to be ahead of it."""
         for heads, coming in ahead(self.heads, lambda heads: self.bring(own, heads)):
             with self.lanes.lane(heads.lane):
-                arrived = coming.wait()
-                yield heads, [(part, self.call(own, heads, part, keys)) for part, keys in zip(self.parts, arrived)]
+                arrived = reversed([*zip(self.parts, coming.wait())])
+                yield heads, [(part, self.call(own, heads, part, keys)) for part, keys in arrived]
 
     def rows(self, part: Part) -> slice:
         """Its queries among this rank's."""
@@ -112,9 +113,15 @@ class Shared:
         return o, Report(*report)
 
     def adjoint(
-        self, own: Differentiable, residuals: Iterator[Tensor], grad_o: Tensor, settings: Settings, of_keys: bool
+        self,
+        own: Differentiable,
+        residuals: Iterator[Tensor],
+        settings: Iterator[Settings],
+        grad_o: Tensor,
+        of_keys: bool,
     ) -> tuple[Tensor | None, ...]:
-        """The gradients of ``own``, of whose keys where they are wanted, from what the forward passes left."""
+        """The gradients of ``own``, of whose keys where they are wanted, from what the forward passes left and with the
+        settings that they ran with."""
         width = own.k.shape[-1]
         columns_of = slice(0, width), slice(width, width + own.v.shape[-1])
         dq, dridge = torch.empty_like(own.q), own.ridge_lambda.new_empty(own.ridge_lambda.shape)
@@ -130,16 +137,16 @@ class Shared:
 
         with closing(self.calls(own)) as of_heads:
             for heads, calls in of_heads:
-                of_parts: list[OfKeys] = []
+                of_parts: dict[Part, OfKeys] = {}
                 for part, (inputs, _) in calls:
                     place = slice(None), heads.queries, self.rows(part)
                     left = Residuals(*itertools.islice(residuals, len(Residuals._fields)))
-                    found = backward(AdjointArguments(grad_o[place], inputs, left, settings, unrounded=of_keys))
+                    found = backward(AdjointArguments(grad_o[place], inputs, left, next(settings), unrounded=of_keys))
                     dq[place], dridge[place] = found.q, found.ridge_lambda
-                    of_parts.append(OfKeys(*(t.permute(2, 0, 1, 3) for t in (found.k, found.v))))
+                    of_parts[part] = OfKeys(*(t.permute(2, 0, 1, 3) for t in (found.k, found.v)))
                 arrive(but=self.lanes.number - 1)
                 if of_keys:
-                    leaving.append((heads, self.keys.give_back(of_parts)))
+                    leaving.append((heads, self.keys.give_back([of_parts[part] for part in self.parts])))
         arrive(but=0)
         return dq, dk if of_keys else None, dv if of_keys else None, dridge
 
@@ -166,12 +173,12 @@ class _Attend(torch.autograd.Function):
         own = Differentiable(*row)
         o, report = empty_output(own.q, own.v), empty_report(own.q)
         residuals: list[Tensor] = []
-        settings = shared.settings
+        settings: list[Settings] = []
         with shared.lanes.open(), closing(shared.calls(own)) as of_heads:
             for heads, calls in of_heads:
                 for part, arguments in calls:
                     found, place = forward(arguments), (slice(None), heads.queries, shared.rows(part))
-                    settings = ran(arguments).settings
+                    settings.append(ran(arguments).settings)
                     for whole, rows in zip((o, *report), (found.o, *found.report)):
                         whole[place] = rows
                     residuals += found.residuals
@@ -186,7 +193,8 @@ class _Attend(torch.autograd.Function):
         own = Differentiable(*saved[: len(Differentiable._fields)])
         of_keys = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         with torch.no_grad(), ctx.shared.lanes.open():
-            gradients = ctx.shared.adjoint(own, iter(saved[len(own) :]), grad_o, ctx.settings, of_keys)
+            residuals = iter(saved[len(own) :])
+            gradients = ctx.shared.adjoint(own, residuals, iter(ctx.settings), grad_o, of_keys)
         return None, *(_Final.apply(grad_o, *own, *gradients) if torch.is_grad_enabled() else gradients)
 
 

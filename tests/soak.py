@@ -139,18 +139,21 @@ def main(arguments: list[str] | None = None) -> int:
     kept = record.Record(options, options.device)
     looks: list[list[dict[str, float]]] = [[] for _ in range(options.processes)]
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, context.Pool(options.processes) as pool:
-        told = manager.Queue()
-        work = [(options.device, options.seconds, seed, told.put) for seed in range(options.processes)]
-        running = pool.starmap_async(soak, work, chunksize=1)
-        while not (running.ready() and told.empty()):
-            with contextlib.suppress(queue.Empty):
-                seed, look = told.get(timeout=1)
-                looks[seed].append(look)
-                print(f"process {seed}: {look}", flush=True)
-                kept.figures["processes"] = [summed(seed, of) for seed, of in enumerate(looks) if of]
-                kept.write()  # what there is so far
-        running.get()  # raises what a process has raised
+    told = context.Queue()
+    of = lambda seed: (options.device, options.seconds, seed, told.put)
+    running = [context.Process(target=soak, args=of(seed), daemon=True) for seed in range(options.processes)]
+    for process in running:
+        process.start()
+    while any(process.is_alive() for process in running) or not told.empty():
+        with contextlib.suppress(queue.Empty):
+            seed, look = told.get(timeout=1)
+            looks[seed].append(look)
+            print(f"process {seed}: {look}", flush=True)
+            kept.figures["processes"] = [summed(seed, seen) for seed, seen in enumerate(looks) if seen]
+            kept.write()  # what there is so far
+    if died := [seed for seed, process in enumerate(running) if process.exitcode]:
+        print(f"what process {died[0]} raised is above")
+        return 1
     found = kept.figures["processes"]
     for one in found:
         print({name: value for name, value in one.items() if name != "looks"})

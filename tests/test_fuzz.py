@@ -244,8 +244,9 @@ def test_what_was_found_in_kernels_is_right(name: str) -> None:
     assert check(dataclasses.replace(FOUND_IN_KERNELS[name], twice=False)) == "right"
 
 
-# Of 16-bit inputs: a gradient without a digit, logits of 4e5, a ridge of 0.003 beside 128 numbers of one key.
-NOT_CARRIED = ("fuzz_21_280", "fuzz_41_2221", "fuzz_41_4308")
+# Of 16-bit inputs: gradients without a digit (2e-7 and less of what cancels in them), logits of 4e5, a ridge of 0.003
+# beside 128 numbers of one key.
+NOT_CARRIED = ("fuzz_21_280", "fuzz_31_812", "fuzz_41_2221", "fuzz_41_4308")
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ def test_values_and_gradients(kind: str, backend: str):
     compiled, eager = loss(torch.compile(layer, fullgraph=True, backend=backend)), loss(layer)
     assert_same(compiled, eager)
     for found, expected in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(eager, leaves)):
-        assert_same(found, expected)
+        # Sums cancel: against float64 both are off by up to 1.1e-6 of the largest entry, whatever an entry's own size.
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-6 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -54,3 +54,13 @@ def test_what_was_seen_is_kept_as_it_comes(tmp_path: Path, monkeypatch: pytest.M
         assert following[0]["looks"][: len(processes[0]["looks"])] == processes[0]["looks"]
     assert kept[-1][0]["seconds"] >= 1
     assert kept[-1][0]["calls"] >= kept[0][0]["calls"]
+
+
+def fails(*_: object) -> None:
+    raise RuntimeError("as it is to")
+
+
+def test_a_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(soak, "soak", fails)
+    assert soak.main(["--device", "cpu", "--seconds", "1", "--processes", "2"]) == 1
+    assert "what process 0 raised is above" in capsys.readouterr().out

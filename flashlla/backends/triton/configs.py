@@ -159,6 +159,7 @@ HOPPER: dict[int, dict[str, HopperConfig]] = {
         "dk": HopperConfig(32, 64, 2, 168),
     },
     128: {
+        "forward": HopperConfig(64, 32, 4, 255, ones=False, kept=0),
         "solve": HopperConfig(64, 32, 4, 255, ones=False, kept=0),
         "dq": HopperConfig(128, 64, 3, 255, warps=8),
         "dk": HopperConfig(32, 64, 2),

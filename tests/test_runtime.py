@@ -156,6 +156,47 @@ def test_a_kernel_is_hashed_before_triton_does(monkeypatch: pytest.MonkeyPatch) 
     assert order == ["hashed", "compiled"]
 
 
+class _Source:
+    """Stands for what Triton compiles a kernel of."""
+
+    def make_ir(self, front_end: Any) -> Any:
+        return front_end()
+
+
+def test_front_ends_pass_one_by_one_the_longest_first() -> None:
+    from flashlla.backends.triton import runtime
+
+    order, inside, go = [], threading.Event(), threading.Event()
+
+    def begun(name: str, front_end: Any) -> threading.Thread:
+        kernel: Any = SimpleNamespace(__name__=name, device_caches={0: None}, ASTSource=_Source)
+        for _ in range(2):  # of each thread that wants it
+            runtime._in_turn(kernel, 0)
+        thread = threading.Thread(target=lambda: kernel.ASTSource().make_ir(lambda: (order.append(name), front_end())))
+        thread.start()
+        return thread
+
+    threads = [begun("first", lambda: (inside.set(), go.wait(20)))]
+    assert inside.wait(20)
+    threads += [begun(name, lambda: None) for name in ("cast_kernel", "solve_kernel", "gram_kernel")]
+    while len(runtime._front_end._waiting) < 3:
+        time.sleep(0.001)
+    assert order == ["first"]
+    go.set()
+    for thread in threads:
+        thread.join(20)
+    assert order == ["first", "gram_kernel", "solve_kernel", "cast_kernel"]
+
+
+def test_a_front_end_that_fails_gives_up_its_turn() -> None:
+    from flashlla.backends.triton import runtime
+
+    with pytest.raises(ValueError, match="of a kernel"), runtime._front_end.turn(0):
+        raise ValueError("of a kernel")
+    with runtime._front_end.turn(0):
+        pass
+
+
 class _Launchers:
     """Stands for what Triton 3.6 makes of kernels: launchers are modules of one name, which is one at a time."""
 
@@ -191,6 +232,35 @@ def test_a_child_forked_while_a_launcher_is_made_makes_its_own() -> None:
         code = child.exitcode
         child.kill()
     assert code == 0
+
+
+def test_a_launcher_is_on_disk_before_triton_wants_it(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    if not triton.__version__.startswith("3.6."):
+        pytest.skip("others compile none")
+    from triton.backends.nvidia import driver
+    from triton.runtime import build
+
+    from flashlla.backends.triton import runtime
+
+    built: list[str] = []
+
+    def compiler(name: str, source: str, folder: str, *_: Any) -> str:
+        built.append(pathlib.Path(source).read_text())
+        return source
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "_build", compiler)
+    monkeypatch.setattr(build, "_load_module_from_path", lambda *_: SimpleNamespace(launch=None))
+    monkeypatch.setattr(driver, "library_dirs", list)
+    source = SimpleNamespace(constants={(1,): 64}, signature={"x": ("*fp16", "i32"), "N": "constexpr", "y": "fp32"})
+    sizes = ["global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align"]
+    metadata = SimpleNamespace(launch_cooperative_grid=False, launch_pdl=False, **dict.fromkeys(sizes, 0))
+    runtime._build_launcher(SimpleNamespace(src=source, metadata=metadata))
+    assert len(built) == 1
+    driver.CudaLauncher(source, metadata)
+    runtime._build_launcher(SimpleNamespace(src=source, metadata=metadata))
+    assert len(built) == 1
 
 
 @interpreted

@@ -6,10 +6,15 @@ import ast
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
+import itertools
 import os
+import sysconfig
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -32,6 +37,37 @@ compiled: dict[tuple[Any, ...], Future[Compiled | None]] = {}
 # that was loaded before Python gives the last module of that name, with another ``launch`` in it than that thread finds
 # which is between loading and asking for it.
 _alone = threading.Lock()
+
+
+class _Turns:
+    """Whoever waits for a turn with the least number comes next."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[int, int]] = []
+        self._count = itertools.count()
+        self._taken = False
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def turn(self, number: int) -> Iterator[None]:
+        mine = number, next(self._count)
+        with self._changed:
+            self._waiting.append(mine)
+            self._changed.wait_for(lambda: not self._taken and mine == min(self._waiting))
+            self._waiting.remove(mine)
+            self._taken = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken = False
+                self._changed.notify_all()
+
+
+# Triton's front end holds Python's lock: side by side all kernels would leave it when the last one does. So they pass
+# it one by one, first those that take the rest of the compiler longest.
+_front_end = _Turns()
+LONGEST = ("gram_kernel", "forward_hopper_kernel", "solve_hopper_kernel", "solve_kernel", "dq_kernel")
 
 
 class Compiled(NamedTuple):
@@ -124,11 +160,52 @@ def _hash(function: Any) -> None:
         _ = function.cache_key
 
 
+def _in_turn(kernel: Any, device: int | None) -> None:
+    """Have ``kernel`` wait for its turn in the front end, in versions of Triton whose kernels name the class of sources
+    that they are compiled of."""
+    caches = getattr(kernel, "device_caches", None)
+    if caches is None:
+        return
+    _ = caches[device]  # which names it
+    source: Any = getattr(kernel, "ASTSource", None)
+    if source is None or hasattr(source, "turns"):
+        return
+    name = kernel.__name__
+    number = LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    def make_ir(self: Any, *arguments: Any, **others: Any) -> Any:
+        with _front_end.turn(number):
+            return source.make_ir(self, *arguments, **others)
+
+    kernel.ASTSource = type(source.__name__, (source,), {"turns": number, "make_ir": make_ir})
+
+
+def _build_launcher(binary: Any) -> None:
+    """Have Triton 3.6 write to disk the launcher of ``binary``, which it makes by a C compiler at the first launch: a
+    process, which others of its kind may run beside."""
+    if not (triton.__version__.startswith("3.6.") and hasattr(binary, "src")):
+        return
+    from triton.backends.nvidia import driver
+    from triton.runtime import build, cache
+
+    name = "__triton_launcher"
+    text = driver.make_launcher(binary.src.constants, binary.src.signature, None)
+    kept = cache.get_cache_manager(hashlib.sha256((text + build.platform_key()).encode()).hexdigest())
+    file = f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if kept.get_file(file) is not None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{name}.c")
+        path.write_text(text)
+        made = build._build(name, str(path), folder, driver.library_dirs(), driver.include_dirs, driver.libraries, [])
+        kept.put(Path(made).read_bytes(), file, binary=True)
+
+
 def _forget_threads() -> None:
     """A forked process has none of its parent's, and nobody finishes what they have begun."""
-    global _alone
+    global _alone, _front_end
     _threads.cache_clear()
-    _alone = threading.Lock()
+    _alone, _front_end = threading.Lock(), _Turns()
     for key in [key for key, found in compiled.items() if not found.done()]:
         del compiled[key]
 
@@ -169,10 +246,13 @@ def _compile(
         torch.cuda.set_device(device)  # of this thread
     with _alone:
         _hash(kernel)
+        _in_turn(kernel, device.index)
     binary = kernel.run(*arguments, grid=(1,), warmup=True, **settings, **COMPILER)
     if binary is None:
         return None
     parameters = tuple(settings[parameter] for parameter in kernel.arg_names[len(arguments) :])
+    with contextlib.suppress(Exception):  # Triton makes it then
+        _build_launcher(binary)
     with _alone:  # to ask for ``run`` makes one, and loads the kernel to the device
         return Compiled(binary, *_launcher(binary), parameters, kernel)
 

@@ -104,6 +104,7 @@ class Operator(Generic[A, G]):
         torch.library.register_vmap(self.name, self._batch_rows, lib=_library)
         self.op: Any = getattr(getattr(torch.ops.flashlla, name), self.overload)
         self._function: Any = None
+        self._registered: Any = None
         self._transform: Any = None
 
     def __call__(self, arguments: A) -> G:
@@ -163,8 +164,23 @@ class Operator(Generic[A, G]):
 
             return padded
 
+        def below(*row: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.op(*row)
+
+        def registered(*row: Any) -> Any:
+            tensors = self._tensors(row)
+            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+                return self._registered.apply(*row)
+            # As compiled code has it: torch takes half as long as a plan to get from here to ``run``.
+            if transformed() or watched() or not plain(tensors):
+                return below(*row)
+            with torch._C._AutoDispatchBelowAutograd():
+                return self._packed(self.run(self.takes.record(row)))
+
         of_row = derivative_of(self.takes.size)
-        torch.library.register_autograd(self.name, of_row, setup_context=save_rows, lib=_library)
+        self._registered = self._function_of(forward=below, setup_context=save_rows, backward=of_row)
+        _library.impl(self.name.removeprefix("flashlla::"), registered, "Autograd")
         of_call = derivative_of(len(self.takes.tensors) + 1)
         self._function = self._function_of(forward=forward_and_save, backward=of_call)
         self._transform = self._function_of(

@@ -39,6 +39,19 @@ WANTED_CALLS: dict[tuple[Any, ...], tuple[str, ...]] = {
 }
 # By head dim, of a visible pair with a window beside one without.
 WANTED_WINDOWS = {64: ("1.4", "1.4"), 128: ("1.6", "1.5")}
+# Of forward passes: sweeps over the keys, of as many iterations as the slowest query of a tile takes; microseconds of
+# one product and of all products at the rate of a large one; ratio of the plain kernels.
+FLOORS: dict[tuple[Any, ...], tuple[str, str, int, str]] = {
+    (192, 1024, 64, "trained_qknorm", "learned", None): ("8.5", "16.3", 496, "15.6x"),
+    (192, 1024, 64, "trained_qknorm", "learned", 0.1): ("4.2", "16.3", 286, "10.2x"),
+    (192, 512, 64, "trained_qknorm", "learned", None): ("8.6", "4.1", 125, "14.6x"),
+    (192, 256, 64, "iid", 1, None): ("8.7", "1.0", 32, "13.4x"),
+    (192, 512, 128, "iid", 1, None): ("9.6", "8.2", 275, "42.8x"),
+    (64, 4096, 64, "iid", 10, None): ("1.2", "87", 838, "5.6x"),
+    (64, 4096, 64, "iid", 0.1, None): ("5.4", "87", 1925, "11.2x"),
+    (32, 4096, 128, "iid", 10, None): ("1.6", "87", 944, "8.8x"),
+    (32, 4096, 128, "iid", 0.1, None): ("7.2", "87", 2411, "19.4x"),
+}
 # Microseconds that decoding was to take: sequences, keys, head dim.
 WANTED = {(1, 512, 128): "35", (1, 4096, 128): "45", (1, 16384, 128): "75"}
 WANTED |= {(32, 512, 128): "90", (32, 4096, 128): "350", (32, 16384, 128): "1200"}
@@ -129,6 +142,29 @@ def cost() -> str:
                 yield [*named(key), *(ratio(passes.get(which)) for which in ("forward", "backward")), known]
 
     return table(["batch x heads, tokens, D", "keys", "ridge", "tolerance", "forward", "backward", "published"], rows())
+
+
+def floors() -> str:
+    """What forward passes would take of softmax attention's time were products all they did, and what they take."""
+
+    def rows() -> Iterator[list[str]]:
+        for key, (sweeps, product, floor, plain) in FLOORS.items():
+            if (line := calls().get(key, {}).get("forward")) is None or "graph_ratio" not in line:
+                continue
+            softmax = line["graph_sdpa_ms"] * 1e3
+            ratios = times(floor / softmax), WANTED_CALLS[key][0], plain, times(line["graph_ratio"])
+            yield [
+                *named(key),
+                sweeps,
+                product,
+                str(floor),
+                f"{softmax:.0f}",
+                *ratios,
+                f"{floor / line['graph_ms'] / 10:.0f} %",
+            ]
+
+    headings = ["batch x heads, S, D", "keys", "lambda", "tolerance", "sweeps", "a product, us", "floor, us"]
+    return table([*headings, "softmax, us", "floor", "wanted", "plain kernels", "now", "floor of now"], rows())
 
 
 def windows() -> str:
@@ -385,6 +421,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "speed": speed,
     "cost": cost,
+    "floors": floors,
     "windows": windows,
     "model": model,
     "first": first,

@@ -156,6 +156,19 @@ def test_a_kernel_is_hashed_before_triton_does(monkeypatch: pytest.MonkeyPatch) 
     assert order == ["hashed", "compiled"]
 
 
+def test_what_each_thread_would_make_is_made_before_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    from flashlla.backends.triton import runtime
+
+    together, done = threading.Barrier(2, timeout=20), []
+    make = lambda what: (together.wait(), time.sleep(0.01), done.append(what))
+    active = SimpleNamespace(get_current_target=lambda: make("driver"))
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(triton.runtime.cache, "triton_key", lambda: make("hash"), raising=False)
+    runtime._set_up.__wrapped__("cuda")
+    assert sorted(done) == ["driver", "hash"]
+
+
 class _Source:
     """Stands for what Triton compiles a kernel of."""
 

@@ -141,11 +141,15 @@ def _threads() -> ThreadPoolExecutor:
 
 @functools.cache
 def _set_up(device_type: str) -> None:
-    """What Triton makes at its first kernel, and each thread would make anew: its driver, and the hash of itself, of
-    hundreds of megabytes."""
+    """What Triton makes at its first kernel, and each thread would make anew: the hash of itself, of hundreds of
+    megabytes, and its driver, meanwhile, by a C compiler where it is not on disk."""
     if device_type == "cuda":
+        hashing = threading.Thread(target=getattr(triton.runtime.cache, "triton_key", lambda: None))
+        with contextlib.suppress(RuntimeError):  # Python is on its way out, and starts no more threads
+            hashing.start()
         triton.runtime.driver.active.get_current_target()
-        getattr(triton.runtime.cache, "triton_key", lambda: None)()
+        if hashing.ident is not None:
+            hashing.join()
 
 
 def _hash(function: Any) -> None:

@@ -28,8 +28,6 @@ from flashlla.solvers import ITERATIVE
 from flashlla.validation import prepare
 from flashlla.values import looked_at
 
-# Kinds of calls that are kept.
-KINDS = 512
 _of_settings = operator.itemgetter(*SettingOptions.__annotations__)
 
 
@@ -85,7 +83,7 @@ class Kind(NamedTuple):
         return q, k, v, ridge.sum_to_size(self.ridge_shape)
 
 
-@functools.lru_cache(maxsize=KINDS, typed=True)  # which tells True from 1 and from 1.0
+@functools.lru_cache(maxsize=autograd.KINDS, typed=True)  # which tells True from 1 and from 1.0
 def _cell(*key: Any) -> list[Kind | None]:
     """Where the Kind of ``key`` is: empty until a call was checked; None where there is no short way."""
     return []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +12,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import flashlla
-from flashlla import lla_attention, lla_attention_varlen
+from flashlla import again, autograd, lla_attention, lla_attention_varlen
 from flashlla.autograd import AdjointArguments, backward, forward
 from flashlla.backends.base import Backend
 from flashlla.calls import prepared
 from flashlla.problem import Gradients
 from tests.support.helpers import cu, every_backend, normal, qkv, skip_if_refused
+from tests.support.interpreter import hasten
+from tests.support.kernels import interpreted, make
 
 pytestmark = pytest.mark.quick
 
@@ -106,3 +110,86 @@ def test_autocast_follows_sdpa(dtype):
     assert ridge.grad.dtype == torch.float64
     plain = q.dtype if dtype == torch.float64 else torch.bfloat16
     assert torch.equal(o, flashlla.lla_attention(*(t.to(plain) for t in (q, k, v)), ridge_lambda=ridge))
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Numbers are not looked at, as on a GPU; what operators run by what a backend has kept."""
+    pytest.importorskip("triton")
+    from flashlla.backends.triton.kept import KeptPlans
+
+    autograd._cell.cache_clear()
+    monkeypatch.setattr(autograd, "looked_at", lambda device: False)
+    monkeypatch.setattr(again, "attend", lambda *_: None)
+    runs: list[str] = []
+    for name in ("reported", "backward"):
+        run = getattr(KeptPlans, name)
+        monkeypatch.setattr(KeptPlans, name, lambda *a, run=run, name=name: (runs.append(name), run(*a))[1])
+    yield runs
+    autograd._cell.cache_clear()
+
+
+def _step(tensors: list[Tensor], **options: Any) -> list[Tensor]:
+    """The output, the report and the gradients, by the operators."""
+    q, k, v, grad_o, ridge = tensors
+    leaves = [t.detach().requires_grad_() for t in (q, k, v, ridge)]
+    o, info = lla_attention(*leaves[:3], ridge_lambda=leaves[3], return_info=True, **{"backend": "triton", **options})
+    told = [info.omega, info.iterations, info.residual, info.converged]
+    return [o.detach(), *told, *torch.autograd.grad(o, leaves, grad_o)]
+
+
+def _anew(call: Callable[[], list[Tensor]]) -> list[Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autograd, "_kind", lambda *_: [None])
+        return call()
+
+
+@interpreted
+def test_what_an_operator_keeps_gives_the_same_bits_and_is_for_calls_alike(kept: list[str]) -> None:
+    """By a call and a step of each, all of them beside one another."""
+    hasten()
+    q, k, v, grad_o = make((1, 2, 20, 16), torch.bfloat16)
+    ridge = torch.linspace(0.5, 2, 2)[:, None]
+    wide, odd = torch.cat([q, q], -1)[..., :16], torch.cat([q.flatten()[:1], q.flatten()])[1:].view_as(q)
+    alike: list[tuple[list[Tensor], dict[str, Any]]] = [
+        ([q, k, v, grad_o, ridge], {}), ([odd, k, v, grad_o, ridge], {}), ([wide, k, v, grad_o, ridge], {}),
+        ([q[:, :, :17], k, v, grad_o[:, :, :17], ridge], {}), ([q, k[:, :, 1:], v[:, :, 1:], grad_o, ridge], {}),
+        ([q, k, v[..., :9], grad_o[..., :9], ridge], {}), ([q, k, v, grad_o.mT.contiguous().mT, ridge], {}),
+        ([q, k, v, grad_o, ridge.expand(2, 20).contiguous()], {}), ([q, k, v, grad_o, ridge], {"window": 5}),
+        ([q, k, v, grad_o, ridge], {"tolerance": 0.1}), ([q, k, v, grad_o, ridge], {"causal": False}),
+        ([t.half() for t in (q, k, v, grad_o)] + [ridge], {"qk_scale": 0.3}),
+        ([q, k, v, grad_o, ridge], {"solver": "pcg"}), ([q, k, v, grad_o, ridge], {"backend": "triton_pcg"}),
+    ]  # fmt: skip
+    for times in range(2):
+        for tensors, options in alike:
+            found = _step(tensors, **options)
+            for a, b in zip(found, _anew(lambda t=tensors, o=options: _step(t, **o)), strict=True):
+                assert torch.equal(a, b)
+                assert a.stride() == b.stride()
+        assert kept == ["reported", "backward"] * (times * len(alike) + 1)  # how grad_o lies is looked at anew
+
+
+@interpreted
+def test_what_an_operator_keeps_is_not_for_other_ways(kept: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    hasten()
+    q, k, v, grad_o = make((1, 2, 20, 16), torch.bfloat16)
+    tensors = [q, k, v, grad_o, torch.ones(2, 1)]
+    first = _step(tensors)
+    with flashlla.set_backend("naive"):
+        _step(tensors, backend=None)
+    _step(tensors, seqlens_k=torch.tensor([20], dtype=torch.int32))
+    assert kept == []
+    arguments = prepared(None, "test", q, k, v, ridge_lambda=tensors[4], backend="triton").arguments
+    with torch.no_grad():
+        residuals = forward(arguments).residuals
+        assert kept.pop() == "reported"
+        call = AdjointArguments(grad_o, arguments.inputs, residuals, arguments.settings, unrounded=True)
+        assert backward(call).k.dtype == torch.float32
+    with flashlla.ConvergenceCounter() as counter:
+        again_found = _step(tensors)
+    assert kept == ["reported", "backward"]
+    assert torch.equal(again_found[0], first[0])
+    assert counter.read().queries == 40
+    monkeypatch.setattr(autograd, "looked_at", lambda device: True)
+    with pytest.raises(ValueError, match="ridge_lambda"):
+        _step([*tensors[:4], -tensors[4]])

@@ -419,7 +419,8 @@ def test_a_first_call_may_be_captured() -> None:
 def test_what_is_warmed_up_is_not_compiled_again() -> None:
     from flashlla.backends.triton import runtime
 
-    assert flashlla.warmup(48, shapes=[(1, 4, 200)], verbose=False).kernels > 0
+    # Of fewer rows fewer programs look for the largest numbers, by kernels of their own (configs.cast_chunks).
+    assert flashlla.warmup(48, shapes=[(1, 4, 280)], verbose=False).kernels > 0
     ready = len(runtime.compiled)
     tensors = held_by_all((3, 4, 300, 48))
     q, k, v = (t.requires_grad_() for t in tensors[:3])

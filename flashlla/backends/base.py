@@ -45,6 +45,10 @@ class Kept(ABC):
         """The output and the residuals, one after the other, as :meth:`Backend.forward_checked` has them; no report."""
 
     @abstractmethod
+    def reported(self, q: Tensor, k: Tensor, v: Tensor, ridge_lambda: Tensor) -> Forward:
+        """All that :meth:`Backend.forward_checked` has."""
+
+    @abstractmethod
     def backward(self, saved: Sequence[Tensor], grad_o: Tensor) -> Sequence[Tensor]:
         """The gradients of q, k, v and ridge_lambda, as :meth:`Backend.backward_checked` has them. ``saved``: what
         forward was given, then the residuals. These may lie in memory as they did not before."""

@@ -9,8 +9,10 @@ from torch import Tensor
 from flashlla.backends.base import Kept
 from flashlla.backends.triton.launch import Around, plan_backward, plan_forward, run_forward
 from flashlla.backends.triton.plan import Layout, Plan, layouts, planned
-from flashlla.problem import Inputs, Problem
+from flashlla.problem import Forward, Inputs, Problem
+from flashlla.records import Row
 
+_FORWARD = Row(Forward)
 # Lengths and pages, which these calls do not have.
 _NOTHING = (None,) * (len(Inputs._fields) - 4)
 
@@ -20,8 +22,15 @@ class KeptPlans(Kept):
         self.problem, self.preconditioner, self.given = problem, preconditioner, layouts(inputs)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ridge_lambda: Tensor) -> list[Tensor]:
-        around, inputs = Around.now(self.problem.device), (q, k, v, ridge_lambda, *_NOTHING)
-        return run_forward(_forward(self, around), self.problem, self.preconditioner, around, inputs)
+        return self._run((q, k, v, ridge_lambda), False)
+
+    def reported(self, q: Tensor, k: Tensor, v: Tensor, ridge_lambda: Tensor) -> Forward:
+        return _FORWARD.record(self._run((q, k, v, ridge_lambda), True))
+
+    def _run(self, tensors: tuple[Tensor, ...], reported: bool) -> list[Tensor]:
+        around, inputs = Around.now(self.problem.device), (*tensors, *_NOTHING)
+        plan = _forward(self, around, reported)
+        return run_forward(plan, self.problem, self.preconditioner, around, inputs)
 
     def backward(self, saved: Sequence[Tensor], grad_o: Tensor) -> list[Tensor]:
         tensors = (*saved[:4], *_NOTHING, *saved[4:], grad_o)
@@ -29,8 +38,8 @@ class KeptPlans(Kept):
 
 
 @planned
-def _forward(kept: KeptPlans, around: Around) -> Plan:
-    return plan_forward(kept.problem, kept.preconditioner, around, kept.given, False)
+def _forward(kept: KeptPlans, around: Around, reported: bool) -> Plan:
+    return plan_forward(kept.problem, kept.preconditioner, around, kept.given, reported)
 
 
 @planned

@@ -328,9 +328,9 @@ class Plan:
     def compile(self) -> None:
         """Begin to compile, side by side, what its calls launch; each launch waits for its own kernel."""
         self.compiles = True
-        for stage in self.stages:
-            for step in stage.steps:
-                step.compile()
+        steps = [step for stage in self.stages for step in stage.steps]
+        for step in sorted(steps, key=lambda step: runtime.turn(getattr(step, "kernel", None))):
+            step.compile()
 
     def run(self, given: Sequence[Tensor | None]) -> list[Tensor]:
         """The outputs. Nothing here waits for the device."""

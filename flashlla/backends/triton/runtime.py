@@ -70,6 +70,12 @@ _front_end = _Turns()
 LONGEST = ("gram_kernel", "forward_hopper_kernel", "solve_hopper_kernel", "solve_kernel", "dq_kernel")
 
 
+def turn(kernel: Kernel | None) -> int:
+    """A number that is less where ``kernel`` is to come before others."""
+    name = getattr(kernel, "__name__", "")
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+
 class Compiled(NamedTuple):
     """What Triton made of ``kernel``, which must live as long as its id is in a key: its own hash takes a lock."""
 
@@ -174,8 +180,7 @@ def _in_turn(kernel: Any, device: int | None) -> None:
     source: Any = getattr(kernel, "ASTSource", None)
     if source is None or hasattr(source, "turns"):
         return
-    name = kernel.__name__
-    number = LONGEST.index(name) if name in LONGEST else len(LONGEST)
+    number = turn(kernel)
 
     def make_ir(self: Any, *arguments: Any, **others: Any) -> Any:
         with _front_end.turn(number):

@@ -333,7 +333,7 @@ def test_threads(short: list[str]) -> None:
 
 @by_kernels
 def test_kinds_are_not_piled_up(short: list[str]) -> None:
-    assert again._cell.cache_info().maxsize == again.KINDS
+    assert again._cell.cache_info().maxsize == autograd.KINDS
     q, k, v, _, ridge = _tensors()
     for number in range(3):
         lla_attention(q, k, v, ridge_lambda=ridge * (1 + number), backend="triton")

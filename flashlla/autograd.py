@@ -115,6 +115,7 @@ class _Known(NamedTuple):
 
 
 _NOTHING: list[_Known | None] = [None]
+_NO_LENGTHS = (None,) * 5
 
 
 @functools.lru_cache(maxsize=KINDS)
@@ -125,8 +126,10 @@ def _cell(*key: Any) -> list[_Known | None]:
 
 def _kind(operator: str, arguments: Arguments) -> list[_Known | None]:
     """The cell of a call without lengths whose numbers nobody looks at, by all that its way depends on."""
-    (q, k, v, ridge, *others), settings = arguments
-    if looked_at(q.device) or others != [None] * len(others):
+    inputs, settings = arguments
+    q, k, v, ridge = inputs.q, inputs.k, inputs.v, inputs.ridge_lambda
+    lengths = inputs.seqlens_k, inputs.seqstarts_k, inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.block_table
+    if lengths != _NO_LENGTHS or looked_at(q.device):
         return _NOTHING
     return _cell(
         operator, q.shape, q.stride(), q.dtype, q.device, q.data_ptr() % 16, k.shape, k.stride(), k.data_ptr() % 16,
@@ -146,7 +149,7 @@ def _run_forward(arguments: Arguments) -> Forward:
     if cell and (known := cell[0]) is not None:
         name = known.name
         with no_autocast(known.problem):
-            outputs = known.kept.reported(*arguments.inputs[:4])
+            outputs = known.kept.reported(arguments.inputs)
     else:
         problem, inputs = describe(arguments), arguments.inputs.with_dense_lengths()
         check_values(problem, inputs)
@@ -175,7 +178,8 @@ def _run_backward(arguments: AdjointArguments) -> Gradients:
     cell = _kind("backward", Arguments(inputs, settings)) if not arguments.unrounded else _NOTHING
     if cell and (known := cell[0]) is not None:
         with no_autocast(known.problem):
-            return Gradients(*known.kept.backward((*inputs[:4], *arguments.residuals), arguments.grad_o))
+            tensors = inputs.q, inputs.k, inputs.v, inputs.ridge_lambda, *arguments.residuals
+            return Gradients(*known.kept.backward(tensors, arguments.grad_o))
     inputs = inputs.with_dense_lengths()
     problem = describe(Arguments(inputs, settings))
     if arguments.unrounded:

@@ -45,7 +45,7 @@ class Kept(ABC):
         """The output and the residuals, one after the other, as :meth:`Backend.forward_checked` has them; no report."""
 
     @abstractmethod
-    def reported(self, q: Tensor, k: Tensor, v: Tensor, ridge_lambda: Tensor) -> Forward:
+    def reported(self, inputs: Inputs) -> Forward:
         """All that :meth:`Backend.forward_checked` has."""
 
     @abstractmethod

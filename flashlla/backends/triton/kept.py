@@ -22,15 +22,14 @@ class KeptPlans(Kept):
         self.problem, self.preconditioner, self.given = problem, preconditioner, layouts(inputs)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ridge_lambda: Tensor) -> list[Tensor]:
-        return self._run((q, k, v, ridge_lambda), False)
+        return self._run((q, k, v, ridge_lambda, *_NOTHING), False)
 
-    def reported(self, q: Tensor, k: Tensor, v: Tensor, ridge_lambda: Tensor) -> Forward:
-        return _FORWARD.record(self._run((q, k, v, ridge_lambda), True))
+    def reported(self, inputs: Inputs) -> Forward:
+        return _FORWARD.record(self._run(inputs, True))
 
-    def _run(self, tensors: tuple[Tensor, ...], reported: bool) -> list[Tensor]:
-        around, inputs = Around.now(self.problem.device), (*tensors, *_NOTHING)
-        plan = _forward(self, around, reported)
-        return run_forward(plan, self.problem, self.preconditioner, around, inputs)
+    def _run(self, row: Sequence[Tensor | None], reported: bool) -> list[Tensor]:
+        around = Around.now(self.problem.device)
+        return run_forward(_forward(self, around, reported), self.problem, self.preconditioner, around, row)
 
     def backward(self, saved: Sequence[Tensor], grad_o: Tensor) -> list[Tensor]:
         tensors = (*saved[:4], *_NOTHING, *saved[4:], grad_o)

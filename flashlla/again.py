@@ -62,8 +62,8 @@ class Kind(NamedTuple):
             o.transpose_(1, 2)  # in place, for autograd lets nobody write to a view that a Function returns
         return o, residuals, settings
 
-    def backward(self, settings: Settings, saved: tuple[Tensor, ...], grad_o: Tensor) -> Any:
-        """The gradients of q, k, v and ridge_lambda."""
+    def backward(self, settings: Settings, saved: tuple[Tensor, ...], grad_o: Tensor, of_ridge: bool) -> Any:
+        """The gradients of q, k, v and, if it is wanted, ridge_lambda."""
         residuals = saved[4:]
         if (
             self.kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed() or watched()
@@ -71,16 +71,16 @@ class Kind(NamedTuple):
         ):  # fmt: skip
             inputs, grad_o = self.inputs(*saved[:4]), grad_o.transpose(1, 2) if self.swapped else grad_o
             call = autograd.AdjointArguments(grad_o, Inputs(*inputs), Residuals(*residuals), settings, unrounded=False)
-            return self._of_given(*autograd.backward(call))
+            return self._of_given(of_ridge, *autograd.backward(call))
         with autograd.no_autocast(self.problem), torch._C._AutoDispatchBelowAutograd():
             inputs, grad_o = self.inputs(*saved[:4]), grad_o.transpose(1, 2) if self.swapped else grad_o
-            return self._of_given(*self.kept.backward((*inputs, *residuals), grad_o))
+            return self._of_given(of_ridge, *self.kept.backward((*inputs, *residuals), grad_o))
 
-    def _of_given(self, q: Tensor, k: Tensor, v: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _of_given(self, of_ridge: bool, q: Tensor, k: Tensor, v: Tensor, ridge: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of tensors as they were given."""
         if self.swapped:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return q, k, v, ridge.sum_to_size(self.ridge_shape)
+        return q, k, v, ridge.sum_to_size(self.ridge_shape) if of_ridge else None
 
 
 @functools.lru_cache(maxsize=autograd.KINDS, typed=True)  # which tells True from 1 and from 1.0
@@ -128,7 +128,7 @@ class LLA(torch.autograd.Function):
     def backward(ctx: Any, grad_o: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_o is None:
             return (None,) * 5
-        return (*ctx.kind.backward(ctx.settings, ctx.saved_tensors, grad_o), None)
+        return (*ctx.kind.backward(ctx.settings, ctx.saved_tensors, grad_o, ctx.needs_input_grad[3]), None)
 
 
 # Past what torch does for transforms, which there are none of here.

@@ -297,6 +297,26 @@ def test_autocast(short: list[str]) -> None:
 
 
 @by_kernels
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_gradient_of_a_ridge_is_summed_where_it_is_wanted(short: list[str], learned: bool) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    q, k, v, grad_o, ridge = _tensors()
+    o = lla_attention(q.requires_grad_(), k, v, ridge_lambda=ridge.requires_grad_(learned), backend="triton")
+    with Seen():
+        o.backward(grad_o)
+    assert any("sum" in name for name in seen) == learned
+    assert (ridge.grad is not None) == learned
+
+
+@by_kernels
 def test_some_gradients_and_transforms(short: list[str]) -> None:
     q, k, v, grad_o, ridge = _tensors()
     want = _step([q, k, v, grad_o, ridge])

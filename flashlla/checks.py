@@ -12,6 +12,8 @@ from torch import Tensor
 
 from flashlla.problem import SUPPORTED_DTYPES, accumulator
 
+# More keys than any call has: what asks for more asks for all, in the int64 that operators take.
+MOST_KEYS = 2**31 - 1
 # Whole numbers and fractions may be larger, and no float has them.
 _LARGEST = sys.float_info.max
 # Asked once: torch.compile cannot trace the question before torch 2.12.
@@ -134,7 +136,7 @@ def check_max_seqlen(own: int | None, both: int | None, name: str, cu_seqlens: T
     given = check_whole(given, name)
     if given < 0:
         raise ValueError(f"{name}: got {given}, wanted at least 0, the length of the longest sequence")
-    return given
+    return given if given < MOST_KEYS else MOST_KEYS
 
 
 def check_block_table(block_table: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashlla.checks import (
+    MOST_KEYS,
     autocast_dtype,
     check_block_table,
     check_edges,
@@ -281,7 +282,7 @@ def _check_mask(causal: bool, window: int | None) -> tuple[bool, int | None]:
         raise ValueError(f"window: got {window}, wanted at least 1, the query's own key, or None for all keys")
     if not causal:
         raise ValueError(f"window: got {window} with causal=False, wanted causal=True: it keeps the latest keys")
-    return causal, window
+    return causal, window if window < MOST_KEYS else MOST_KEYS
 
 
 def _check_solver(solver: str | Solver | None, cg: _CGArguments) -> tuple[str, Sequence[float]]:

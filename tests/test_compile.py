@@ -111,6 +111,18 @@ def test_compile_gives_what_eager_gives(dynamic):
         assert_same_gradients(compiled, loss, inputs(length))
 
 
+@pytest.mark.quick
+def test_more_keys_than_any_call_has():
+    """What no int64 of an operator's holds."""
+    torch._dynamo.reset()
+    q, k, v = (t.detach() for t in inputs(9)[:3])
+    call = lambda most: flashlla.lla_attention(q, k, v, window=most)
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(2**64), call(None))
+    rows, edges = [t[0].transpose(0, 1) for t in (q, k, v)], torch.tensor([0, 9], dtype=torch.int32)
+    packed = lambda most: flashlla.lla_attention_varlen(*rows, cu_seqlens=edges, max_seqlen=most)
+    assert torch.equal(torch.compile(packed, fullgraph=True, backend="aot_eager")(2**64), packed(9))
+
+
 def test_compile_follows_the_backend_that_is_set(monkeypatch):
     torch._dynamo.reset()
     ran = {"forward": [], "backward": []}

@@ -1,7 +1,7 @@
 """Test-time regression: attention as an estimator of a function from the examples so far, with nothing trained.
 
-    python -m examples.experiments.test_time_regression --quick --results DIR     a minute on a CPU
-    python -m examples.experiments.test_time_regression                           about an hour on a CPU
+    python -m examples.experiments.test_time_regression --quick --results FILE    under a minute on a CPU
+    python -m examples.experiments.test_time_regression                           on a GPU; an hour or so on a CPU
 
 Keys lie on the unit sphere in D dimensions, values are a function of the key, and noise. At each token the estimator
 foretells the next token's value from its key and all pairs before it. Errors are mean squares of the distance to the
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.experiments.mixers import ridge_regression, softmax_attention
-from examples.experiments.runs import RESULTS, Run, Runs, progress
+from examples.experiments.runs import DEVICE, RESULTS, Run, Runs, progress
 from flashlla import lla_attention
 
 FUNCTIONS = ("segments", "piecewise", "smooth", "jumps")
@@ -66,7 +66,8 @@ def draw(function: str, draws: int, length: int, dim: int, generator: torch.Gene
         values = each.gather(2, region[..., None, None].expand(-1, -1, 1, dim)).squeeze(2)
     values = values / values.std(dim=(1, 2), keepdim=True)
     noisy = values + NOISE * normal(draws, tokens, dim)
-    return keys.float().unsqueeze(1), noisy.float().unsqueeze(1), values.float().unsqueeze(1)
+    each_head = lambda t: t.float().unsqueeze(1).to(DEVICE)
+    return each_head(keys), each_head(noisy), each_head(values)
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Tensor:
@@ -142,7 +143,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     options = parser.parse_args(arguments)
     if options.quick:
         options.dims, options.length, options.seeds = [4, 8], 512, [0]
-    runs = Runs(options.results, "cpu")
+    runs = Runs(options.results, DEVICE)
     wanted = list(product(options.seeds, options.dims, FUNCTIONS))
     for seed, dim, function in progress(wanted, desc="runs", unit="run"):
         name = f"{function} dim={dim} length={options.length} seed={seed}"

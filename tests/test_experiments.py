@@ -207,23 +207,46 @@ def test_the_delta_rule_of_flash_linear_attention_is_the_formula() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("kind", ["softmax", "lla"])
-def test_a_language_models_steps_of_a_graph_are_steps(kind: str, text: Corpus) -> None:
+def test_a_language_models_steps_of_a_graph_are_steps(kind: str, optimizer: str, text: Corpus) -> None:
     on_gpu = text.to("cuda")
     eager, graph = (
-        train(Arm(kind, lr=1e-2, steps=16), 0, on_gpu, Setting(TINY, "cuda", graphs=graphs))[0]
+        train(Arm(kind, optimizer=optimizer, lr=1e-2, steps=16), 0, on_gpu, Setting(TINY, "cuda", graphs=graphs))[0]
         for graphs in (False, True)
     )
     torch.testing.assert_close(torch.tensor(graph["loss"]), torch.tensor(eager["loss"]), atol=2e-2, rtol=0)
     assert graph["loss"][-1] < graph["loss"][0] - 0.5
 
 
+def test_muon_moves_what_torchs_moves() -> None:
+    torch.manual_seed(0)
+    mine, theirs = (torch.nn.Parameter(torch.randn(24, 8)) for _ in range(2))
+    theirs.data.copy_(mine.data)
+    settings: dict[str, Any] = {"weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    one, other = training.Muon([mine], lr=0.0, **settings), torch.optim.Muon([theirs], lr=0.0, **settings)
+    rates = [1e-2, 3e-2, 3e-3]
+    for rate in rates:
+        mine.grad = torch.randn(24, 8)
+        theirs.grad = mine.grad.clone()
+        one.param_groups[0]["lr"], other.param_groups[0]["lr"] = torch.tensor(rate), rate
+        before = mine.detach().clone()
+        one.step()
+        other.step()
+        assert (mine - before).norm() > 0.1 * rate * before.norm()
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)
+        assert one.param_groups[0]["lr"].item() == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
-    tmp_path: Path, text: Corpus, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, where: str, tmp_path: Path, text: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arm = Arm(lr=1e-2, steps=16)
-    whole, _ = train(arm, 0, text, Setting(TINY, "cpu"))
-    setting = Setting(TINY, "cpu", checkpoints=tmp_path, long=1)
+    """On a GPU from graphs, where sums of gradients are not the same twice."""
+    arm, text, graphs = Arm(optimizer=optimizer, lr=1e-2, steps=16), text.to(where), where == "cuda"
+    whole, _ = train(arm, 0, text, Setting(TINY, where, graphs=graphs))
+    setting = Setting(TINY, where, graphs=graphs, checkpoints=tmp_path, long=1)
 
     def interrupted(steps: range, **_: Any) -> Iterator[int]:
         yield from steps[:9]
@@ -234,9 +257,12 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
         with pytest.raises(KeyboardInterrupt):
             train(arm, 0, text, setting)
     resumed, _ = train(arm, 0, text, setting)
-    for name in ("loss", "choice", "reported", "ridges"):
-        assert resumed[name] == whole[name]
-    assert [(step, loss) for step, _, loss in resumed["curve"]] == [(step, loss) for step, _, loss in whole["curve"]]
+    near = {"atol": 3e-2 if graphs else 0.0, "rtol": 0.0}
+    for name in ("loss", "choice", "reported", "ridges", "curve"):
+        a, b = (torch.tensor(run[name]) for run in (resumed, whole))
+        if name == "curve":  # steps, seconds, loss
+            a, b = a[:, [0, 2]], b[:, [0, 2]]
+        torch.testing.assert_close(a, b, **near)
     assert whole["reported"] < 3.0  # 5.55 at first; of eight bytes, alike: 2.08
 
 

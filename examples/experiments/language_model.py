@@ -114,7 +114,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cache", type=Path, metavar="FILE", help="keep the text here")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="on a GPU, blocks")
-    parser.add_argument("--graphs", action="store_true", help="on a GPU, steps from a CUDA graph; not with Muon")
+    parser.add_argument("--graphs", action="store_true", help="on a GPU, steps from a CUDA graph")
     an_arm = parser.add_argument_group("an arm")
     an_arm.add_argument("--kind", choices=["lla", "softmax"], default=Arm.kind)
     an_arm.add_argument("--qk-norm", action=argparse.BooleanOptionalAction, default=Arm.qk_norm)

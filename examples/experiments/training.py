@@ -50,7 +50,7 @@ class Setting:
     size: Size
     device: str
     compiled: bool = False
-    graphs: bool = False  # steps from a CUDA graph, which does not wait for a busy host; not with Muon
+    graphs: bool = False  # steps from a CUDA graph, which does not wait for a busy host
     checkpoints: Path | None = None  # long runs save here at each validation, and go on from there
     long: int = 1000  # steps
 
@@ -90,9 +90,8 @@ class Learner:
         self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self._how: dict[str, Any] = {"apply": _compiled_block()} if setting.compiled else {}
         self._batch: tuple[Tensor, ...] = ()
-        graphs = setting.graphs and arm.optimizer == "adamw"  # torch's Muon wants its rate on the host
-        self._take = captured(self._step, ()) if graphs else self._step
-        for group in self.optimizers[0].param_groups if graphs else []:
+        self._take = captured(self._step, ()) if setting.graphs else self._step
+        for group in self._groups() if setting.graphs else []:
             group["capturable"], group["lr"] = True, torch.tensor(group["lr"], device=setting.device)
 
     def step(self, batch: tuple[Tensor, Tensor], progress: float, warmup: float) -> Tensor:
@@ -130,9 +129,32 @@ class Learner:
         return {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
 
     def load(self, state: dict[str, Any]) -> None:
+        mine = [{**group, "params": None} for group in self._groups()]  # of a graph: rates are tensors on the device
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
+        for group, settings in zip(self._groups(), mine):
+            group.update({**settings, "params": group["params"]})
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+class Muon(torch.optim.Muon):
+    """torch's, with rates that may be tensors, as a CUDA graph needs: what a step moves is proportional to its rate."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        rates = [group["lr"] for group in self.param_groups]
+        before = [[p.clone() for p in group["params"]] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] = 1.0
+        loss = super().step(closure)
+        for group, lr, old in zip(self.param_groups, rates, before):
+            group["lr"] = lr
+            for p, was in zip(group["params"], old):
+                p.copy_(torch.lerp(was, p, lr))
+        return loss
 
 
 def captured(step: Callable[[], Tensor], generators: Sequence[torch.Generator]) -> Callable[[], Tensor]:
@@ -228,7 +250,7 @@ def train(arm: Arm, seed: int, corpus: Corpus, setting: Setting) -> tuple[Run, G
             "seed": seed,
             **asdict(size),
             "compiled": setting.compiled,
-            "graphs": setting.graphs and arm.optimizer == "adamw",
+            "graphs": setting.graphs,
             "parameters": sum(p.numel() for p in learner.model.parameters()),
             "steps": steps,
             "seen": round(batches.epochs, 3),  # how often, of the text
@@ -267,7 +289,7 @@ def _optimizers(model: GPT, arm: Arm, device: str) -> list[torch.optim.Optimizer
         }
         # Updates of the size of AdamW's, so that rates mean about the same.
         settings: dict[str, Any] = {"lr": arm.lr, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-        found.append(torch.optim.Muon([p for p in model.parameters() if p in matrices], **settings))
+        found.append(Muon([p for p in model.parameters() if p in matrices], **settings))
         for group in groups:
             group["params"] = [p for p in group["params"] if p not in matrices]
         groups = [group for group in groups if group["params"]]

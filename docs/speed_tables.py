@@ -306,20 +306,36 @@ def surface() -> str:
 
 
 def accuracy() -> str:
-    """Errors of o in the first 128 rows and in later ones."""
+    """Relative errors: of o in the first 128 rows and in later ones, and of the gradients."""
+    short = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
     def rows() -> Iterator[list[str]]:
-        found: dict[str, dict[float, list[str]]] = {}
-        for line in record("gpu_h100").get("accuracy", []):
+        found = kept("gpu_h100")
+        lines: dict[str, list[Line]] = {}
+        for line in found.get("accuracy", []):
             if line["backend"] == "triton":
-                short = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}[line["dtype"]]
-                errors = (f"{line[which]:.1e}".replace("e-0", "e-") for which in ("o_first_128", "o_later"))
-                found.setdefault(f"D = {line['dim']}, {short}", {})[line["ridge"]] = list(errors)
-        for what, by_ridge in found.items():
-            yield [what, *(error for errors in by_ridge.values() for error in errors)]
+                lines.setdefault(f"4096, {line['dim']}, {short[line['dtype']]}", []).append(line)
+        for line in found.get("offset", []):
+            lines.setdefault(f"1024, {line['dim']}, bf16, keys offset by {float(line['offset']):.0f}", []).append(line)
+        for line in found.get("single", []):
+            lines.setdefault(f'1024, {line["dim"]}, float32, "{line["precision"]}"', []).append(line)
+        for what, some in lines.items():
+            for line in some:
+                names = "o_first_128", "o_later", "dq", "dk", "dv", "dridge"
+                yield [what, f"{line['ridge']:g}", *(f"{line[name]:.1e}".replace("e-0", "e-") for name in names)]
 
-    headings = [f"lambda {ridge:g}, {rows}" for ridge in (0.1, 1.0, 10.0) for rows in ("rows < 128", "later")]
-    return table(["", *headings], rows())
+    return table(["S, D, dtype", "lambda", "o, rows < 128", "later rows", "dq", "dk", "dv", "dlambda"], rows())
+
+
+def memory() -> str:
+    """What a step holds, in sizes of q, beyond q, k, v and o."""
+
+    def rows() -> Iterator[list[str]]:
+        for line in kept("gpu_h100").get("memory", []):
+            size = f"{line['batch_heads']}, {line['length']}, {line['dim']}"
+            yield [size, *(f"{line[name]:.2f}" for name in ("kept", "peak"))]
+
+    return table(["batch x heads, S, D", "kept for backward", "at the peak, beyond gradients"], rows())
 
 
 def passes() -> str:
@@ -428,6 +444,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "wanted": wanted,
     "surface": surface,
     "accuracy": accuracy,
+    "memory": memory,
     "passes": passes,
     "distributed": distributed,
     "distributed_groups": distributed_groups,

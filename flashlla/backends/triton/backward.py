@@ -161,7 +161,10 @@ def dq_kernel(
 ):  # fmt: skip
     """dq by (3.3) and dlambda by (3.6); and what dk and dv need of each query, rows_out (5 or 6, B Hq, rows_len): whole
     tiles, queries beyond the last with a weight of 0; and the second of ``tops``, what bounds their weights."""
-    at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False)
+    at = place(
+        seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False,
+        IN_TURNS=True,
+    )  # fmt: skip
     if outside(at, at.q_len, seqlens.cu_q):
         return
     D: tl.constexpr = SHAPE.BLOCK_D
@@ -317,7 +320,10 @@ def dk_kernel(
 
     GROUP query heads share the keys; their sums follow one another.
     """
-    at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_N, SHAPE.CAUSAL, True)
+    at = place(
+        seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_N, SHAPE.CAUSAL, True,
+        IN_TURNS=True,
+    )  # fmt: skip
     if outside(at, at.k_len, seqlens.cu_k):
         return
     D: tl.constexpr = SHAPE.BLOCK_D

@@ -24,69 +24,63 @@ from flashlla.backends.triton.primitives import (
     units_of,
     visible,
 )
-from flashlla.backends.triton.sweep_hopper import barrier, lanes, products, ring_of, tile_at, tiles_of
+from flashlla.backends.triton.sweep_hopper import barrier, fetch_rows, lanes, products, ring_of, tile_at, tiles_of
 
 
 @gluon.jit
-def fetch_rows(shared, base, stride, start, length):
-    """Begin to load rows ``start`` on of a (length, D) matrix. Beyond the last stands the last one again, which a
-    weight of 0 meets; of no rows nothing is loaded."""
-    ROWS: gl.constexpr = shared.shape[0]
-    D: gl.constexpr = shared.shape[1]
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    row = start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
-    there = row * 0 < length
-    row = gl.minimum(row, gl.maximum(length - 1, 0))
-    dim = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
-    pointers = base + (row.to(gl.int64) * stride)[:, None] + dim[None, :]
-    async_copy.async_copy_global_to_shared(shared, pointers, mask=there[:, None])
+def numbers_of(M: gl.constexpr, SLOTS: gl.constexpr):
+    """A ring for one of the numbers of each query."""
+    return gl.allocate_shared_memory(gl.float32, [SLOTS, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
-def fetch(rings, slot, rows, step, ranges, q_len, M: gl.constexpr):
-    """Begin to load what the ``step``-th tile of queries takes, a tile of each of the ``rings``; of none that there is,
-    nothing."""
-    q_base, q_stride, z_base, do_base, y_neg_base = rows
-    q, z, do, y_neg = rings
-    D: gl.constexpr = q.shape[2]
-    _, _, _, _, steps = ranges
-    start, length = tile_at(step, ranges, M), gl.where(step < steps, q_len, 0)
-    fetch_rows(q.index(slot), q_base, q_stride, start, length)
-    fetch_rows(z.index(slot), z_base, D, start, length)
-    fetch_rows(do.index(slot), do_base, D, start, length)
-    fetch_rows(y_neg.index(slot), y_neg_base, D, start, length)
+def fetch(rings, slot, bases, step, ranges, q_len, M: gl.constexpr):
+    """Begin to load what the ``step``-th tile of queries takes: a tile for each of the first ``rings``, zero beyond the
+    last query and of no step that there is, and the queries' numbers."""
+    vectors, numbers, stride = bases
+    tiles, of_rows = rings
+    there = step < ranges[4]
+    start, length = tile_at(step, ranges, M), gl.where(there, q_len, 0)
+    for i in gl.static_range(len(tiles)):
+        fetch_rows(tiles[i].index(slot), vectors[i], start, length)
+    WARPS: gl.constexpr = gl.num_warps()
+    column = gl.arange(0, M, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    mask = column < gl.where(there, M, 0)
+    for i in gl.static_range(len(of_rows)):
+        async_copy.async_copy_global_to_shared(of_rows[i].index(slot), numbers + i * stride + start + column, mask=mask)
     async_copy.commit_group()
 
 
 @gluon.jit
 def add_tiles(
-    state, steps_from, steps_to, k, v, rings, numbers, stride, rows, ranges, factor, kappa, gain_bits, at, window,
+    state, steps_from, steps_to, k, v, rings, bases, ranges, factor, kappa, gain_bits, at, window,
     CUT: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
     """``state``, dk and dv, after the tiles of these steps. `backward.dk_body` has the equations; weights stand
     transposed, (N, M)."""
     dk, dv = state
     N: gl.constexpr = k.shape[0]
-    SLOTS: gl.constexpr = rings[0].shape[0]
+    tiles, of_rows = rings
+    SLOTS: gl.constexpr = tiles[0].shape[0]
     slot = steps_from % SLOTS
     WEIGHTS: gl.constexpr = products(N, M)
     KEYS: gl.constexpr = dk.type.layout
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, KEYS, 2)
     zero = gl.zeros([N, M], gl.float32, WEIGHTS)
-    column = gl.arange(0, M, layout=gl.SliceLayout(0, WEIGHTS))
+    OF_ROWS: gl.constexpr = gl.SliceLayout(0, WEIGHTS)
+    column = gl.arange(0, M, layout=OF_ROWS)
     for step in range(steps_from, steps_to):
         start = tile_at(step, ranges, M)
-        of_rows = numbers + start + column
-        shift = gl.load(of_rows) - gain_bits  # (M,), as the next four
-        z_size = gl.load(of_rows + stride)
-        rest = gl.load(of_rows + 2 * stride)
         # All warps have this tile, and are done with the one before it, whose place the next one to come takes.
         async_copy.wait_group(SLOTS - 2)
         fence_async_shared()
         barrier()
+        shift = of_rows[0].index(slot).load(OF_ROWS) - gain_bits  # (M,), as the next four
+        z_size = of_rows[1].index(slot).load(OF_ROWS)
+        rest = of_rows[2].index(slot).load(OF_ROWS)
         before = gl.where(slot == 0, SLOTS - 1, slot - 1)
-        fetch(rings, before, rows, step + SLOTS - 1, ranges, at.q_len, M)
-        q, z, do, y_neg = rings[0].index(slot), rings[1].index(slot), rings[2].index(slot), rings[3].index(slot)
+        fetch(rings, before, bases, step + SLOTS - 1, ranges, at.q_len, M)
+        q, z, do, y_neg = tiles[0].index(slot), tiles[1].index(slot), tiles[2].index(slot), tiles[3].index(slot)
         s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
         a = warpgroup_mma(k, z.permute((1, 0)), zero, use_acc=False, is_async=True)
         e = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -101,8 +95,8 @@ def add_tiles(
         value = gl.convert_layout((w * a).to(gl.float16), OPERAND)
         dv = warpgroup_mma(value, do, dv, is_async=True)  # (3.5)
         dk = warpgroup_mma(value, y_neg, dk, is_async=True)  # (3.4), and the next two
-        e_mean = gl.load(of_rows + 3 * stride)
-        push = gl.load(of_rows + 4 * stride)
+        e_mean = of_rows[3].index(slot).load(OF_ROWS)
+        push = of_rows[4].index(slot).load(OF_ROWS)
         e = warpgroup_mma_wait(2, deps=(e,)) - e_mean[None, :]  # (3.2)
         logit = gl.convert_layout((w * (a * (e * kappa) + push[None, :])).to(gl.float16), OPERAND)
         probe = gl.convert_layout((w * e * -z_size[None, :]).to(gl.float16), OPERAND)
@@ -131,7 +125,8 @@ def dk_hopper_kernel(
 ):  # fmt: skip
     """What `backward.dk_kernel` does, where keys and values are as wide as their tiles."""
     at = place(
-        seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_N, SHAPE.CAUSAL, True, lanes()
+        seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_N, SHAPE.CAUSAL, True, lanes(),
+        IN_TURNS=True,
     )  # fmt: skip
     if outside(at, at.k_len, seqlens.cu_k):
         return
@@ -140,11 +135,16 @@ def dk_hopper_kernel(
     KEYS: gl.constexpr = products(BLOCK_N, D)
     k = gl.allocate_shared_memory(gl.float16, [BLOCK_N, D], TILE)
     v = gl.allocate_shared_memory(gl.float16, [BLOCK_N, D], TILE)
-    rings = (
+    tiles = (
         ring_of(BLOCK_M, D, SLOTS), ring_of(BLOCK_M, D, SLOTS), ring_of(BLOCK_M, D, SLOTS), ring_of(BLOCK_M, D, SLOTS),
     )  # fmt: skip
-    fetch_rows(k, keys_of(k_in, at), k_in.stride_s, at.start, at.k_stop)
-    fetch_rows(v, keys_of(v_in, at), v_in.stride_s, at.start, at.k_stop)
+    of_rows = (
+        numbers_of(BLOCK_M, SLOTS), numbers_of(BLOCK_M, SLOTS), numbers_of(BLOCK_M, SLOTS),
+        numbers_of(BLOCK_M, SLOTS), numbers_of(BLOCK_M, SLOTS),
+    )  # fmt: skip
+    rings = tiles, of_rows
+    fetch_rows(k, keys_of(k_in, at), at.start, at.k_stop)
+    fetch_rows(v, keys_of(v_in, at), at.start, at.k_stop)
     async_copy.commit_group()
     _, k_unit, v_unit = units_of(units, at, n_heads, group)
     # As large as the weights of these heads' queries can be without overflow.
@@ -159,20 +159,19 @@ def dk_hopper_kernel(
     for member in range(0, GROUP):
         kappa = scale * gl.load(units + at.q_head + member) * k_unit
         row = (at.q_row + member * q_len.to(gl.int64)) * D
-        rows = (
-            q_first + (at.head + member).to(gl.int64) * q_in.stride_h, q_in.stride_s,
-            z_ptr + row, do_ptr + row, y_neg_ptr + row,
+        bases = (
+            (q_first + (at.head + member).to(gl.int64) * q_in.stride_h, z_ptr + row, do_ptr + row, y_neg_ptr + row),
+            handed_on(rows_in.ptr, at, at.q_head + member, heads, rows_len, seqlens.cu_q), rows_in.stride,
         )  # fmt: skip
-        numbers = handed_on(rows_in.ptr, at, at.q_head + member, heads, rows_len, seqlens.cu_q)
         barrier()  # all are done with the head before
         for step in gl.static_range(SLOTS - 1):
-            fetch(rings, step, rows, step, ranges, at.q_len, BLOCK_M)
+            fetch(rings, step, bases, step, ranges, at.q_len, BLOCK_M)
         dk, dv = add_tiles(
-            (dk, dv), 0, cut, k, v, rings, numbers, rows_in.stride, rows, ranges, kappa * LOG2E, kappa * lift,
+            (dk, dv), 0, cut, k, v, rings, bases, ranges, kappa * LOG2E, kappa * lift,
             gl.log2(gain), at, window, True, SHAPE, BLOCK_M,
         )  # fmt: skip
         dk, dv = add_tiles(
-            (dk, dv), cut, steps, k, v, rings, numbers, rows_in.stride, rows, ranges, kappa * LOG2E, kappa * lift,
+            (dk, dv), cut, steps, k, v, rings, bases, ranges, kappa * LOG2E, kappa * lift,
             gl.log2(gain), at, window, False, SHAPE, BLOCK_M,
         )  # fmt: skip
         async_copy.wait_group(0)  # what was fetched for no step

@@ -79,7 +79,8 @@ def dq_hopper_kernel(
 ):  # fmt: skip
     """What `backward.dq_kernel` does, where keys and values are as wide as their tiles."""
     at = place(
-        seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False, lanes()
+        seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False, lanes(),
+        IN_TURNS=True,
     )  # fmt: skip
     if outside(at, at.q_len, seqlens.cu_q):
         return
@@ -90,7 +91,7 @@ def dq_hopper_kernel(
     q_unit, k_unit, v_unit = units_of(units, at, n_heads, group)
     rings = ring_of(N, D, SLOTS), ring_of(N, D, SLOTS)
     ranges = tiles_of(key_range(at, window, SHAPE.CAUSAL, M, N), N)
-    sources = ((keys_of(k_in, at), k_in.stride_s), (keys_of(v_in, at), v_in.stride_s)), at.k_stop
+    sources = (keys_of(k_in, at), keys_of(v_in, at)), at.k_stop
     begin(rings, sources, ranges, N, SLOTS - 2)
     row = at.start + gl.arange(0, M, layout=LAYOUTS.rows)
     there = row < at.q_len

@@ -172,7 +172,10 @@ def output_kernel(
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """o by (2.2) and (2.3), and the guard that delta_eps makes of the probe."""
-    at = place(seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False)
+    at = place(
+        seqlens, n_heads, heads, group, q_len, k_len, max_seqlen_q, max_seqlen_k, BLOCK_M, SHAPE.CAUSAL, False,
+        IN_TURNS=True,
+    )  # fmt: skip
     if outside(at, at.q_len, seqlens.cu_q):
         return
     D: tl.constexpr = SHAPE.BLOCK_D

@@ -163,7 +163,7 @@ def forward_hopper_kernel(
     k_ring = ring_of(N, D, SLOTS)
     rings = (k_ring,)
     ranges = tiles_of(key_range(at, window, SHAPE.CAUSAL, M, N), N)
-    keys = keys_of(k_in, at), k_in.stride_s
+    keys = keys_of(k_in, at)
     sources = (keys,), at.k_stop
     begin(rings, sources, ranges, N, SLOTS - 2)
     row = at.start + gl.arange(0, M, layout=LAYOUTS.rows)
@@ -218,16 +218,19 @@ def forward_hopper_kernel(
         q_operand, r, None, k_mean, ridge, shift, factor, (atol, rtol, coarse), max_iters, rings, sources, ranges, row,
         at, window, False, SHAPE, SLOTS, KEPT, ONES, N,
     )  # fmt: skip
+    # Asked for before anything is waited for.
+    out_of_units = out_of_units_of(ridge, ridge_in, row, at, k_unit)
+    omega = gl.load(omega_out + numbers, mask=there, other=1.0)
+    k_mean = gl.load(k_mean_out + vectors, mask=inside, other=0.0) * inverse_power(k_unit)
+    q = load_queries(q_in, at, row, there, D, LAYOUTS.vectors)
     store_ended(ended_out, numbers, there, b2, r2, threshold, iterations)
     barrier()  # the values' tiles may come where the solve had its own
     v_ring = ring_of(N, D, SLOTS)
-    values = keys_of(v_in, at), v_in.stride_s
+    values = keys_of(v_in, at)
     begin((v_ring,), ((values,), at.k_stop), ranges, N, SLOTS - 2)
-    probe = solution * out_of_units_of(ridge, ridge_in, row, at, k_unit)[:, None]
+    probe = solution * out_of_units[:, None]
     gl.store(probe_out + vectors, probe, mask=inside)
     probe *= k_unit
-    k_mean = gl.load(k_mean_out + vectors, mask=inside, other=0.0) * inverse_power(k_unit)
-    q = load_queries(q_in, at, row, there, D, LAYOUTS.vectors)
     d = k_mean - q.to(gl.float32) * (q_unit * inverse_power(k_unit))
     d_z = gl.sum(d * probe, 1)  # (M,) d.z, which is also z.A z
     z_size = gl.sqrt(gl.sum(probe * probe, 1))
@@ -249,7 +252,6 @@ def forward_hopper_kernel(
     acc = warpgroup_mma(operand(w, LAYOUTS.vectors), v_ring.index(last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     acc = gl.where(some[:, None], acc, 0.0)
-    omega = gl.load(omega_out + numbers, mask=there, other=1.0)
     least = gl.where(omega < 1, 1.0, omega)  # NaN stays, which a maximum would drop
     guard = 1 / (1 + delta_eps * (1 + d_z) / least)
     gl.store(guard_out + numbers, guard, mask=there)

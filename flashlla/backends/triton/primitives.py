@@ -31,6 +31,8 @@ TOP: tl.constexpr = tl.constexpr(32768.0)
 # elsewhere.
 LIFTED: tl.constexpr = tl.constexpr(0.015625)  # 2**-6  # 2**-10
 ROWS_PAD: tl.constexpr = tl.constexpr(configs.ROWS_PAD)
+# Programs, or more, that the heads of one turn have: twice as many as a large chip runs at once (docs/performance.md).
+TURN: tl.constexpr = tl.constexpr(512)
 # Sequences among which a program looks for its own at a time.
 LANES: tl.constexpr = tl.constexpr(128)
 
@@ -103,17 +105,26 @@ def packed_tile(cu_seqlens, slot, sequences, total, BLOCK: tl.constexpr, lanes=N
 @triton.jit
 def place(
     seqlens, n_heads, heads, group, q_total, k_total, max_seqlen_q, max_seqlen_k,
-    BLOCK: tl.constexpr, CAUSAL: tl.constexpr, OVER_KEYS: tl.constexpr, lanes=None,
+    BLOCK: tl.constexpr, CAUSAL: tl.constexpr, OVER_KEYS: tl.constexpr, lanes=None, IN_TURNS: tl.constexpr = False,
 ):  # fmt: skip
     """The tile of this program, of BLOCK queries or (OVER_KEYS) keys. Neighbours share a tile's place: the longest
-    sweeps start first, where sequences have slots the longest of each. With sequences of several lengths some tiles lie
-    outside theirs: see `outside`. ``lanes``: see `packed_tile`."""
+    sweeps start first, where sequences have slots the longest of each. IN_TURNS: of some heads at a time, so that what
+    they sweep over stays in the second-level cache. With sequences of several lengths some tiles lie outside theirs:
+    see `outside`. ``lanes``: see `packed_tile`."""
     program = tl.program_id(0)
     cu, total = (seqlens.cu_k, k_total) if OVER_KEYS else (seqlens.cu_q, q_total)
     own_heads = heads // group if OVER_KEYS else heads  # of a sequence
     if seqlens.slots is None:
         all_heads = n_heads // group if OVER_KEYS else n_heads
-        tile, counted = program // all_heads, program % all_heads
+        if IN_TURNS:
+            tiles = tl.num_programs(0) // all_heads
+            most = tl.cdiv(TURN, tiles)  # heads at a time
+            turn = program // (most * tiles)
+            program -= turn * most * tiles
+            some = tl.minimum(most, all_heads - turn * most)
+            tile, counted = program // some, turn * most + program % some
+        else:
+            tile, counted = program // all_heads, program % all_heads
         sequence, own = counted // own_heads, counted % own_heads
     else:
         sequence, tile = packed_tile(cu, program // own_heads, n_heads // heads, total, BLOCK, lanes)

@@ -45,7 +45,6 @@ from flashlla.backends.triton.sweep_hopper import (
     part_sums,
     products,
     ring_of,
-    sweep_from,
     sweep_part,
     tiles_of,
     weighed,
@@ -85,9 +84,12 @@ def ones_for(other, N: gl.constexpr, ONES: gl.constexpr):
 @gluon.jit
 def matvec_body(
     state, rows, rings, slot, before, coming, start, at, window, CUT: gl.constexpr, SHAPE: gl.constexpr,
-    ONES: gl.constexpr,
+    OPTIONS: gl.constexpr,
 ):  # fmt: skip
-    """As `solve.matvec_body`. Weights of tiles that ``kept`` has room for are stored there."""
+    """As `solve.matvec_body`. OPTIONS: whether sums are a product with ones, and how weights are stored in ``kept``:
+    "all", "some" of the tiles, "none". A choice in the loop would have the compiler put exponentials by themselves."""
+    ONES: gl.constexpr = OPTIONS[0]
+    STORED: gl.constexpr = OPTIONS[1]
     acc, totals, w = state
     q, x, x_mean, shift, factor, ones, row, zero, kept = rows
     N: gl.constexpr = zero.shape[1]
@@ -103,7 +105,9 @@ def matvec_body(
     if CUT:
         s = masked(s, row, start, at, window, SHAPE)
     e = gl.exp2(s)
-    if kept.dtype == gl.int32:  # not what stands for none
+    if STORED == "all":
+        kept.index(coming[1] - (rings[0].shape[0] - 2)).store(packed(e))
+    elif STORED == "some":
         step = coming[1] - (rings[0].shape[0] - 2)
         if step < kept.shape[0]:
             kept.index(step).store(packed(e))
@@ -259,18 +263,32 @@ def solved(
         state = gl.zeros([M, D], gl.float32, LAYOUTS.vectors), no_sums(nothing, ONES), nothing
         nought = ranges[4] * 0
         so_far = state, nought, nought
-        cut_from = nought
+        held = nought
+        stored = nought
         if KEPT > 0:  # by the first sweep, whose weights they are
-            cut_from = gl.where(sweeps == 0, 0, gl.minimum(ranges[4], KEPT))
+            stored = gl.minimum(ranges[4], KEPT)
+            held = gl.where(sweeps == 0, 0, stored)
             so_far = sweep_part(
-                kept_body, so_far, rows, nought, cut_from, rings, sources, ranges, at, window, False, SHAPE, N,
-                SLOTS - 2, ONES,
+                kept_body, so_far, rows, nought, held, rings, sources, ranges, at, window, False, SHAPE, N, SLOTS - 2,
+                ONES,
             )  # fmt: skip
-        whole_from = gl.maximum(ranges[3], cut_from)
-        state, last = sweep_from(
-            matvec_body, so_far, rows, cut_from, whole_from, rings, sources, ranges, at, window, SHAPE, N, SLOTS - 2,
-            ONES,
+        whole_from = gl.maximum(ranges[3], held)
+        so_far = sweep_part(
+            matvec_body, so_far, rows, held, ranges[3], rings, sources, ranges, at, window, True, SHAPE, N, SLOTS - 2,
+            (ONES, "some" if KEPT > 0 else "none"),
         )  # fmt: skip
+        if KEPT > 0:
+            stored = gl.maximum(whole_from, stored)
+            so_far = sweep_part(
+                matvec_body, so_far, rows, whole_from, stored, rings, sources, ranges, at, window, False, SHAPE, N,
+                SLOTS - 2, (ONES, "all"),
+            )  # fmt: skip
+            whole_from = stored
+        state, _, last = sweep_part(
+            matvec_body, so_far, rows, whole_from, ranges[4], rings, sources, ranges, at, window, False, SHAPE, N,
+            SLOTS - 2, (ONES, "none"),
+        )  # fmt: skip
+        async_copy.wait_group(0)  # what was fetched for no step
         acc, total, w = state
         acc = warpgroup_mma(operand(w, LAYOUTS.vectors), rings[0].index(last), acc, is_async=True)
         total = add_sums(total, w, ones, ONES)
@@ -371,7 +389,7 @@ def solve_hopper_kernel(
     q_unit, k_unit, _ = units_of(units, at, n_heads, group)
     rings = (ring_of(N, D, SLOTS),)
     ranges = tiles_of(key_range(at, window, SHAPE.CAUSAL, BLOCK_M, N), N)
-    sources = ((keys_of(k_in, at), k_in.stride_s),), at.k_stop
+    sources = (keys_of(k_in, at),), at.k_stop
     begin(rings, sources, ranges, N, SLOTS - 2)
     row = at.start + gl.arange(0, BLOCK_M, layout=LAYOUTS.rows)
     there = row < at.q_len

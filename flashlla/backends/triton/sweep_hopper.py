@@ -111,15 +111,18 @@ def masked(s, row, start, at, window, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def fetch_rows(shared, base, stride, start, length):
-    """Begin to load rows ``start`` on of a (length, D) matrix, zero beyond it."""
+def fetch_rows(shared, base, start, length):
+    """Begin to load rows ``start`` on of a contiguous (length, D) matrix, zero beyond it."""
     ROWS: gl.constexpr = shared.shape[0]
     D: gl.constexpr = shared.shape[1]
     WARPS: gl.constexpr = gl.num_warps()
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    AT_ONCE: gl.constexpr = WARPS * (256 // D)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
     dim = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
-    pointers = base + start.to(gl.int64) * stride + (row[:, None] * stride + dim[None, :])
+    # A thread's own place first, then what is the same for all: its addresses are one and constants.
+    pointers = base + start.to(gl.int64) * D + ((row % AT_ONCE)[:, None] * D + dim[None, :])
+    pointers += (row // AT_ONCE * (AT_ONCE * D))[:, None]
     async_copy.async_copy_global_to_shared(shared, pointers, mask=(row < length - start)[:, None])
 
 
@@ -143,11 +146,10 @@ def tile_at(step, ranges, TILE: gl.constexpr):
 def fetch(rings, coming, TILE: gl.constexpr):
     """Begin to load a tile, to be called by a body once it has begun its products; of no step that there is, zeros."""
     slot, step, sources, ranges = coming
-    places, stop = sources
+    bases, stop = sources
     start, stop = tile_at(step, ranges, TILE), gl.where(step < ranges[4], stop, 0)
     for i in gl.static_range(len(rings)):
-        base, stride = places[i]
-        fetch_rows(rings[i].index(slot), base, stride, start, stop)
+        fetch_rows(rings[i].index(slot), bases[i], start, stop)
     async_copy.commit_group()
 
 

@@ -6,7 +6,7 @@ sweep leaves to the next stays on the chip.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from flashlla.backends.triton.primitives import (
     LN2,
@@ -33,6 +33,7 @@ from flashlla.backends.triton.solve_hopper import (
     operand_of,
     out_of_units_of,
     ridges,
+    room_for,
     solved,
     store_ended,
 )
@@ -48,8 +49,11 @@ from flashlla.backends.triton.sweep_hopper import (
     packed,
     ring_of,
     store_queries,
-    sweep,
+    sweep_from,
+    sweep_part,
+    sweep_storing,
     tiles_of,
+    weighed,
 )
 
 
@@ -64,11 +68,13 @@ def statistics_body(
     state, rows, rings, slot, before, coming, start, at, window, CUT: gl.constexpr, SHAPE: gl.constexpr,
     OPTIONS: gl.constexpr,
 ):  # fmt: skip
-    """As `forward.statistics_body`, without a first guess."""
+    """As `forward.statistics_body`, without a first guess. Weights are stored in ``kept``, what they are relative to in
+    ``bases``; see `sweep_storing`."""
     m, w, totals, acc = state
-    q, row, zero, factor, ones = rows
-    FLIP: gl.constexpr = OPTIONS[0]
-    ONES: gl.constexpr = OPTIONS[1]
+    q, row, zero, factor, ones, kept, bases = rows
+    FLIP: gl.constexpr = OPTIONS[0][0]
+    ONES: gl.constexpr = OPTIONS[0][1]
+    STORED: gl.constexpr = OPTIONS[1]
     VECTORS: gl.constexpr = acc.type.layout
     N: gl.constexpr = zero.shape[1]
     s = warpgroup_mma(q, rings[0].index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -90,7 +96,17 @@ def statistics_body(
         acc, totals, e = warpgroup_mma_wait(0, deps=(acc, totals, e))
     else:
         acc, e = warpgroup_mma_wait(0, deps=(acc, e))
-    return m_next, packed(e), faded(totals, fade), faded(acc, fade)
+    e = packed(e)
+    step = coming[1] - (rings[0].shape[0] - 2)
+    if STORED == "all":
+        kept.index(step).store(e)
+        bases.index(step).store(base)
+    elif STORED == "some":
+        there = step < kept.shape[0]
+        if there:
+            kept.index(step).store(e)
+            bases.index(step).store(base)
+    return m_next, e, faded(totals, fade), faded(acc, fade)
 
 
 @gluon.jit
@@ -140,6 +156,25 @@ def output_body(
     return acc, packed(e)
 
 
+@gluon.jit
+def output_kept_body(
+    state, rows, rings, slot, before, coming, start, at, window, CUT: gl.constexpr, SHAPE: gl.constexpr,
+    OPTIONS: gl.constexpr,
+):  # fmt: skip
+    """The same of a tile whose weights are kept."""
+    acc, w = state
+    z, minus_size, rest, zero, kept = rows
+    VECTORS: gl.constexpr = acc.type.layout
+    a = warpgroup_mma(z, rings[0].index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+    acc = warpgroup_mma(operand(w, VECTORS), rings[1].index(before), acc, is_async=True)
+    fetch(rings, coming, zero.shape[1])
+    e = kept.index(coming[1] - (rings[0].shape[0] - 2)).load(w.type.layout)
+    a, e = warpgroup_mma_wait(1, deps=(a, e))
+    e = weighed(e, a * minus_size[:, None] + rest[:, None])
+    acc, e = warpgroup_mma_wait(0, deps=(acc, e))
+    return acc, e
+
+
 @gluon.jit(do_not_specialize=[*NUMBERS, "max_iters"])
 def forward_hopper_kernel(
     q_in, k_in, v_in, units, flaws, ridge_in, lse_out, omega_out, k_mean_out, probe_out, guard_out, o_out, ended_out,
@@ -179,13 +214,22 @@ def forward_hopper_kernel(
     zero = gl.zeros([M, N], gl.float32, LAYOUTS.scores)
     nothing = packed(zero)
     ones = ones_for(q_operand, N, ONES)
+    # A tile's weights are kept from the statistics to the output.
+    kept = room_for(KEPT, k_ring, M, N)
+    bases = kept  # where none are; else what they are relative to until the solve
+    if KEPT > 0:
+        bases = gl.allocate_shared_memory(gl.float32, [KEPT, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     state = (
         gl.full([M], float("-inf"), gl.float32, LAYOUTS.score_rows), nothing, no_sums(nothing, ONES),
         gl.zeros([M, D], gl.float32, LAYOUTS.vectors),
     )  # fmt: skip
-    state, last = sweep(
-        statistics_body, state, (q_operand, score_row, zero, factor, ones), rings, sources, ranges, at, window,
-        SHAPE, N, SLOTS - 2, (FLIP, ONES),
+    fence_async_shared()  # q
+    nought = ranges[4] * 0
+    so_far = state, nought, nought
+    rows = q_operand, score_row, zero, factor, ones, kept, bases
+    state, last = sweep_storing(
+        statistics_body, so_far, rows, nought, ranges[3], rings, sources, ranges, at, window, KEPT, SHAPE, N, SLOTS - 2,
+        (FLIP, ONES),
     )  # fmt: skip
     m, w, totals, acc = state
     acc = warpgroup_mma(operand(w, LAYOUTS.vectors), k_ring.index(last), acc, is_async=True)
@@ -214,9 +258,9 @@ def forward_hopper_kernel(
     r = gl.where(some[:, None], k_mean - q_wide, 0.0) + (0.0 * given_ridge)[:, None]
     atol, rtol, coarse = tolerances
     atol = atol * inverse_power(k_unit) * inverse_power(k_unit)
-    solution, b2, r2, threshold, iterations = solved(
+    solution, b2, r2, threshold, iterations, sweeps = solved(
         q_operand, r, None, k_mean, ridge, shift, factor, (atol, rtol, coarse), max_iters, rings, sources, ranges, row,
-        at, window, False, SHAPE, SLOTS, KEPT, ONES, N,
+        at, window, kept, bases, False, SHAPE, SLOTS, KEPT, ONES, N,
     )  # fmt: skip
     # Asked for before anything is waited for.
     out_of_units = out_of_units_of(ridge, ridge_in, row, at, k_unit)
@@ -239,14 +283,28 @@ def forward_hopper_kernel(
     # As of `forward.output_kernel`.
     bound = 1 + gl.sqrt(gl.maximum(d_z, 0.0))
     gain = gl.minimum(power_of_two((1 / bound) * TOP), WEIGHT)
+    z = gl.convert_layout(z, LAYOUTS.operand)
+    minus_size = gl.convert_layout(-z_size, LAYOUTS.score_rows)
+    rest = gl.convert_layout(rest, LAYOUTS.score_rows)
+    score_gain = gl.convert_layout(gain, LAYOUTS.score_rows)
+    state = gl.zeros([M, D], gl.float32, LAYOUTS.vectors), nothing
+    so_far = state, nought, nought
+    rings = k_ring, v_ring
+    sources = (keys, values), at.k_stop
     rows = (
-        q_operand, gl.convert_layout(z, LAYOUTS.operand), gl.convert_layout(-z_size, LAYOUTS.score_rows),
-        gl.convert_layout(rest, LAYOUTS.score_rows),
-        shift + gl.convert_layout(WEIGHT_BITS - gl.log2(gain), LAYOUTS.score_rows), factor, score_row, zero,
+        q_operand, z, minus_size, rest, shift + (WEIGHT_BITS - gl.log2(score_gain)), factor, score_row, zero,
     )  # fmt: skip
-    state, last = sweep(
-        output_body, (gl.zeros([M, D], gl.float32, LAYOUTS.vectors), nothing), rows, (k_ring, v_ring),
-        ((keys, values), at.k_stop), ranges, at, window, SHAPE, N, SLOTS - 2,
+    held = nought
+    if KEPT > 0:
+        held = gl.where(sweeps > 0, gl.minimum(ranges[4], KEPT), 0)  # else they are relative to their bases still
+        share = score_gain * (1 / WEIGHT)
+        so_far = sweep_part(
+            output_kept_body, so_far, (z, minus_size * share, rest * share, zero, kept), nought, held, rings, sources,
+            ranges, at, window, False, SHAPE, N, SLOTS - 2, None,
+        )  # fmt: skip
+    state, last = sweep_from(
+        output_body, so_far, rows, held, gl.maximum(ranges[3], held), rings, sources, ranges, at, window, SHAPE, N,
+        SLOTS - 2, None,
     )  # fmt: skip
     acc, w = state
     acc = warpgroup_mma(operand(w, LAYOUTS.vectors), v_ring.index(last), acc, is_async=True)

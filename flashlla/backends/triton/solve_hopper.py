@@ -46,6 +46,7 @@ from flashlla.backends.triton.sweep_hopper import (
     products,
     ring_of,
     sweep_part,
+    sweep_storing,
     tiles_of,
     weighed,
 )
@@ -86,8 +87,7 @@ def matvec_body(
     state, rows, rings, slot, before, coming, start, at, window, CUT: gl.constexpr, SHAPE: gl.constexpr,
     OPTIONS: gl.constexpr,
 ):  # fmt: skip
-    """As `solve.matvec_body`. OPTIONS: whether sums are a product with ones, and how weights are stored in ``kept``:
-    "all", "some" of the tiles, "none". A choice in the loop would have the compiler put exponentials by themselves."""
+    """As `solve.matvec_body`. Weights are stored in ``kept``; see `sweep_storing`."""
     ONES: gl.constexpr = OPTIONS[0]
     STORED: gl.constexpr = OPTIONS[1]
     acc, totals, w = state
@@ -136,6 +136,36 @@ def kept_body(
     totals = add_sums(totals, w, ones, ONES)
     fetch(rings, coming, zero.shape[1])
     e = kept.index(coming[1] - (rings[0].shape[0] - 2)).load(w.type.layout)
+    c, e = warpgroup_mma_wait(BESIDE, deps=(c, e))
+    e = weighed(e, c - x_mean[:, None])
+    if ONES:
+        acc, totals, e = warpgroup_mma_wait(0, deps=(acc, totals, e))
+    else:
+        acc, e = warpgroup_mma_wait(0, deps=(acc, e))
+    return acc, totals, e
+
+
+@gluon.jit
+def fresh_body(
+    state, rows, rings, slot, before, coming, start, at, window, CUT: gl.constexpr, SHAPE: gl.constexpr,
+    ONES: gl.constexpr,
+):  # fmt: skip
+    """The same of a tile whose weights are as a pass before has left them, relative to ``bases``: they are made what
+    they shall be, and kept so."""
+    acc, totals, w = state
+    x, x_mean, ones, zero, kept, bases, shift = rows
+    VECTORS: gl.constexpr = acc.type.layout
+    BESIDE: gl.constexpr = 2 if ONES else 1  # products issued after the first
+    k = rings[0].index(slot).permute((1, 0))
+    c = warpgroup_mma(x, k, zero, use_acc=False, is_async=True)
+    acc = warpgroup_mma(operand(w, VECTORS), rings[0].index(before), acc, is_async=True)
+    totals = add_sums(totals, w, ones, ONES)
+    fetch(rings, coming, zero.shape[1])
+    step = coming[1] - (rings[0].shape[0] - 2)
+    less = gl.exp2(gl.minimum(bases.index(step).load(x_mean.type.layout) - (shift + WEIGHT_BITS), 0.0))  # (M,)
+    less, _ = gl.broadcast(less[:, None], zero)
+    e = weighed(kept.index(step).load(w.type.layout), less)
+    kept.index(step).store(e)
     c, e = warpgroup_mma_wait(BESIDE, deps=(c, e))
     e = weighed(e, c - x_mean[:, None])
     if ONES:
@@ -198,16 +228,18 @@ def first_guess(q, r, ridge, image):
 @gluon.jit
 def solved(
     q_operand, r, start, k_mean, ridge, shift, factor, tolerances, max_iters, rings, sources, ranges, row, at, window,
-    ADJOINT: gl.constexpr, SHAPE: gl.constexpr, SLOTS: gl.constexpr, KEPT: gl.constexpr, ONES: gl.constexpr,
-    N: gl.constexpr,
+    kept, bases, ADJOINT: gl.constexpr, SHAPE: gl.constexpr, SLOTS: gl.constexpr, KEPT: gl.constexpr,
+    ONES: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
-    """A x = r for a tile of queries: x, |r|^2 before and after, what it was to come down to, and iterations.
+    """A x = r for a tile of queries: x, |r|^2 before and after, what it was to come down to, iterations, and sweeps.
 
-    ``start``: None, or what a first guess leaves: x so far, its residual, and the curvature along it. `begin` has begun
-    the first sweep's first tiles.
+    ``start``: None, or what a first guess leaves: x so far, its residual, and the curvature along it. ``kept``: room
+    for the weights of KEPT tiles; ``bases``: None, or what those are relative to that a pass before has left there, of
+    each tile and query. `begin` has begun the first sweep's first tiles.
     """
     M: gl.constexpr = r.shape[0]
     D: gl.constexpr = r.shape[1]
+    FILLED: gl.constexpr = bases is not None
     LAYOUTS: gl.constexpr = layouts(M, N, D)
     WIDE: gl.constexpr = D > 64
     SINGLES: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
@@ -224,7 +256,6 @@ def solved(
     r2 = gl.sum(r * r, 1)
     r_mean = gl.sum(r * k_mean, 1)
     r_shared = gl.allocate_shared_memory(gl.float32, [M, D], SINGLES, r)
-    kept = room_for(KEPT, mean_shared, M, N)
     ones = ones_for(mean_shared, N, ONES)
 
     score_row = at.start + gl.arange(0, M, layout=LAYOUTS.score_rows)
@@ -264,31 +295,26 @@ def solved(
         nought = ranges[4] * 0
         so_far = state, nought, nought
         held = nought
-        stored = nought
-        if KEPT > 0:  # by the first sweep, whose weights they are
-            stored = gl.minimum(ranges[4], KEPT)
-            held = gl.where(sweeps == 0, 0, stored)
+        if KEPT > 0:
+            fresh = nought
+            held = gl.minimum(ranges[4], KEPT)
+            if FILLED:
+                fresh = gl.where(sweeps == 0, held, 0)
+                fresh_rows = rows[1], rows[2], ones, zero, kept, bases, shift
+                so_far = sweep_part(
+                    fresh_body, so_far, fresh_rows, nought, fresh, rings, sources, ranges, at, window, False, SHAPE, N,
+                    SLOTS - 2, ONES,
+                )  # fmt: skip
+            else:  # the first sweep stores them
+                held = gl.where(sweeps == 0, 0, held)
             so_far = sweep_part(
-                kept_body, so_far, rows, nought, held, rings, sources, ranges, at, window, False, SHAPE, N, SLOTS - 2,
+                kept_body, so_far, rows, fresh, held, rings, sources, ranges, at, window, False, SHAPE, N, SLOTS - 2,
                 ONES,
             )  # fmt: skip
-        whole_from = gl.maximum(ranges[3], held)
-        so_far = sweep_part(
-            matvec_body, so_far, rows, held, ranges[3], rings, sources, ranges, at, window, True, SHAPE, N, SLOTS - 2,
-            (ONES, "some" if KEPT > 0 else "none"),
+        state, last = sweep_storing(
+            matvec_body, so_far, rows, held, gl.maximum(ranges[3], held), rings, sources, ranges, at, window,
+            0 if FILLED else KEPT, SHAPE, N, SLOTS - 2, ONES,
         )  # fmt: skip
-        if KEPT > 0:
-            stored = gl.maximum(whole_from, stored)
-            so_far = sweep_part(
-                matvec_body, so_far, rows, whole_from, stored, rings, sources, ranges, at, window, False, SHAPE, N,
-                SLOTS - 2, (ONES, "all"),
-            )  # fmt: skip
-            whole_from = stored
-        state, _, last = sweep_part(
-            matvec_body, so_far, rows, whole_from, ranges[4], rings, sources, ranges, at, window, False, SHAPE, N,
-            SLOTS - 2, (ONES, "none"),
-        )  # fmt: skip
-        async_copy.wait_group(0)  # what was fetched for no step
         acc, total, w = state
         acc = warpgroup_mma(operand(w, LAYOUTS.vectors), rings[0].index(last), acc, is_async=True)
         total = add_sums(total, w, ones, ONES)
@@ -346,7 +372,7 @@ def solved(
     solution += gl.where(left < 1, last_size, 0.0)[:, None] * r_shared.load(LAYOUTS.vectors)
     r2 *= gl.where(last_size > 0, left, 1.0)
     solution += (0.0 * r2)[:, None]  # NaN where the right-hand side was
-    return solution, b2, r2, threshold, iterations
+    return solution, b2, r2, threshold, iterations, sweeps
 
 
 @gluon.jit
@@ -412,9 +438,10 @@ def solve_hopper_kernel(
     atol, rtol, coarse = tolerances
     if not ADJOINT:
         atol = atol * inverse_power(k_unit) * inverse_power(k_unit)
-    solution, b2, r2, threshold, iterations = solved(
+    solution, b2, r2, threshold, iterations, _ = solved(
         operand_of(q, LAYOUTS.scores), r, start, k_mean, ridge, shift, scale * LOG2E * q_unit * k_unit,
-        (atol, rtol, coarse), max_iters, rings, sources, ranges, row, at, window, ADJOINT, SHAPE, SLOTS, KEPT, ONES, N,
+        (atol, rtol, coarse), max_iters, rings, sources, ranges, row, at, window,
+        room_for(KEPT, rings[0], BLOCK_M, N), None, ADJOINT, SHAPE, SLOTS, KEPT, ONES, N,
     )  # fmt: skip
     async_copy.wait_group(0)  # what was fetched for no sweep
     solution *= out_of_units_of(ridge, ridge_in, row, at, k_unit)[:, None]

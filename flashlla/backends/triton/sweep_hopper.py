@@ -209,6 +209,33 @@ def sweep_from(
 
 
 @gluon.jit
+def sweep_storing(
+    body: gl.constexpr, so_far, rows, cut_from, whole_from, rings, sources, ranges, at, window, STORED: gl.constexpr,
+    SHAPE: gl.constexpr, TILE: gl.constexpr, AHEAD: gl.constexpr, OPTIONS: gl.constexpr,
+):  # fmt: skip
+    """`sweep_from` of a body that stores something of each of the first STORED tiles: its options are OPTIONS and of
+    how many of its tiles, "all", "some" or "none". A choice in the loop of whole tiles would have the compiler put its
+    exponentials by themselves, where nothing else is issued."""
+    so_far = sweep_part(
+        body, so_far, rows, cut_from, ranges[3], rings, sources, ranges, at, window, True, SHAPE, TILE, AHEAD,
+        (OPTIONS, "some" if STORED > 0 else "none"),
+    )  # fmt: skip
+    if STORED > 0:
+        stop = gl.maximum(whole_from, gl.minimum(ranges[4], STORED))
+        so_far = sweep_part(
+            body, so_far, rows, whole_from, stop, rings, sources, ranges, at, window, False, SHAPE, TILE, AHEAD,
+            (OPTIONS, "all"),
+        )  # fmt: skip
+        whole_from = stop
+    state, _, last = sweep_part(
+        body, so_far, rows, whole_from, ranges[4], rings, sources, ranges, at, window, False, SHAPE, TILE, AHEAD,
+        (OPTIONS, "none"),
+    )  # fmt: skip
+    async_copy.wait_group(0)  # what was fetched for no step
+    return state, last
+
+
+@gluon.jit
 def sweep(
     body: gl.constexpr, state, rows, rings, sources, ranges, at, window,
     SHAPE: gl.constexpr, TILE: gl.constexpr, AHEAD: gl.constexpr, OPTIONS: gl.constexpr = None,

@@ -58,9 +58,9 @@ def test_without_triton_its_version_is_not_asked_for(monkeypatch: pytest.MonkeyP
     assert "Triton is not installed" in str(explain(q, q, q, solver="pcg_gram").reasons["triton"])
 
 
-@pytest.mark.parametrize(("version", "tile"), [("3.6.0", 64), ("3.7.1", 64), ("3.8.0", 32), ("3.10.0+git", 32)])
-def test_dk_has_fewer_keys_a_tile_where_triton_is_all_it_has(
-    monkeypatch: pytest.MonkeyPatch, version: str, tile: int
+@pytest.mark.parametrize(("version", "cap"), [("3.6.0", 168), ("3.7.1", 168), ("3.8.0", None), ("3.10.0+git", None)])
+def test_dk_has_all_registers_where_triton_is_all_it_has(
+    monkeypatch: pytest.MonkeyPatch, version: str, cap: int | None
 ) -> None:
     import triton
 
@@ -68,7 +68,7 @@ def test_dk_has_fewer_keys_a_tile_where_triton_is_all_it_has(
 
     monkeypatch.setattr(triton, "__version__", version)
     table = configs.config.__wrapped__("dk", 64, torch.float16, (9, 0))
-    assert (table.m, table.n) == (32, tile)
+    assert table == configs.Config(32, 64, 4, 2, cap)
     assert configs.config.__wrapped__("dk", 128, torch.float16, (9, 0)) == configs._HALF[128]["dk"]
 
 

@@ -95,8 +95,8 @@ _HALF: dict[int, dict[str, Config]] = {
     },
 }
 # The same where Triton is 3.8 or later, whose Gluon the kernels for Hopper are not written in, so that dk is Triton's:
-# 3.9 spills 13 % of a window's sweep at 64 keys a tile, and nothing at 32.
-_HALF_LATER: dict[int, dict[str, Config]] = {**_HALF, 64: {**_HALF[64], "dk": Config(32, 32, 4, 2, 168)}}
+# 3.9 spills 13 % of a window's sweep under the cap, and nothing without, which takes no longer (docs/performance.md).
+_HALF_LATER: dict[int, dict[str, Config]] = {**_HALF, 64: {**_HALF[64], "dk": Config(32, 64, 4, 2)}}
 # float16 operands on all other chips: as little as 99 KiB of shared memory, products of single warps. Not measured.
 _HALF_SMALL: dict[int, dict[str, Config]] = {
     16: dict.fromkeys(PASSES, Config(64, 64, 4, 2)),

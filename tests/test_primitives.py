@@ -14,7 +14,8 @@ hasten()
 
 import triton.language as tl  # noqa: E402 (after hasten)
 
-from flashlla.backends.triton.primitives import LANES, packed_tile  # noqa: E402
+from flashlla.backends.triton.primitives import LANES, TURN, packed_tile, place  # noqa: E402
+from flashlla.backends.triton.records import Seqlens  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -50,3 +51,28 @@ def test_every_tile_of_packed_sequences_has_one_program(sequences: int) -> None:
     assert len(found) == len(wanted)
     assert set(found) == wanted
     assert programs - len(found) <= sequences
+
+
+@triton.jit(do_not_specialize=["heads", "length"])
+def places_kernel(out, seqlens, heads, length, BLOCK: tl.constexpr, OVER_KEYS: tl.constexpr):
+    at = place(
+        seqlens, heads, heads, heads // heads, length, length, length, length, BLOCK, True, OVER_KEYS, IN_TURNS=True
+    )  # fmt: skip
+    tl.store(out + tl.program_id(0) * 2, at.q_head)
+    tl.store(out + tl.program_id(0) * 2 + 1, at.start // BLOCK)
+
+
+@pytest.mark.parametrize("over_keys", [False, True])
+@pytest.mark.parametrize(("heads", "tiles"), [(1, 1), (2, TURN.value + 1), (7, 100), (TURN.value + 9, 1)])
+def test_in_turns_every_tile_of_a_head_has_one_program(heads: int, tiles: int, over_keys: bool) -> None:
+    """Of as few heads at a time as have so many programs, the longest sweeps first."""
+    out = torch.full((heads * tiles, 2), -1, dtype=torch.int32, device=DEVICE)
+    places_kernel[(heads * tiles,)](out, Seqlens(), heads, tiles * BLOCK - 3, BLOCK, over_keys)
+    found = [tuple(place) for place in out.tolist()]
+    assert sorted(found) == [(head, tile) for head in range(heads) for tile in range(tiles)]
+    most = -(-TURN.value // tiles)
+    for first in range(0, heads, most):
+        turn = found[first * tiles : (first + most) * tiles]
+        assert {head for head, _ in turn} == set(range(first, min(first + most, heads)))
+        order = [tile for _, tile in turn]
+        assert order == sorted(order, reverse=not over_keys)

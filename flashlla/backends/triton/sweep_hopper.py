@@ -1,7 +1,7 @@
 """What kernels in Gluon for Hopper are made of: a tile of queries and its sweep over tiles of keys.
 
 A tile's products are issued at once, and with them the last product of the tile before; each is waited for where it is
-needed. Keys, and values where a pass takes them, come ahead through a rings of tiles in shared memory.
+needed. Keys, and values where a pass takes them, come ahead through rings of tiles in shared memory.
 """
 
 from typing import NamedTuple

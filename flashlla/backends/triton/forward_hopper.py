@@ -287,26 +287,26 @@ def forward_hopper_kernel(
     minus_size = gl.convert_layout(-z_size, LAYOUTS.score_rows)
     rest = gl.convert_layout(rest, LAYOUTS.score_rows)
     score_gain = gl.convert_layout(gain, LAYOUTS.score_rows)
-    state = gl.zeros([M, D], gl.float32, LAYOUTS.vectors), nothing
-    so_far = state, nought, nought
-    rings = k_ring, v_ring
-    sources = (keys, values), at.k_stop
-    rows = (
+    output = gl.zeros([M, D], gl.float32, LAYOUTS.vectors), nothing
+    output_so_far = output, nought, nought
+    both_rings = k_ring, v_ring
+    both_sources = (keys, values), at.k_stop
+    output_rows = (
         q_operand, z, minus_size, rest, shift + (WEIGHT_BITS - gl.log2(score_gain)), factor, score_row, zero,
     )  # fmt: skip
     held = nought
     if KEPT > 0:
         held = gl.where(sweeps > 0, gl.minimum(ranges[4], KEPT), 0)  # else they are relative to their bases still
         share = score_gain * (1 / WEIGHT)
-        so_far = sweep_part(
-            output_kept_body, so_far, (z, minus_size * share, rest * share, zero, kept), nought, held, rings, sources,
-            ranges, at, window, False, SHAPE, N, SLOTS - 2, None,
+        output_so_far = sweep_part(
+            output_kept_body, output_so_far, (z, minus_size * share, rest * share, zero, kept), nought, held,
+            both_rings, both_sources, ranges, at, window, False, SHAPE, N, SLOTS - 2, None,
         )  # fmt: skip
-    state, last = sweep_from(
-        output_body, so_far, rows, held, gl.maximum(ranges[3], held), rings, sources, ranges, at, window, SHAPE, N,
-        SLOTS - 2, None,
+    output, last = sweep_from(
+        output_body, output_so_far, output_rows, held, gl.maximum(ranges[3], held), both_rings, both_sources, ranges,
+        at, window, SHAPE, N, SLOTS - 2, None,
     )  # fmt: skip
-    acc, w = state
+    acc, w = output
     acc = warpgroup_mma(operand(w, LAYOUTS.vectors), v_ring.index(last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     acc = gl.where(some[:, None], acc, 0.0)

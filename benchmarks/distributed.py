@@ -351,7 +351,8 @@ def decode_graph(world: World, options: argparse.Namespace) -> list[Line]:
     """Microseconds of a token, replayed from a CUDA graph, which the host takes no time to launch."""
     if world.device != "cuda":
         return []
-    line, graph = _of_decoding(world, options), captured(decoding(world, options).many)
+    line, decoded = _of_decoding(world, options), decoding(world, options)  # which a replay reads
+    graph = captured(decoded.many)
     line["us"] = 1e6 * world.cost(graph.replay, calls=9).seconds / DECODED
     world.say("decode_graph", _told(line))
     return [line]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -361,7 +362,8 @@ def distributed() -> str:
     }  # fmt: skip
 
     def rows() -> Iterator[list[str]]:
-        for line in sorted(record("distributed_h100")["speed"], key=lambda line: (line["length"], line["gpus"])):
+        lines = [line for name in ("distributed_h100", "distributed_long_h100") for line in record(name)["speed"]]
+        for line in sorted(lines, key=lambda line: (line["length"], line["gpus"])):
             for prefix, method in {"": "all_gather" if line["gpus"] > 1 else "", "all_to_all_": "all_to_all"}.items():
                 if f"{prefix}step_s" in line:
                     cells = ((line.get(prefix + name), form) for name, form in of_method.values())
@@ -369,6 +371,45 @@ def distributed() -> str:
                     yield [str(line["length"]), str(line["gpus"]), method, *told]
 
     return table(["S", "GPUs", "method", *of_method], rows())
+
+
+def distributed_turns() -> str:
+    """Efficiencies of several GPUs at the fewest tokens, of rounds in turn, by how calls are made: milliseconds."""
+    hows = {"": "by itself", "row_": "in a row", "graph_": "from a graph"}
+    names = [(f"{how}{what}", f"{what} {told}") for how, told in hows.items() for what in ("forward", "step")]
+
+    def rows() -> Iterator[list[str]]:
+        for line in record("distributed_h100").get("turns", ()):
+            for prefix, method in {"": "all_gather" if line["gpus"] > 1 else "", "all_to_all_": "all_to_all"}.items():
+                if f"{prefix}step_s" in line:
+                    cells = [str(line["gpus"]), method]
+                    for name, _ in names:
+                        efficiency = line.get(f"{prefix}{name}_efficiency")
+                        beside = "" if efficiency is None else f", {efficiency:.1%}"
+                        cells.append(f"{1e3 * line[f'{prefix}{name}_s']:.1f}{beside}")
+                    yield cells
+
+    return table(["GPUs", "method", *(told for _, told in names)], rows())
+
+
+def distributed_ways() -> str:
+    """All_gather in other ways: medians, milliseconds."""
+    found: dict[tuple[str, ...], list[Line]] = {}
+    for line in record("distributed_ways_h100")["lines"]:
+        what = ("one GPU",) * (line["gpus"] == 1) or (
+            line["keys"], *(", ".join(map(str, line[name])) for name in ("heads", "priorities")), line["nccl"],
+            {"head": "first", "tail": "second"}[line["first"]],
+        )  # fmt: skip
+        found.setdefault(what, []).append(line)
+
+    def rows() -> Iterator[list[str]]:
+        for what, lines in found.items():
+            times = (statistics.median(line[f"{name}_s"] for line in lines) for name in names)
+            yield [*what, *[""] * (5 - len(what)), str(len(lines)), *(f"{1e3 * x:.1f}" for x in times)]
+
+    names = {"forward": "forward", "step": "step", "graph_forward": "graph: forward", "graph_step": "graph: step"}
+    how = "keys", "heads at a time", "streams' priorities", "NCCL's stream", "chunk that comes first", "measured"
+    return table([*how, *names.values()], rows())
 
 
 def distributed_groups() -> str:
@@ -447,6 +488,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "passes": passes,
     "distributed": distributed,
+    "distributed_turns": distributed_turns,
+    "distributed_ways": distributed_ways,
     "distributed_groups": distributed_groups,
     "distributed_parts": distributed_parts,
     "distributed_decode": distributed_decode,

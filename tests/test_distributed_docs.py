@@ -1,0 +1,96 @@
+"""What README.md and docs/distributed.md say in words of several GPUs is what the records hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.quick
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {"all_gather": "", "all_to_all": "all_to_all_"}
+
+
+def record(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+RECORD = record("distributed_h100")
+
+
+def words(page: str) -> str:
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
+PAGE, README = words("docs/distributed.md"), words("README.md")
+
+
+def on(gpus: int, lines: list[dict[str, Any]], **which: Any) -> dict[str, Any]:
+    (line,) = (line for line in lines if line["gpus"] == gpus and which.items() <= line.items())
+    return line
+
+
+def test_several_gpus_are_so_many_times_as_fast() -> None:
+    one = on(1, RECORD["turns"])
+    times = {
+        (gpus, method): one["step_s"] / on(gpus, RECORD["turns"])[f"{prefix}step_s"]
+        for gpus in (2, 4)
+        for method, prefix in METHODS.items()
+    }
+    gathered, exchanged = ([f"{times[gpus, method]:.1f}" for gpus in (2, 4)] for method in METHODS)
+    told = (
+        "{} times as fast on two H100s as on one and {} times on four by `all_gather`, {} and {} times by `all_to_all`"
+    )
+    assert told.format(*gathered, *exchanged) in README
+
+
+def test_efficiencies_that_were_wanted() -> None:
+    """All are reached but one, which the page tells."""
+    missed = set()
+    for gpus, wanted in ((2, 0.9), (4, 0.85)):
+        line = on(gpus, RECORD["turns"])
+        for name, efficiency in line.items():
+            if name.endswith("_efficiency") and efficiency < wanted:
+                missed.add((gpus, name))
+        longer = on(gpus, RECORD["speed"], length=131072)
+        assert min(longer[f"{p}{n}_efficiency"] for p in METHODS.values() for n in ("forward", "step")) >= wanted
+    assert missed == {(2, "forward_efficiency")}
+    assert f"on two takes {100 * on(2, RECORD['turns'])['forward_efficiency']:.0f} %" in PAGE
+    assert f"and {100 * on(2, RECORD['speed'], length=32768)['forward_efficiency']:.0f} in the table above" in PAGE
+
+
+def test_errors_on_two_and_on_four_are_those_of_one() -> None:
+    given = ("o", "dq", "dk", "dv", "dridge")
+    names = {"dridge": "dlambda"}
+    for gpus in (2, 4):
+        line = on(gpus, RECORD["accuracy"], what="all_gather")
+        assert ", ".join(f"{names.get(x, x)} {1e3 * line[x]['across']:.1f}e-3" for x in given) in PAGE
+        for what in ("all_gather", "all_to_all", "window", "packed"):
+            for errors in (on(gpus, RECORD["accuracy"], what=what)[x] for x in given):
+                assert abs(errors["across"] / errors["alone"] - 1) < 0.05
+                assert errors["apart"] <= (0 if what == "all_to_all" else 2.65e-3)
+
+
+def test_losses_of_tiny_gpt() -> None:
+    two, four = (on(gpus, RECORD["training"]) for gpus in (2, 4))
+    assert {f"{loss:.4f}" for line in (two, four) for loss in (line["across"][0], line["alone"][0])} == {"5.4837"}
+    told = f"{two['alone'][0]:.4f} to {two['across'][-1]:.4f} on two, {four['across'][-1]:.4f} on four"
+    assert told in PAGE
+    assert f"at most {two['apart']:.1e} apart on two, {four['apart']:.1e} on four".replace("e-0", "e-") in PAGE
+
+
+def test_of_524288_tokens() -> None:
+    lines = record("distributed_long_h100")["speed"]
+    one, four = on(1, lines), on(4, lines)
+    assert f"{one['forward_s']:.1f} s forward, {one['step_s']:.1f} a step, {one['peak_gib']:.1f} GiB" in PAGE
+    for method, prefix in METHODS.items():
+        efficiencies = (one[name] / (4 * four[prefix + name]) for name in ("forward_s", "step_s"))
+        assert "{:.0%} and {:.0%} by `{}`".format(*efficiencies, method).replace("%", " %") in PAGE
+
+
+def test_what_is_planned_on_paper_is_from_the_step_measured() -> None:
+    step = on(4, RECORD["speed"], length=131072)
+    assert f"{4 * step['step_s'] / 131072**2:.2e} S^2 / W seconds".replace("e-10", "e-10") in PAGE

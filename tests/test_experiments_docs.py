@@ -125,7 +125,6 @@ def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:
     leads, lags = (
         [a["reported"] - b["reported"] for a, b in pairs] for pairs in (zip(equal_long, long), zip(long, more))
     )
-    each = lambda gaps: " and ".join(", ".join(f"{gap:.3f}" for gap in gaps).rsplit(", ", 1))
     solves, longer = sorted(run["unconverged"] for run in long), runs["softmax steps=5000 as_lla=True lr=0.002"][0]
     short = first(lla) - first("softmax as_lla=True lr=0.002")
     told = [
@@ -136,7 +135,9 @@ def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:
         f"it makes {in_time_of(1):.1f} times as many",
         f"Of {runs[lla][0]['unconverged'][1] // 10**6} million solves of a run {some[0]} to {some[-1]} did not",
         f"Learned ridges went from 1 to between {min(ridges(lla)):.1f} and {max(ridges(lla)):.1f}",
-        f"in seeds 0 to {len(leads) - 1} by {each(leads)}, where it was by {apart[0]:.3f} to {apart[-1]:.3f} after 500",
+        f"LLA is at {loss('lla steps=5000 lr=0.002'):.3f} and softmax attention at "
+        f"{loss('softmax steps=5000 lr=0.002'):.3f}, ahead by {leads[0]:.3f} and {leads[1]:.3f} in two seeds and "
+        f"behind by {-leads[2]:.3f} in the third, where it was ahead by {apart[0]:.3f} to {apart[-1]:.3f} after 500",
         f"gains nothing over softmax attention: {loss('lla every=3 lr=0.002'):.3f} for {loss(softmax):.3f}",
         f"A window of 256 makes LLA worse by {loss(f'lla {narrow}') - loss(lla):.3f} and softmax attention by "
         f"{loss(f'softmax {narrow}') - loss(softmax):.3f}, and leaves LLA ahead by "
@@ -145,22 +146,25 @@ def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:
         f"{gains[-1]:.3f}), and a step takes {ms(large)}",
         f"1e-1 in training changes nothing: {loss(loose):.3f} for {loss(lla):.3f}. A step takes {ms(loose)}",
         f"{loss(softmax) - loss(muon('softmax')):.2f} over AdamW with softmax attention. With it LLA is ahead by "
-        f"{loss(muon('softmax')) - loss(muon('lla')):.3f}, in every seed, each at its best rate, where with AdamW it "
-        f"is by {loss(softmax) - loss(lla):.3f}",
-        f"takes for {in_time_of(5000):.0f} steps. Softmax attention is ahead by {each(lags)} in seeds 0 to "
-        f"{len(lags) - 1} after 7000, for which it needs {100 * 7000 / in_time_of(5000):.0f} % of that time, and by "
-        f"{long[0]['reported'] - longer['reported']:.3f} in seed 0 after {longer['steps']}, as many as took that time "
+        f"{loss(muon('softmax')) - loss(muon('lla')):.3f}, in two of three seeds, each at its best rate, where "
+        f"with AdamW it is by {loss(softmax) - loss(lla):.3f} and in all",
+        f"takes for {in_time_of(5000):.0f} steps. In seed 0, the one that was tried, softmax attention is ahead by "
+        f"{lags[0]:.3f} after 7000, for which it needs {100 * 7000 / in_time_of(5000):.0f} % of that time, and by "
+        f"{long[0]['reported'] - longer['reported']:.3f} after {longer['steps']}, as many as took that time "
         f"with the kernels of then; in the time of 500 it was by {short:.3f}",
         f"Of {solves[0][1] // 10**6} million solves of a run {solves[0][0]} to {solves[-1][0]} did not reach",
         "went to between {:.1f} and {:.1f}:".format(*(of(ridges("lla steps=5000 lr=0.002")) for of in (min, max))),
     ]
     assert [phrase for phrase in told if phrase not in page] == []
-    assert min(leads + lags) > 0
+    assert (len(leads), len(lags)) == (3, 1)
     assert first("lla ridge_init=0.1 lr=0.002") > first(softmax)
-    assert abs(first("lla ridge=token lr=0.002") - first(softmax)) < 0.001
+    assert f"worse than softmax attention, too, by {first('lla ridge=token lr=0.002') - first(softmax):.3f}" in page
+    loose, tight = (f"{first(f'lla tolerance={t} lr=0.002'):.3f}" for t in (0.03, 0.001))
+    assert f"Neither do 3e-2 and 1e-3, in seed 0: {loose} and {tight} for {first(lla):.3f}" in page
     ahead = lambda better, worse: all(a["reported"] < b["reported"] for a, b in zip(runs[better], runs[worse]))
-    pairs = [(lla, softmax), (f"lla {bare}", f"softmax {bare}"), (large, lla), (muon("lla"), muon("softmax"))]
+    pairs = [(lla, softmax), (f"lla {bare}", f"softmax {bare}"), (large, lla)]
     assert [pair for pair in pairs if not ahead(*pair)] == []
+    assert [a["reported"] < b["reported"] for a, b in zip(runs[muon("lla")], runs[muon("softmax")])].count(True) == 2
 
 
 def test_figures_told_of_tolerances_are_those_of_the_record() -> None:
@@ -226,9 +230,14 @@ def test_figures_told_of_recall_are_those_of_the_record() -> None:
     assert [learned(pairs, 32, "LLA") for pairs in (4, 8, 16)] == [3, 3, 3]
     assert [learned(pairs, 32, "softmax") for pairs in (4, 8, 16)] == [0, 2, 3]
     assert min(of(64, 32, "softmax")["reported"]) > 0.99
-    assert [learned(pairs, 16, "softmax") for pairs in (4, 8)] == [0, 0]
-    assert learned(4, 16, "LLA") == 2
-    assert learned(4, 32, "delta rule") == 1
+    assert [learned(pairs, 16, "softmax") for pairs in (4, 8, 16, 64)] == [0, 0, 0, 0]
+    one, other, none = of(64, 32, "LLA")["reported"]
+    assert one < 0.05
+    assert f"one is wrong in {other:.2f}, and one has not begun" in page
+    assert none > 0.99
+    assert [learned(pairs, 16, "LLA") for pairs in (4, 8, 16, 64)] == [2, 0, 1, 0]
+    assert [learned(pairs, 32, "delta rule") for pairs in (4, 8, 16, 64)] == [1, 0, 0, 0]
+    assert [learned(pairs, 16, "delta rule") for pairs in (4, 8, 16)] == [0, 0, 0]
 
 
 def test_figures_told_of_swaps_are_those_of_the_record() -> None:

@@ -117,14 +117,14 @@ def _decode(
 
 def _share(device: str) -> None:
     """Moments of a cache, as ranks that share one make them, and the solve."""
-    from flashlla import lla_decode
+    from flashlla import explain, lla_decode
     from flashlla.backends.triton import moments
     from flashlla.calls import prepared
     from flashlla.problem import describe
 
     q, k, v = _tensors(device, torch.bfloat16, (2, 4, 1, 40), (2, 2, 130, 40), (2, 2, 130, 40))
     lengths = torch.tensor([130, 43], dtype=torch.int32).to(device)
-    arguments = prepared(lla_decode, "share", q, k, v, seqlens_k=lengths, ridge_lambda=1.0).arguments
+    arguments = prepared(lla_decode, explain, q, k, v, seqlens_k=lengths, ridge_lambda=1.0).arguments
     problem, inputs = describe(arguments), arguments.inputs
     moments.solved(problem, moments.moments(problem, inputs), inputs.ridge_lambda)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from flashlla import dispatch
 from flashlla.api import lla_attention, lla_attention_varlen, lla_decode, named_arguments, signature_of
 from flashlla.autograd import WithoutGradient, forward
-from flashlla.hints import refuse_unknown
+from flashlla.hints import keywords_of, refuse_unknown, with_hints
 from flashlla.problem import describe
 from flashlla.validation import Call, prepare, prepare_decode, prepare_varlen
 
@@ -31,7 +31,12 @@ _RESULTS = ("return_info", "out")
 
 
 def prepared(
-    op: Callable[..., Any] | None, caller: str, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AnyOptions]
+    op: Callable[..., Any] | None,
+    caller: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    **options: Unpack[AnyOptions],
 ) -> Call:
     """The call ``op(q, k, v, **options)``, of lla_attention where that is None, for ``caller``; not its results."""
     op = lla_attention if op is None else op
@@ -40,12 +45,12 @@ def prepared(
         raise ValueError(f"op: got {op!r}, wanted one of {wanted}")
     known = [name for name in named_arguments(op) if name not in _RESULTS]
     if unknown := set(options) - set(known):
-        refuse_unknown(caller, unknown, lambda: known)
+        refuse_unknown(caller.__qualname__, unknown, lambda: [*keywords_of(caller), *known[3:]])
     bound = signature_of(op).bind_partial(q, k, v, **options)
     bound.apply_defaults()
     for name in known:
         if name not in bound.arguments:
-            raise TypeError(f"{caller}() lacks the keyword argument {name!r} of {op.__name__}")
+            raise TypeError(f"{caller.__qualname__}() lacks the keyword argument {name!r} of {op.__name__}")
     return _PREPARE[op](**{name: bound.arguments[name] for name in known})
 
 
@@ -81,7 +86,7 @@ def explain(
         >>> print(flashlla.explain(q, k, v, op=flashlla.lla_decode, seqlens_k=lengths, backend="chunked").backend)
         chunked
     """
-    arguments = prepared(op, "explain", q, k, v, **options).arguments
+    arguments = prepared(op, explain, q, k, v, **options).arguments
     return dispatch.explain(describe(arguments), arguments.settings.backend)
 
 
@@ -98,6 +103,7 @@ class LLAFunction:
     """
 
     @staticmethod
+    @with_hints()
     def apply(
         q: Tensor,
         k: Tensor,
@@ -117,7 +123,7 @@ class LLAFunction:
         """
         call = prepared(
             lla_attention,
-            "LLAFunction.apply",
+            LLAFunction.apply,
             q,
             k,
             v,

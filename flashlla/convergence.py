@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashlla.hints import with_hints
+
 # The counters that are on.
 active: tuple[ConvergenceCounter, ...] = ()
 _lock = Lock()
@@ -21,6 +23,7 @@ class Counted(NamedTuple):
     queries: int
 
 
+@with_hints()
 class ConvergenceCounter:
     """Counts the queries whose solve did not reach its tolerance, without waiting for the device.
 

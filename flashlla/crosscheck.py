@@ -97,7 +97,7 @@ def verify(
     """
     if not isinstance(rows, int) or rows < 1:
         raise ValueError(f"rows: got {rows}, wanted a whole number of at least 1")
-    arguments = prepared(op, "verify", q, k, v, **options).arguments
+    arguments = prepared(op, verify, q, k, v, **options).arguments
     problem, inputs = describe(arguments), arguments.inputs
     with torch.no_grad():
         if arguments.settings.at_lengths:

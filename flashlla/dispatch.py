@@ -17,6 +17,7 @@ from flashlla.backends.base import Backend
 from flashlla.backends.chunked import Chunked
 from flashlla.backends.naive import Naive
 from flashlla.backends.triton import Triton, TritonPCG
+from flashlla.hints import with_hints
 from flashlla.notices import FallbackWarning, warn_once
 from flashlla.problem import Problem
 
@@ -60,6 +61,7 @@ class Explanation:
         return "\n".join(lines)
 
 
+@with_hints()
 def register_backend(backend: Backend, *, before: str | None = None, overwrite: bool = False) -> None:
     """Make a backend known under its ``name``.
 
@@ -136,6 +138,7 @@ def all_backends() -> tuple[Backend, ...]:
     return tuple(_backends)
 
 
+@with_hints()
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that can run on this machine, in the order that "auto" tries them.
 
@@ -147,6 +150,7 @@ def available_backends() -> tuple[str, ...]:
     return tuple(b.name for b in _backends if b.unavailable() is None)
 
 
+@with_hints()
 def get_backend() -> str:
     """The name in force here: that of :class:`set_backend`, else of FLASHLLA_BACKEND, else "auto".
 
@@ -171,6 +175,7 @@ def _preferred() -> tuple[str, str]:
     return AUTO, "no backend asked for"
 
 
+@with_hints()
 class set_backend:
     """Prefer a backend from here on, within a ``with`` block, or in a function that it decorates.
 

@@ -6,11 +6,13 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import NoReturn, ParamSpec
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 
-P = ParamSpec("P")
+T = TypeVar("T", bound=Callable[..., Any])
+NONE: Mapping[str, str] = MappingProxyType({})
 
 _SCALE = "qk_scale="
 _MASK = "causal=, window=, and seqstarts_k= and seqlens_k= for padding; there are no other masks"
@@ -22,7 +24,7 @@ _SINKS = "without it: there are no sinks; the first keys may be tokens of their 
 _LSE = "return_info=True, whose omega sums the weights"
 _VARLEN = "flashlla.lla_attention_varlen, which has cu_seqlens= and max_seqlen="
 # What attention elsewhere calls its arguments, and what to try here.
-_ELSEWHERE = {
+CALLS = {
     "is_causal": "causal=, True here by default",
     **dict.fromkeys(("scale", "softmax_scale", "sm_scale", "scaling"), _SCALE),
     **dict.fromkeys(("ridge", "ridge_init", "lam", "lambda_", "reg"), "ridge_lambda="),
@@ -96,13 +98,23 @@ LAYER = {
     **dict.fromkeys(("scale", "softmax_scale", "scaling", "qk_scale"), "without it: it is 1 / sqrt(head_dim)"),
 }
 
+# The same of solvers.
+SOLVER = {
+    **dict.fromkeys(("tol", "eps", "reltol", "relative_tolerance"), "tolerance=, the relative residual itself"),
+    **dict.fromkeys(("abstol", "absolute_tolerance"), "atol="),
+    **dict.fromkeys(
+        ("max_iter", "maxiter", "niter", "iterations", "num_iterations", "steps", "max_steps"), "max_iters="
+    ),
+    "x0": "without it: solves begin at 0",
+}
+
 
 def refuse_unknown(
     caller: str, names: Iterable[str], known: Callable[[], list[str]], hints: Mapping[str, str] | None = None
 ) -> NoReturn:
     """The error for arguments ``names`` of ``caller``, which takes those that ``known`` tells; it is asked last, since
     torch.compile traces neither it nor a search. ``hints``: what to try; None: those of the calls."""
-    hints = {**_ELSEWHERE, **_FOR.get(caller, {})} if hints is None else hints
+    hints = {**CALLS, **_FOR.get(caller, {})} if hints is None else hints
     name = sorted(names, key=lambda name: (name not in hints, name))[0]
     hint = hints.get(name)
     if hint is None:
@@ -111,31 +123,37 @@ def refuse_unknown(
 
 
 def _search(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"{close[0]}=" if close else f"one of {', '.join(known)}"
+    if not known:
+        return "without it: nothing can be said by name"
+    likely = known if len(known) == 1 else difflib.get_close_matches(name, known, n=1)
+    return f"{likely[0]}=" if likely else f"one of {', '.join(known)}"
 
 
-def with_hints(
-    hints: Mapping[str, str], beside: Callable[..., None] | None = None
-) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Decorates an ``__init__``: arguments that it does not have are refused with one of ``hints``, or with the nearest
-    that it has. ``beside``: the ``__init__`` that it hands others to."""
+def with_hints(hints: Mapping[str, str] = NONE, beside: Iterable[str] = ()) -> Callable[[T], T]:
+    """Decorates a function, an ``__init__``, or a class for its ``__init__``: arguments that it does not have are
+    refused with one of ``hints``, or with the nearest that it has. ``beside``: names that it hands on."""
 
-    def decorate(init: Callable[P, None]) -> Callable[P, None]:
-        known = [name for name in (*keywords_of(init), *(keywords_of(beside) if beside else ())) if name not in hints]
+    def decorate(function: T) -> T:
+        if isinstance(function, type):
+            function.__init__ = decorate(function.__init__)  # type: ignore[misc]
+            return function
+        known = [name for name in (*keywords_of(function), *beside) if name not in hints]
 
-        @functools.wraps(init)
-        def checked(*arguments: P.args, **keywords: P.kwargs) -> None:
+        @functools.wraps(function)
+        def checked(*arguments: Any, **keywords: Any) -> Any:
             if unknown := [name for name in keywords if name not in known]:
-                refuse_unknown(type(arguments[0]).__name__, unknown, lambda: known, hints)
-            init(*arguments, **keywords)
+                of_class = function.__name__ == "__init__"
+                caller = type(arguments[0]).__name__ if of_class else function.__qualname__
+                refuse_unknown(caller, unknown, lambda: known, hints)
+            return function(*arguments, **keywords)
 
-        return checked
+        return cast("T", checked)
 
     return decorate
 
 
 def keywords_of(function: Callable[..., object]) -> list[str]:
-    """What it, of a class, takes by name."""
-    _, *parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    """What it takes by name."""
+    parameters = inspect.signature(function).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return [name for name in named if name != "self"]

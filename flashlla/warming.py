@@ -17,11 +17,11 @@ from torch import Tensor
 
 from flashlla.api import lla_attention, lla_decode
 from flashlla.backends.triton import Triton
+from flashlla.hints import CALLS, with_hints
+from flashlla.options import SettingOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from flashlla.options import SettingOptions
 
 WHAT = ("forward", "backward", "decode")
 # Batch, heads, tokens: few programs, many, and enough keys for the preconditioner of long sequences.
@@ -37,6 +37,7 @@ class Warmup(NamedTuple):
     reason: str | None = None
 
 
+@with_hints(CALLS, beside=SettingOptions.__annotations__)
 def warmup(
     head_dim: int = 64,
     dtype: torch.dtype = torch.bfloat16,

@@ -73,7 +73,7 @@ def test_gradients_of_keys_before_they_are_rounded(backend: Backend, packed: boo
     """For who adds them to others; rounded, they are those that autograd gives."""
     q, k, v = qkv(1, 2, 20, 16, dtype=torch.float16, seed=1)
     options = {"op": lla_attention_varlen, "cu_seqlens": cu(0, 7, 7, 18)} if packed else {}
-    arguments = prepared(options.pop("op", None), "test", q, k, v, **options).arguments
+    arguments = prepared(options.pop("op", None), flashlla.explain, q, k, v, **options).arguments
     arguments = arguments._replace(settings=arguments.settings._replace(backend=backend.name))
     with torch.no_grad():
         found = forward(arguments)
@@ -179,7 +179,7 @@ def test_what_an_operator_keeps_is_not_for_other_ways(kept: list[str], monkeypat
         _step(tensors, backend=None)
     _step(tensors, seqlens_k=torch.tensor([20], dtype=torch.int32))
     assert kept == []
-    arguments = prepared(None, "test", q, k, v, ridge_lambda=tensors[4], backend="triton").arguments
+    arguments = prepared(None, flashlla.explain, q, k, v, ridge_lambda=tensors[4], backend="triton").arguments
     with torch.no_grad():
         residuals = forward(arguments).residuals
         assert kept.pop() == "reported"

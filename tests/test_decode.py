@@ -296,7 +296,7 @@ def test_out_tells_who_saved_it_that_it_has_changed() -> None:
 def test_opcheck(backend: str, name: str) -> None:
     case = next(c for c in CASES if c.name == name)
     tensors, keywords = arguments(case, torch.float32)
-    asked = prepared(lla_decode, "test_opcheck", *tensors, **keywords, backend=backend).arguments
+    asked = prepared(lla_decode, flashlla.explain, *tensors, **keywords, backend=backend).arguments
     for operator in (DECODE, DECODE_INFO):
         torch.library.opcheck(operator.op, operator.takes.flat(asked))
     into = OutArguments(*asked, torch.empty_like(DECODE(asked).o))

@@ -302,7 +302,9 @@ def test_plans_make_what_a_backend_owes(packed: bool, dtype: torch.dtype) -> Non
     q, grad_o = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, grad_o))
     edges = {"op": lla_attention_varlen, "cu_seqlens": torch.tensor([0, 7, 40], dtype=torch.int32)} if packed else {}
     ridge = torch.ones(4, 1)
-    arguments = prepared(edges.pop("op", None), "test", q, k[:, :2], v[:, :2], ridge_lambda=ridge, **edges).arguments
+    arguments = prepared(
+        edges.pop("op", None), flashlla.explain, q, k[:, :2], v[:, :2], ridge_lambda=ridge, **edges
+    ).arguments
     backend, problem = backend_named("triton"), describe(arguments)
     found = Backend.forward_checked(backend, problem, arguments.inputs)
     again = backend.forward_checked(problem, arguments.inputs)

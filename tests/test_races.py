@@ -474,4 +474,4 @@ def describe_plain(device: str) -> Any:
     from flashlla.calls import prepared
 
     q = torch.zeros(1, 4, 4, device=device)
-    return describe(prepared(None, "describe_plain", q, q, q).arguments)
+    return describe(prepared(None, flashlla.explain, q, q, q).arguments)

@@ -91,7 +91,7 @@ def lla_attention_cp(
         torch.Size([2, 4, 100, 32])
         >>> dist.destroy_process_group()
     """
-    call = prepared(lla_attention, "lla_attention_cp", q, k, v, **options)
+    call = prepared(lla_attention, lla_attention_cp, q, k, v, **options)
     return _attend(call, "lla_attention_cp", group, order, method, key_heads_at_once, return_info)
 
 
@@ -142,7 +142,7 @@ def lla_attention_varlen_cp(
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
         if options.get(name) is not None:
             raise ValueError(f"{name}: got one, wanted None: queries and keys lie in one row; try cu_seqlens")
-    call = prepared(lla_attention_varlen, "lla_attention_varlen_cp", q, k, v, **options)
+    call = prepared(lla_attention_varlen, lla_attention_varlen_cp, q, k, v, **options)
     return _attend(call, "lla_attention_varlen_cp", group, order, method, key_heads_at_once, return_info)
 
 

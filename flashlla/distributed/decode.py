@@ -81,7 +81,7 @@ def lla_decode_cp(
         raise ValueError(
             f"solver: got {options['solver']!r}, wanted 'direct' or None: what is merged is solved at once"
         )
-    call = prepared(lla_decode, "lla_decode_cp", q, k_cache, v_cache, seqlens_k=seqlens_k, **options)
+    call = prepared(lla_decode, lla_decode_cp, q, k_cache, v_cache, seqlens_k=seqlens_k, **options)
     inputs = call.arguments.inputs
     if torch.is_grad_enabled() and any(t.requires_grad for t in (inputs.q, inputs.k, inputs.v, inputs.ridge_lambda)):
         raise NotImplementedError("lla_decode_cp has no gradient, and an argument requires one; try torch.no_grad()")

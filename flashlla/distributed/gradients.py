@@ -10,12 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashlla.distributed.groups import agree, ranks_of, untraced
+from flashlla.hints import with_hints
 
 if TYPE_CHECKING:
     from flashlla.distributed.groups import Group
 
 
 @untraced
+@with_hints()
 def sum_gradients(parameters: Tensor | Iterable[Tensor], *, group: Group) -> None:
     """Add up over ``group`` the gradients of tensors that every rank has whole, as a learned ridge: in place.
 

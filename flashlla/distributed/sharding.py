@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashlla.distributed import collectives
 from flashlla.distributed.groups import Ranks, agree, ranks_of, untraced
+from flashlla.hints import with_hints
 
 if TYPE_CHECKING:
     from flashlla.distributed.groups import Group
@@ -86,6 +87,7 @@ def check_order(order: str) -> None:
         raise ValueError(f"order: got {order!r}, wanted 'head_tail' or 'contiguous'")
 
 
+@with_hints()
 def shard_sequence(x: Tensor, *, group: Group, order: Order = "head_tail", dim: int) -> Tensor:
     """This rank's tokens of a tensor that every rank has whole.
 
@@ -118,6 +120,7 @@ def shard_sequence(x: Tensor, *, group: Group, order: Order = "head_tail", dim: 
 
 
 @untraced
+@with_hints()
 def unshard_sequence(x: Tensor, *, group: Group, order: Order = "head_tail", dim: int) -> Tensor:
     """The inverse of :func:`shard_sequence`: all ranks' tokens, on every rank.
 
@@ -152,6 +155,7 @@ def unshard_sequence(x: Tensor, *, group: Group, order: Order = "head_tail", dim
     return whole.movedim(0, dim)
 
 
+@with_hints()
 def shard_positions(
     length: int, *, group: Group, order: Order = "head_tail", device: torch.device | str | None = None
 ) -> Tensor:

@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
+from flashlla.hints import with_hints
+
 
 class RidgeParallel(ParallelStyle):
     """A :class:`flashlla.nn.Ridge` by heads: each rank has the ridges of its heads. Hidden states are whole on every
@@ -43,6 +45,7 @@ def _own_output(_: nn.Module, ridge: Any, mesh: DeviceMesh) -> Any:
     return ridge.to_local() if isinstance(ridge, DTensor) else ridge
 
 
+@with_hints()
 def tensor_parallel_plan(layer: nn.Module, mesh: DeviceMesh) -> dict[str, ParallelStyle]:
     """What ``parallelize_module`` is to do with a :class:`flashlla.nn.LocalLinearAttention`: heads over ``mesh``.
 

@@ -45,7 +45,7 @@ class LocalLinearAttention(nn.LocalLinearAttention):
         torch.Size([2, 10, 32])
     """
 
-    @hints.with_hints({**_HINTS, "window": "window_size="}, beside=nn.LocalLinearAttention.__init__)
+    @hints.with_hints({**_HINTS, "window": "window_size="}, beside=hints.keywords_of(nn.LocalLinearAttention.__init__))
     def __init__(
         self,
         hidden_size: int = 2048,

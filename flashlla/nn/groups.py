@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from flashlla.hints import with_hints
 from flashlla.nn.ridge import Ridge
 
 # The ridges' learning rate in those of the model.
 RIDGE_RATE = 10.0
 
 
+@with_hints({"learning_rate": "lr=", "wd": "weight_decay="})
 def param_groups(
     model: nn.Module, lr: float, weight_decay: float, ridge_lr: float | None = None
 ) -> list[dict[str, Any]]:

@@ -13,11 +13,13 @@ from flashlla.api import lla_attention
 from flashlla.autograd import forward
 from flashlla.backends.naive import Naive, whole
 from flashlla.calls import prepared
+from flashlla.hints import with_hints
 from flashlla.problem import Residuals, describe
 
 __all__ = ["lla_backward_naive", "lla_forward_naive"]
 
 
+@with_hints()
 def lla_forward_naive(
     q: Tensor,
     k: Tensor,
@@ -52,7 +54,7 @@ def lla_forward_naive(
     """
     call = prepared(
         lla_attention,
-        "lla_forward_naive",
+        lla_forward_naive,
         q,
         k,
         v,
@@ -71,6 +73,7 @@ def lla_forward_naive(
     return call.restore(found.o), call.restore(rho), call.restore(denom), call.restore(m)
 
 
+@with_hints()
 def lla_backward_naive(
     q: Tensor,
     k: Tensor,
@@ -106,7 +109,7 @@ def lla_backward_naive(
         >>> dq, dk, dv = lla_backward_naive(q, k, v, rho, denom, m, grad_o, None, 10.0)
     """
     call = prepared(
-        lla_attention, "lla_backward_naive", q, k, v, ridge_lambda=ridge_lambda, qk_scale=qk_scale, solver="direct"
+        lla_attention, lla_backward_naive, q, k, v, ridge_lambda=ridge_lambda, qk_scale=qk_scale, solver="direct"
     )
     problem, inputs = describe(call.arguments), call.arguments.inputs
     if problem.empty:

@@ -10,6 +10,7 @@ from threading import Lock
 import torch
 
 from flashlla.covariance import Systems
+from flashlla.hints import with_hints
 from flashlla.solvers.base import Solution, Solver, Spelling
 from flashlla.solvers.cg import CG
 from flashlla.solvers.direct import Direct
@@ -46,6 +47,7 @@ _kept = frozenset(_named)  # the operators spell this package's solvers so
 _lock = Lock()
 
 
+@with_hints()
 def register_solver(name: str, solver: Solver, *, overwrite: bool = False) -> None:
     """Make ``solver`` known as ``solver=name``.
 

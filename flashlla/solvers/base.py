@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashlla.covariance import Systems
+from flashlla.hints import with_hints
 from flashlla.notices import ConvergenceWarning, warn_once
 
 # Above this relative residual, computed afresh, a solution is wrong whatever the solver's own account of it.
@@ -24,6 +25,7 @@ class Solution(NamedTuple):
     converged: Tensor  # (..., M) bool
 
     @classmethod
+    @with_hints()
     def check(cls, systems: Systems, b: Tensor, x: Tensor, *, iterations: int, tolerance: float) -> Solution:
         """The solution ``x`` with its residual computed afresh; converged where that is at most ``tolerance``."""
         error = (systems.matvec(x) - b).norm(dim=-1)

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from flashlla.covariance import Systems, dot
+from flashlla.hints import SOLVER, with_hints
 from flashlla.solvers.base import SOUND, Solution, Solver, Spelling, power_of_two_above
 
 # The largest float, and the most iterations: reports and kernels count in int32.
 _LARGEST, _MOST = sys.float_info.max, 2**31 - 1
 
 
+@with_hints({**SOLVER, "preconditioner": "flashlla.PCG, which has it"})
 @dataclass(frozen=True)
 class CG(Solver):
     """Conjugate gradients, matrix-free.

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from flashlla import linalg
 from flashlla.covariance import Systems
+from flashlla.hints import with_hints
 from flashlla.solvers.base import SOUND, Solution, Solver, Spelling
 
 
+@with_hints()
 @dataclass(frozen=True)
 class Direct(Solver):
     """Forms each A_i and factorises it (Cholesky): exact to the accumulator dtype, D^2 memory and D^3 work a query.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flashlla.covariance import Systems
+from flashlla.hints import SOLVER, with_hints
 from flashlla.solvers.base import Solution, Spelling
 from flashlla.solvers.cg import CG, conjugate_gradients
 from flashlla.solvers.preconditioners import NAMED, Preconditioner
@@ -14,6 +15,7 @@ from flashlla.solvers.preconditioners import NAMED, Preconditioner
 _WANTED = f"{' or '.join(map(repr, NAMED))}, or a Preconditioner object"
 
 
+@with_hints(SOLVER)
 @dataclass(frozen=True)
 class PCG(CG):
     """Conjugate gradients with a preconditioner; the stopping rule is that of :class:`CG`.

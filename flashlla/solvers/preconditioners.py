@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashlla import linalg
 from flashlla.covariance import Systems, dot
+from flashlla.hints import with_hints
 from flashlla.products import product
 
 
@@ -43,6 +44,7 @@ class Preconditioner(ABC):
         return checked
 
 
+@with_hints()
 @dataclass(frozen=True)
 class Jacobi(Preconditioner):
     """Divides by the diagonal of A."""
@@ -52,6 +54,7 @@ class Jacobi(Preconditioner):
         return lambda r: inverse * r
 
 
+@with_hints()
 @dataclass(frozen=True)
 class Gram(Preconditioner):
     """The inverse of ``G + lambda_i I``, where G is the covariance, without weights, of the keys that all queries of a

@@ -85,7 +85,7 @@ def problem_of(
     q: Tensor, k: Tensor, v: Tensor, op: Callable[..., Any] | None = None, **keywords: Any
 ) -> tuple[Problem, Inputs]:
     """What a backend is called with."""
-    arguments = prepared(op, "problem_of", q, k, v, **keywords).arguments
+    arguments = prepared(op, flashlla.explain, q, k, v, **keywords).arguments
     return describe(arguments), arguments.inputs
 
 

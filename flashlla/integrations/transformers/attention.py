@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flashlla.api import lla_attention, lla_attention_varlen, lla_decode
+from flashlla.hints import with_hints
 from flashlla.integrations.transformers.masks import bounds, edges, keys_in_sight
 from flashlla.integrations.transformers.registry import registered
 from flashlla.integrations.transformers.ridge import restore_when_loaded
@@ -28,6 +29,7 @@ _REFUSED = {
 }
 
 
+@with_hints()
 def register(name: str = "lla", *, tolerance: float = 1e-2) -> None:
     """Make Local Linear Attention an attention implementation of transformers, by ``name``.
 

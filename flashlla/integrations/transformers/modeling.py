@@ -20,6 +20,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from flashlla.hints import with_hints
 from flashlla.integrations.transformers.configuration import LLAConfig
 from flashlla.integrations.transformers.masks import edges, packed
 from flashlla.nn import LocalLinearAttention, Ridge
@@ -92,6 +93,7 @@ class LLAPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
+@with_hints()
 class LLAModel(LLAPreTrainedModel):
     """A stack of layers of Local Linear Attention: tokens in, hidden states out.
 
@@ -198,6 +200,7 @@ def _check_documents(attention_mask: Tensor, position_ids: Tensor) -> None:
         )
 
 
+@with_hints()
 class LLAForCausalLM(LLAPreTrainedModel, GenerationMixin):
     """:class:`LLAModel` with logits and a loss: trains from scratch, saves, loads and generates as any of transformers.
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flashlla.hints import with_hints
 from flashlla.integrations.transformers.registry import check_exchangeable, registered
 from flashlla.nn import Ridge
 from flashlla.notices import warn_once
@@ -19,6 +20,7 @@ NOTE = "lla_ridge"  # in a layer the module, in its config how it was made
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@with_hints()
 def set_ridge(
     model: Model, ridge: Literal["head", "token"] | float = "head", *, init: float = 1.0, minimum: float = 1e-2
 ) -> Model:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.experiments.ensemble import Block, Embedding, Linear, Norm, Task, cross_entropies, learn
-from examples.experiments.runs import DEVICE, Run, draw_curves, parser_of, study
+from examples.experiments.runs import DEVICE, Panel, Run, draw_curves, parser_of, study
 
 MIXERS = ("softmax", "LLA", "delta rule")
 VOCABULARY, POWER = 8192, 0.01
@@ -147,15 +147,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
 
 def plot(runs: dict[str, Run], path: Path) -> None:
     """What is wrong against the number of pairs."""
-    panels: dict[str, dict[str, list[tuple[list[float], list[float]]]]] = {}
-    for run in sorted(runs.values(), key=lambda run: (run["task"], run["width"], run["pairs"])):
-        lines = panels.setdefault(f"{run['task']}, width {run['width']}", {}).setdefault(run["mixer"], [])
+    panels: dict[tuple[str, int], dict[str, list[tuple[list[float], list[float]]]]] = {}
+    for run in sorted(runs.values(), key=lambda run: (run["task"] == "numbers", -run["width"], run["pairs"])):
+        lines = panels.setdefault((run["task"], run["width"]), {}).setdefault(run["mixer"], [])
         for i, wrong in enumerate(run["reported"]):
             if i == len(lines):
                 lines.append(([], []))
             lines[i][0].append(run["pairs"])
             lines[i][1].append(wrong)
-    draw_curves(panels, path, x="pairs", y="wrong answers, or mean square", log="x")
+    how = {"words": ("wrong answers", "x"), "numbers": ("mean square of the error, in variances", "xy")}
+    drawn = [Panel(f"{task}, width {width}", *how[task], lines) for (task, width), lines in panels.items()]
+    draw_curves(drawn, path, x="pairs")
 
 
 if __name__ == "__main__":

@@ -129,11 +129,6 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def _is_known(source: bytes, known: set[int]) -> bool:
-    lines = _lines(source)
-    return len(lines & known) > len(lines) / 2
-
-
 def _lines(source: bytes) -> set[int]:
     return {hash(line) for line in map(bytes.strip, source.splitlines()) if len(line) >= LINE}
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.experiments.ensemble import MIXERS, Block, Linear, Norm, Task, learn
-from examples.experiments.runs import DEVICE, Run, draw_curves, parser_of, study
+from examples.experiments.runs import DEVICE, Panel, Run, draw_curves, parser_of, study
 
 FUNCTIONS = ("linear", "network")
 POINT, HIDDEN, NOISE = 8, 32, 0.1
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:
-    """Error against the number of examples seen, of the chosen rate, a line for each seed."""
+    """Error against the number of examples seen, of the chosen rate of each seed."""
     panels: dict[str, dict[str, list[tuple[list[float], list[float]]]]] = {}
     for run in runs.values():
         along = torch.tensor(run["along"])[run["members"]]  # (seeds, S)
@@ -82,7 +82,8 @@ def plot(runs: dict[str, Run], path: Path) -> None:
         means = torch.stack([along[:, end // 2 : end].mean(1) for end in ends], 1)
         lines = [([float(end) for end in ends], one) for one in means.tolist()]
         panels.setdefault(run["function"], {})[run["mixer"]] = lines
-    draw_curves(panels, path, x="examples", y="error, in variances", log="xy")
+    drawn = [Panel(function, "error, in variances", "xy", lines) for function, lines in panels.items()]
+    draw_curves(drawn, path, x="examples")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ STUDIES = {
     "hybrid": [Arm(every=3)],
     "window": [Arm(kind, window=256) for kind in ("lla", "softmax")],
     "muon": [Arm(kind, optimizer="muon") for kind in ("lla", "softmax")],
-    "long": [*(Arm(kind, steps=5000) for kind in ("lla", "softmax")), Arm("softmax", steps=7000)],
+    "long": [Arm(kind, steps=5000) for kind in ("lla", "softmax")],
     "long_time": [Arm("softmax", steps=5000, as_lla=True)],
 }
 DRAWN = ("main", "time")
@@ -246,6 +246,7 @@ def draw(runs: dict[str, Run], path: Path, arms: Sequence[Arm]) -> None:
             continue
         colour = colours.setdefault((arm.kind, arm.as_lla, arm.steps), f"C{len(colours)}")
         label = f"{'LLA' if arm.kind == 'lla' else 'softmax'}, {some[0]['steps']} steps"
+        label += " (LLA's time)" * arm.as_lla
         label += ", no qk-norm" * (not arm.qk_norm) + ", Muon" * (arm.optimizer == "muon")
         for run in some:
             steps, _, losses = zip(*run["curve"])

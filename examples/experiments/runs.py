@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T = TypeVar("T")
 Run = dict[str, Any]
 Plot = Callable[[dict[str, Run], Path], None]
+# Of mixers, in all plots: colours and what points of seeds look like.
+MARKS = {
+    "softmax": ("C1", "s"),
+    "LLA": ("C0", "o"),
+    "ridge regression": ("C2", "D"),
+    "delta rule": ("C3", "^"),
+    "gated delta rule": ("C4", "v"),
+}
 
 
 class Runs:
@@ -167,29 +176,48 @@ def study(
     return runs.all
 
 
-def draw_curves(panels: dict[str, dict[str, list[Any]]], path: Path, x: str, y: str, log: str) -> None:
-    """A panel for each task, a colour for each mixer, a line for each seed; of the axes, those in ``log`` by powers."""
+@dataclass(frozen=True)
+class Panel:
+    """Of each mixer the points of each seed, (xs, ys); of the axes, those in ``log`` by powers."""
+
+    title: str
+    y: str
+    log: str
+    lines: dict[str, list[tuple[list[float], list[float]]]]
+
+
+def dotted(axes: Any, mixer: str, lines: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Any:
+    """The mean of ``lines``, which have the same xs, and their points."""
+    colour, marker = MARKS[mixer]
+    for xs, ys in lines:
+        axes.plot(xs, ys, marker, color=colour, markersize=4, fillstyle="none")
+    (line,) = axes.plot(lines[0][0], torch.tensor([ys for _, ys in lines]).mean(0), color=colour, label=mixer)
+    return line
+
+
+def draw_curves(panels: Sequence[Panel], path: Path, x: str) -> None:
+    """Panels side by side: a colour for each mixer, a line through the means of seeds, a point for each seed."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
     figure = Figure(figsize=(2 + 4.2 * len(panels), 3.8), layout="constrained")
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     legend: dict[str, Any] = {}
-    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for name, some in lines.items():
-            for xs, ys in some:
-                settings: dict[str, Any] = {
-                    "color": f"C{names.index(name)}",
-                    "alpha": 0.8,
-                    "marker": ".",
-                    "label": name,
-                }
-                (legend[name],) = axes.plot(xs, ys, **settings)
-        axes.set(title=title, xlabel=x, ylabel=y)
-        if "x" in log:
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for mixer in sorted(panel.lines, key=list(MARKS).index):
+            legend[mixer] = dotted(axes, mixer, panel.lines[mixer])
+        if "x" in panel.log:
             axes.set_xscale("log", base=2)
-        if "y" in log:
+            axes.xaxis.set(major_locator=FixedLocator(sorted({x for line in axes.lines for x in line.get_xdata()})))
+            axes.xaxis.set(minor_locator=NullLocator(), major_formatter=ScalarFormatter())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if "y" in panel.log:
             axes.set_yscale("log")
+        else:  # a part of all
+            axes.set_ylim(-0.04, 1.04)
+        axes.set(title=panel.title, xlabel=x, ylabel=panel.y)
         axes.grid(alpha=0.3)
-    figure.legend(handles=list(legend.values()), loc="outside right upper", frameon=False)
+    handles = [legend[mixer] for mixer in MARKS if mixer in legend]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.experiments.ensemble import Block, Embedding, Linear, Norm, Task, cross_entropies, learn
-from examples.experiments.runs import DEVICE, Run, draw_curves, parser_of, spread, study
+from examples.experiments.runs import DEVICE, Panel, Run, draw_curves, parser_of, spread, study
 
 MIXERS = ("softmax", "LLA", "gated delta rule")
 GROUP = list(permutations(range(5)))
@@ -102,11 +102,11 @@ def table(runs: dict[str, Run]) -> str:
 def plot(runs: dict[str, Run], path: Path) -> None:
     """Wrong answers after so many permutations."""
     panels: dict[str, dict[str, list[tuple[list[float], list[float]]]]] = {}
-    for run in sorted(runs.values(), key=lambda run: (run["kind"], run["length"], run["of_steps"])):
+    for run in sorted(runs.values(), key=lambda run: (run["kind"] != "swaps", run["length"], run["of_steps"])):
         after = [float(i + 1) for i in range(run["length"])]
         lines = [(after, run["along"][i]) for i in run["members"]]
         panels.setdefault(f"{run['length']} {run['kind']}, {run['of_steps']} steps", {})[run["mixer"]] = lines
-    draw_curves(panels, path, x="permutations", y="wrong answers", log="")
+    draw_curves([Panel(title, "wrong answers", "", lines) for title, lines in panels.items()], path, x="permutations")
 
 
 if __name__ == "__main__":

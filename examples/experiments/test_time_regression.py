@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.experiments.mixers import ridge_regression, softmax_attention
-from examples.experiments.runs import DEVICE, RESULTS, Run, Runs, progress
+from examples.experiments.runs import DEVICE, MARKS, RESULTS, Run, Runs, dotted, progress
 from flashlla import lla_attention
 
 FUNCTIONS = ("segments", "piecewise", "smooth", "jumps")
@@ -90,7 +90,6 @@ ESTIMATORS: dict[str, tuple[Estimator, list[Setting]]] = {
     "ridge regression": (_ridge, [{"count": count} for count in COUNTS]),
     "LLA": (_lla, [{"scale": scale, "ridge": ridge} for scale, ridge in product(SCALES, RIDGES)]),
 }
-COLOURS = {"softmax": "C1", "ridge regression": "C2", "LLA": "C0"}
 
 
 def errors(estimator: Estimator, setting: Setting, drawn: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -172,6 +171,24 @@ def mean_error(some: list[Run], name: str, end: str) -> float:
     return float(statistics.mean(run[name][end]["error"] for run in some))
 
 
+def by_halves(some: list[Run], name: str) -> Tensor:
+    """Of segments: the mean error of their first and second halves, (REGIONS, 2)."""
+    return torch.tensor([run[name]["along"] for run in some]).mean(0).view(REGIONS, 2, -1).mean(2)
+
+
+def losing(some: list[Run]) -> list[tuple[float, float]]:
+    """Where LLA is not the best: halves of segments, or lengths and those around them, from where to where."""
+    others = [name for name in ESTIMATORS if name != "LLA"]
+    function, length = some[0]["function"], some[0]["length"]
+    if function == "segments":
+        worse = by_halves(some, "LLA") >= torch.stack([by_halves(some, name) for name in others]).amin(0)
+        half = length / (2 * REGIONS)
+        return [(half * i, half * (i + 1)) for i in worse.flatten().nonzero().flatten().tolist()]
+    ends = spans(length, function)
+    lost = [end for end in ends if mean_error(some, "LLA", end) >= min(mean_error(some, n, end) for n in others)]
+    return [(int(end) / 2**0.5, int(end) * 2**0.5) for end in lost]
+
+
 def table(runs: dict[str, Run]) -> str:
     """Markdown: means over seeds and, in brackets, the smallest and the largest."""
     rows = [f"| function | D | tokens | {' | '.join(ESTIMATORS)} | softmax / LLA |", "|---|---|---|---|---|---|---|"]
@@ -201,26 +218,24 @@ def plot(runs: dict[str, Run], path: Path) -> None:
         axes = panels[FUNCTIONS.index(function)][dims.index(dim)]
         length = some[0]["length"]
         ends = list(spans(length, function))
-        for name, colour in COLOURS.items():
+        for name in ESTIMATORS:
             if function == "segments":
                 along = torch.tensor([run[name]["along"] for run in some]).mean(0)
                 x = (torch.arange(len(along)) + 0.5) * length / len(along)
-                (legend[name],) = axes.plot(x, along, color=colour, label=name)
+                (legend[name],) = axes.plot(x, along, color=MARKS[name][0], label=name)
             else:
-                of = [[run[name][end]["error"] for end in ends] for run in some]
-                _dotted(axes, list(map(int, ends)), of, colour)
-        losing = lambda end, some=some: (
-            mean_error(some, "LLA", end) >= min(mean_error(some, name, end) for name in ESTIMATORS if name != "LLA")
-        )
-        for end in map(int, filter(losing, ends)) if function != "segments" else ():
-            axes.axvspan(end / 2**0.5, end * 2**0.5, color="0.92", zorder=0)
+                dotted(axes, name, [(list(map(int, ends)), [run[name][end]["error"] for end in ends]) for run in some])
+                axes.set_xscale("log", base=2)
+        for begin, end in losing(some):
+            axes.axvspan(begin, end, color="0.9", zorder=0)
         axes.set(title=f"{function}, D = {dim}", xlabel="token" if function == "segments" else "length")
     for function, by_dim in by_dimension.items():
         axes = panels[FUNCTIONS.index(function)][-1]
         length = by_dim[0][0]["length"]
-        for name, colour in COLOURS.items():
-            of = [[some[seed][name][str(length)]["error"] for some in by_dim] for seed in range(len(by_dim[0]))]
-            _dotted(axes, dims, of, colour)
+        for name in ESTIMATORS:
+            each_dim = [[run[name][str(length)]["error"] for run in some] for some in by_dim]
+            dotted(axes, name, [(dims, of_seed) for of_seed in zip(*each_dim)])
+        axes.set_xscale("log", base=2)
         axes.set(title=f"{function}, {length} tokens", xlabel="D")
     for axes in panels.flat:
         axes.set_yscale("log")
@@ -228,16 +243,9 @@ def plot(runs: dict[str, Run], path: Path) -> None:
     for axes in panels[:, 0]:
         axes.set_ylabel("error, in variances")
     figure.legend(handles=list(legend.values()), loc="outside right upper", frameon=False)
-    figure.text(0.5, 0.0, "grey: lengths at which LLA is not the best", ha="center", va="top")
+    grey = "grey: where LLA is not the best (of segments, in the mean over half of one)"
+    figure.text(0.5, 0.0, grey, ha="center", va="top")
     figure.savefig(path, dpi=110, bbox_inches="tight")
-
-
-def _dotted(axes: Any, x: list[int], lines: list[list[float]], colour: str) -> None:
-    """The mean of lines, and their points."""
-    axes.plot(x, torch.tensor(lines).mean(0), color=colour)
-    for line in lines:
-        axes.plot(x, line, ".", color=colour, markersize=3)
-    axes.set_xscale("log", base=2)
 
 
 if __name__ == "__main__":

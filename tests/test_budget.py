@@ -6,12 +6,13 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.support import cases
-from tests.support.budget import budget, budget_of, evaluations, reference_of, row_norm
+from tests.support.budget import budget, budget_of, evaluations, reference_of, row_norm, spreads
 from tests.support.cases import BY_NAME, CASES, Case
 from tests.support.poison import poisoned
-from tests.support.rounding import EXACT
+from tests.support.rounding import EXACT, Rounding
 
 pytestmark = pytest.mark.quick
 
@@ -46,6 +47,21 @@ def test_fused_kernels_are_allowed_what_they_compute_anew(dtype: torch.dtype, na
     ratios = [float(fused.gradients[name].norm() / plain.gradients[name].norm()) for name in plain.gradients]
     assert all(ratio < 1.5 for ratio in ratios) == spared, ratios
     assert min(ratios) > 0.5
+
+
+def test_a_row_unlike_its_neighbours_is_measured_by_itself() -> None:
+    """By draws that are enough to know it; by few it is averaged with them."""
+    sizes = torch.ones(1, 9, 1, dtype=torch.float64)
+    sizes[0, 4] = 10.0
+    signs = torch.Generator().manual_seed(0)
+
+    def run(rounding: Rounding, draws: int) -> list[list[Tensor]]:
+        size = rounding.operand + rounding.sum + rounding.residual
+        return [[size * sizes * torch.randn(sizes.shape, generator=signs, dtype=sizes.dtype)] for _ in range(draws)]
+
+    few, many = (spreads(run, [sizes], draws)["sum"][0][0] for draws in (3, 512))
+    assert few[3] > 2
+    assert ((many / sizes[0, :, 0] - 1).abs() < 0.2).all()
 
 
 @pytest.mark.parametrize("error", [0.01, float("nan"), float("inf")])

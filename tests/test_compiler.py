@@ -20,10 +20,9 @@ def compiled(table: Path, *options: str, **variables: str) -> list[dict[str, Any
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), **variables}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "benchmarks", "compile", "--dtypes", "bfloat16"]
-    run = subprocess.run(
-        [*command, "--workers", "2", "--json", str(table), *options], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "benchmarks", "compile", "--dtypes", "bfloat16", "--json", str(table)]
+    workers = str(min(8, os.cpu_count() or 1))
+    run = subprocess.run([*command, "--workers", workers, *options], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     return json.loads(table.read_text())["kernels"]
 

@@ -210,6 +210,10 @@ FOUND_IN_KERNELS |= {
     ),
     "a product and its transpose": Call(Case("fuzz_13_653", length=7, dim=5, scale=1e4), torch.float32, "triton"),
     "the same, of a lone key": Call(Case("fuzz_13_406", length=13, seqstarts=(12,)), torch.float32, "triton_pcg"),
+    # The budget was wrong of it: one query of 257 has two keys at large logits, its neighbours one each.
+    "a query unlike its neighbours": Call(
+        Case("fuzz_43_6100", length=257, dim=64, ridge_lambda=27.0, scale=6.5), torch.float32, "triton_pcg"
+    ),
 }
 
 
@@ -252,7 +256,7 @@ NOT_CARRIED = ("fuzz_21_280", "fuzz_31_812", "fuzz_41_2221", "fuzz_41_4308")
 @pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=kernels.interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
-@pytest.mark.parametrize("call", recorded())
+@pytest.mark.parametrize("call", list(recorded()))
 def test_what_is_wrong_in_a_record_is_right_now(call: Call, device: str) -> None:
     assert check(call, device) in ("right", "loose" if call.case.name in NOT_CARRIED else "right")
 

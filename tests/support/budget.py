@@ -37,6 +37,8 @@ from tests.support.rounding import EXACT, Rounding, disturbed
 # should exceed this number of standard deviations.
 ALLOWANCE = 6.0
 _DRAWS = 3
+# From so many draws a row's own spread is known to a fifth; from fewer it is averaged with its neighbours'.
+_ENOUGH = 16
 _KINDS = ("operand", "sum", "residual")
 
 OPERAND = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-11}
@@ -95,7 +97,7 @@ def row_norm(t: Tensor) -> Tensor:
 
 
 def _smooth(spread: Tensor) -> Tensor:
-    """Root mean square over five neighbouring rows: few draws make a single row's spread too uncertain."""
+    """Root mean square over five neighbouring rows."""
     if spread.dim() == 0 or spread.shape[-1] == 1:
         return spread
     rows = spread.square().reshape(1, -1, spread.shape[-1])
@@ -269,7 +271,8 @@ def spreads(
     for kind in _KINDS:
         drawn = run(replace(EXACT, **{kind: _DISTURBANCE}), draws)
         squares = [torch.stack([row_norm(draw[i] - base[i]).square() for draw in drawn]) for i in range(len(base))]
-        found[kind] = [_smooth(s.mean(0).sqrt()) / _DISTURBANCE for s in squares]
+        own = [s.mean(0).sqrt() / _DISTURBANCE for s in squares]
+        found[kind] = own if draws >= _ENOUGH else [_smooth(spread) for spread in own]
     found["oracle"] = apart(base, exact)
     return found
 

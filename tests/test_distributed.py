@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flashlla import lla_attention, lla_attention_varlen, lla_decode
 from flashlla.distributed import (
+    decode,
     lla_attention_cp,
     lla_attention_varlen_cp,
     lla_decode_cp,
@@ -32,7 +33,9 @@ from flashlla.distributed import (
     tensor_parallel_plan,
     unshard_sequence,
 )
+from flashlla.distributed.groups import ranks_of
 from flashlla.nn import LLACache, LocalLinearAttention
+from flashlla.problem import Moments
 from tests.support.helpers import cu, normal
 from tests.support.processes import outcomes
 
@@ -368,6 +371,34 @@ def decoding_far_from_the_origin() -> None:
 
 
 @check()
+def shares_are_added_up_about_the_mean_of_all() -> None:
+    """No rank has that before it knows the others' means, so these travel first. About a centre that is agreed on
+    without them, as the origin, each digit that it is off by is one that the sum of squares loses."""
+    rank = dist.get_rank()
+    both = normal(120, 7, seed=3) + 1000  # keys of width 4 and values of 3, under equal weights
+    both[50:] += normal(7, seed=4)  # shares have other means
+    own = both[(0, 50, 120, 120)[rank] : (50, 120, 120, 120)[rank]]  # and may have no keys
+    about = own - own.mean(0) if len(own) else own
+    single = lambda t: t.float()[None, None, None]  # (B, Hq, N, ...)
+    told = Moments(
+        m=single(own.new_tensor(0.0 if len(own) else float("-inf"))),
+        omega=single(own.new_tensor(float(len(own)))),
+        mean=single(own.mean(0) if len(own) else own.new_zeros(7)),
+        second=single(about.T @ about[:, :4] / max(1, len(own))),
+    )
+    found = decode._merged(told, ranks_of(world()))
+    exact = (both - both.mean(0)).T @ (both - both.mean(0))[:, :4] / len(both)
+    rounding = 1000 * torch.finfo(torch.float32).eps  # of the shares' means
+    close(found.second[0, 0, 0].double(), exact, 4 * rounding)
+    assert float(found.omega) == len(both)
+    raw = own.float().T @ own.float()[:, :4]
+    dist.all_reduce(raw, group=world())
+    mean = found.mean[0, 0, 0]
+    centred = raw / len(both) - torch.outer(mean, mean[:4])
+    assert (centred - exact).norm() > 100 * rounding * exact.norm()
+
+
+@check()
 def decoding_with_pages_and_starts() -> None:
     """Of two pages a sequence on each rank, in any order, and a first key that is not the share's first."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -442,9 +473,23 @@ def dtensors_that_do_not_fit() -> None:
     few = [distribute_tensor(normal(2, 1, 8, 4), mesh, [Shard(1)]) for _ in range(3)]
     with pytest.raises(ValueError, match=rf"q: got shape .* wanted a multiple of its {size} ranks at 1"):
         lla_attention(*few)
-    o, info = lla_attention(q, k, v, return_info=True)
-    assert info.omega.placements == o.placements
-    close(info.omega.full_tensor(), lla_attention(*HEADS, return_info=True)[1].omega)
+    other = distribute_tensor(RIDGE_OF_HEADS, init_device_mesh("cpu", (1, size)), [Replicate(), Replicate()])
+    with pytest.raises(ValueError, match=r"ridge_lambda: got mesh .*, wanted .*, that of q"):
+        lla_attention(q, k, v, ridge_lambda=other)
+
+
+@check()
+def info_of_dtensors_lies_as_their_output() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    o, whole = lla_attention(*HEADS, return_info=True)
+    for placement in (Shard(1), Shard(2), Replicate()):
+        got, info = lla_attention(*(distribute_tensor(t, mesh, [placement]) for t in HEADS), return_info=True)
+        close(got.full_tensor(), o, 1e-10)
+        for name in ("iterations", "residual", "converged", "omega"):
+            assert getattr(info, name).placements == got.placements == (placement,)
+        close(info.omega.full_tensor(), whole.omega, 1e-10)
+        assert info.converged.full_tensor().all()
+        assert info.backend == whole.backend
 
 
 # The layer.

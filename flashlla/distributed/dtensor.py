@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.experimental import local_map
 
-from flashlla.api import lla_attention
+from flashlla.api import LLAInfo, lla_attention
 from flashlla.distributed.attention import lla_attention_cp
 
 if TYPE_CHECKING:
@@ -25,6 +26,15 @@ class _Dims(NamedTuple):
     token: int
 
 
+class _Given(NamedTuple):
+    """An argument: a DTensor, the placements that each rank takes its part of, and those of what comes back as its
+    gradient; or what is no tensor."""
+
+    value: Any
+    placements: tuple[Placement, ...] | None
+    gradients: tuple[Placement, ...] | None
+
+
 def attention(q: DTensor, k: DTensor, v: DTensor, *, return_info: bool, **options: Unpack[AttentionOptions]) -> Any:
     """:func:`flashlla.lla_attention` of DTensors of one mesh and one placement: o, and what info holds, have it too.
 
@@ -33,26 +43,40 @@ def attention(q: DTensor, k: DTensor, v: DTensor, *, return_info: bool, **option
     dims = _dims(q, str(options["layout"]))
     mesh, placements = _common(q, k, v)
     along = _sequence(q, k, placements, mesh, dims)
-    # Of a ridge (B, H, S) the dimension, counted from its last, that lies along one of q.
-    of_ridge = {dims.batch: 2 if dims.head is None else 3, dims.head: 2, dims.token: 1}
-    if dims.head is None:
-        del of_ridge[None]
-    options["ridge_lambda"] = _alike(options["ridge_lambda"], mesh, placements, of_ridge)
-    for name in ("seqlens_k", "seqstarts_k"):
-        options[name] = _alike(options[name], mesh, placements, {dims.batch: 1})
-    shards = [t.to_local() for t in (q, k, v)]
-    if along is None:
-        found = lla_attention(*shards, return_info=return_info, **options)
-    else:
-        found = lla_attention_cp(
-            *shards, group=mesh.get_group(along), order="contiguous", return_info=return_info, **options
-        )
-    whole = lambda t: DTensor.from_local(t, mesh, placements, run_check=False)
-    if isinstance(found, Tensor):
-        return whole(found)
-    o, info = found
-    rows = {name: whole(t) for name, t in info._asdict().items() if name != "choice"}
-    return whole(o), info._replace(**rows)
+    # Of a ridge (B, H, S) and of lengths (B,) the dimension, counted from the last, that lies along one of q.
+    of_ridge = {dims.batch: 3, dims.head: 2, dims.token: 1} if dims.head else {dims.batch: 2, dims.token: 1}
+    named: dict[str, dict[int, int]] = {"ridge_lambda": of_ridge}
+    named |= {name: {dims.batch: 1} for name in ("seqlens_k", "seqstarts_k")}
+    given = [_Given(t, placements, placements) for t in (q, k, v)]
+    given += [_alike(name, options[name], mesh, placements, lie) for name, lie in named.items()]  # type: ignore[literal-required]
+    choice: list[Tensor] = []  # a number, of which there are no shards
+
+    def of_shards(q: Tensor, k: Tensor, v: Tensor, *own: Any) -> Any:
+        arguments: Any = {**options, **dict(zip(named, own)), "return_info": return_info}
+        if along is None:
+            found = lla_attention(q, k, v, **arguments)
+        else:
+            found = lla_attention_cp(q, k, v, group=mesh.get_group(along), order="contiguous", **arguments)
+        if not return_info:
+            return found
+        o, (*rows, number) = found
+        choice.append(number)
+        return o, *rows
+
+    values, wanted, gradients = zip(*given)
+    like_q: Any = [*placements]  # no tuple, which is of several results
+    found = local_map(
+        of_shards,
+        out_placements=(like_q,) * len(LLAInfo._fields) if return_info else like_q,  # o, and all fields but the choice
+        in_placements=wanted,
+        in_grad_placements=gradients,
+        device_mesh=mesh,
+        redistribute_inputs=True,
+    )(*values)
+    if not return_info:
+        return found
+    o, *rows = found
+    return o, LLAInfo(*rows, *choice)
 
 
 def _dims(q: DTensor, layout: str) -> _Dims:
@@ -111,13 +135,15 @@ def _sequence(q: DTensor, k: DTensor, placements: tuple[Placement, ...], mesh: D
     return found
 
 
-def _alike(t: Any, mesh: DeviceMesh, placements: tuple[Placement, ...], dims: dict[int | None, int]) -> Any:
-    """The local part of ``t``, which every rank has whole or which is a DTensor, sharded as q is. ``dims``: of a
-    dimension of q that of t, counted from the last; t may lack it, or have 1 there."""
+def _alike(name: str, t: Any, mesh: DeviceMesh, placements: tuple[Placement, ...], dims: dict[int, int]) -> _Given:
+    """``t``, which every rank has whole or which is a DTensor, sharded as q is. ``dims``: of a dimension of q that of
+    t, counted from the last; t may lack it, or have 1 there."""
     if not isinstance(t, Tensor):
-        return t
-    whole = [Replicate()] * mesh.ndim
-    given = t if isinstance(t, DTensor) else DTensor.from_local(t, mesh, whole, run_check=False)
+        return _Given(t, None, None)
+    if not isinstance(t, DTensor):
+        t = DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    elif t.device_mesh != mesh:
+        raise ValueError(f"{name}: got mesh {t.device_mesh}, wanted {mesh}, that of q")
     wanted: list[Placement] = []
     summed: list[Placement] = []  # placements of its gradient
     for placement in placements:
@@ -125,4 +151,4 @@ def _alike(t: Any, mesh: DeviceMesh, placements: tuple[Placement, ...], dims: di
         sharded = dim >= 0 and t.shape[dim] > 1
         wanted.append(Shard(dim) if sharded else Replicate())
         summed.append(Shard(dim) if sharded else Partial() if isinstance(placement, Shard) else Replicate())
-    return given.redistribute(mesh, wanted).to_local(grad_placements=summed)
+    return _Given(t, tuple(wanted), tuple(summed))

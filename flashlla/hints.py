@@ -137,7 +137,7 @@ def with_hints(hints: Mapping[str, str] = NONE, beside: Iterable[str] = ()) -> C
         if isinstance(function, type):
             function.__init__ = decorate(function.__init__)  # type: ignore[misc]
             return function
-        known = [name for name in (*keywords_of(function), *beside) if name not in hints]
+        known = [name for name in dict.fromkeys((*keywords_of(function), *beside)) if name not in hints]
 
         @functools.wraps(function)
         def checked(*arguments: Any, **keywords: Any) -> Any:

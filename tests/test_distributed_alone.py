@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +12,16 @@ import torch
 import torch.distributed as dist
 
 from flashlla import lla_attention, lla_decode
-from flashlla.distributed import collectives, context, decode, lla_attention_cp, lla_decode_cp
+from flashlla.distributed import (
+    collectives,
+    context,
+    decode,
+    lla_attention_cp,
+    lla_decode_cp,
+    shard_positions,
+    shard_sequence,
+    sum_gradients,
+)
 from flashlla.distributed.context import heads_at_once
 from flashlla.distributed.groups import COMPARED, Ranks
 from flashlla.distributed.keys import Neighbours, bringing, parts_of
@@ -24,6 +33,7 @@ from tests.support.helpers import normal, qkv
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 
 LENGTH = 48
+NOT_IN_IT: Any = dist.GroupMember.NON_GROUP_MEMBER  # what torch.distributed.new_group gives whom it leaves out
 
 
 @pytest.mark.quick
@@ -122,6 +132,28 @@ def test_what_is_not_known_is_refused(keywords: dict[str, Any], words: str, alon
         lla_attention_cp(tensors[0], tensors[1][:, :, :4], tensors[2][:, :, :4], group=alone)
     with pytest.raises(TypeError, match="scale"):
         lla_attention_cp(*tensors, group=alone, scale=1.0)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda x, g: shard_sequence(x, group=g, dim="s"), TypeError, "dim: got str, wanted a whole number"),  # type: ignore[arg-type]
+        (lambda x, g: shard_sequence(x, group=g, dim=True), TypeError, "dim: got bool, wanted a whole number"),
+        (lambda x, g: shard_sequence(x, group=g, dim=4), ValueError, "dim: got 4, wanted a dimension of x"),
+        (lambda x, g: shard_positions(8.0, group=g), TypeError, "length: got float, wanted a whole number"),  # type: ignore[arg-type]
+        (lambda x, g: shard_positions(-8, group=g), ValueError, "length: got -8, wanted 0 tokens or more"),
+        (lambda x, g: sum_gradients(3, group=g), TypeError, "parameters: got int, wanted a tensor or several"),  # type: ignore[arg-type]
+        (lambda x, g: sum_gradients([x, None], group=g), TypeError, "parameters: got NoneType, wanted a tensor"),  # type: ignore[list-item]
+        (lambda x, g: shard_sequence(x, group=NOT_IN_IT, dim=0), ValueError, "group: this process is not in it"),
+        (lambda x, g: shard_sequence(x, group=2, dim=0), TypeError, "group: got int, wanted a ProcessGroup"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_wrong_is_named(
+    call: Callable[..., Any], error: type[Exception], words: str, alone: dist.ProcessGroup
+) -> None:
+    with pytest.raises(error, match=words):
+        call(normal(1, 2, LENGTH, 4), alone)
 
 
 @pytest.mark.quick

@@ -35,7 +35,7 @@ def sum_gradients(parameters: Tensor | Iterable[Tensor], *, group: Group) -> Non
         group: a ProcessGroup, or a DeviceMesh of one dimension.
 
     Raises:
-        TypeError, ValueError: ``group`` does not fit; in the first ten calls of a group, and in all of them where
+        TypeError, ValueError: an argument does not fit; in the first ten calls of a group, and in all of them where
             FLASHLLA_CHECK is 1, on all ranks: shapes or dtypes differ from rank to rank, as in another order.
 
     Example:
@@ -49,7 +49,10 @@ def sum_gradients(parameters: Tensor | Iterable[Tensor], *, group: Group) -> Non
         >>> dist.destroy_process_group()
     """
     ranks = ranks_of(group)
-    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    given = [parameters] if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable) else [*parameters]
+    for t in given:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"parameters: got {type(t).__name__}, wanted a tensor or several; try model.parameters()")
     if not given:
         return
     owns: list[Tensor] = []

@@ -50,6 +50,9 @@ def ranks_of(group: Group, name: str = "group") -> Ranks:
                 f"of the dimension that the sequence lies along"
             )
         found = found.get_group()
+    not_in_it = f"{name}: this process is not in it, wanted a group of which it is a rank"
+    if dist.is_available() and found is dist.GroupMember.NON_GROUP_MEMBER:  # what torch gives those that are left out
+        raise ValueError(not_in_it)
     if not dist.is_available() or not isinstance(found, dist.ProcessGroup):
         hint = "torch.distributed.group.WORLD"
         if not dist.is_available() or not dist.is_initialized():
@@ -60,7 +63,7 @@ def ranks_of(group: Group, name: str = "group") -> Ranks:
         )
     rank = dist.get_rank(found)
     if rank < 0:
-        raise ValueError(f"{name}: this process is not in it, wanted a group of which it is a rank")
+        raise ValueError(not_in_it)
     return Ranks(found, rank, dist.get_world_size(found))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from flashlla.checks import check_whole
 from flashlla.distributed import collectives
 from flashlla.distributed.groups import Ranks, agree, ranks_of, untraced
 from flashlla.hints import with_hints
@@ -181,6 +182,8 @@ def shard_positions(
         >>> dist.destroy_process_group()
     """
     ranks = ranks_of(group)
+    if check_whole(length, "length") < 0:
+        raise ValueError(f"length: got {length}, wanted 0 tokens or more")
     chunks = divided(length, ranks, order, "length").chunks(ranks.rank)
     return torch.cat([torch.arange(places.start, places.stop, device=device) for places in chunks])
 
@@ -188,7 +191,7 @@ def shard_positions(
 def _check_dim(x: Tensor, dim: int) -> int:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: got {type(x).__name__}, wanted a torch.Tensor")
-    if not -x.dim() <= dim < x.dim():
+    if not -x.dim() <= check_whole(dim, "dim") < x.dim():
         raise ValueError(f"dim: got {dim}, wanted a dimension of x, which has {x.dim()}")
     return dim % x.dim()
 

@@ -9,6 +9,7 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from examples.experiments import (
     tolerance,
     training,
 )
+from examples.experiments import runs as experiment_runs
 from examples.experiments.corpus import Corpus, Windows
 from examples.experiments.gpt import GPT, Attention, Size, heads_of, keys_of
-from examples.experiments.runs import Runs, sources
+from examples.experiments.runs import Runs, parser_of, sources, study
 from examples.experiments.training import Arm, Setting, train
 from flashlla import lla_attention
 
@@ -133,6 +135,30 @@ def test_two_processes_add_to_one_file(tmp_path: Path) -> None:
     one.read()
     assert {name: run["reported"] for name, run in one.all.items()} == {"a": [1.0], "b": [2.0]}
     assert one.all["a"]["of"]["sources"] == sources() != ""
+
+
+def test_an_interrupted_experiment_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment_runs, "RESULTS", tmp_path)
+    made: list[str] = []
+
+    def run(name: str, interrupted: bool) -> dict[str, Any]:
+        if interrupted:
+            raise KeyboardInterrupt
+        made.append(name)
+        return {"steps": 1, "reported": [0.5], "chosen": [1e-3]}
+
+    def go_on(interrupted: str | None) -> dict[str, Any]:
+        options = parser_of("folder/an_experiment.py", None).parse_args(["--quick"])
+        wanted = {name: partial(run, name, name == interrupted) for name in "abc"}
+        return study(options, wanted, lambda runs, path: None)
+
+    torch.set_num_threads(2)
+    with pytest.raises(KeyboardInterrupt):
+        go_on("b")
+    assert torch.get_num_threads() == 1  # two wait for one another: minutes instead of seconds
+    assert list(json.loads((tmp_path / "an_experiment_quick.json").read_text())["runs"]) == ["a"]
+    assert list(go_on(None)) == made == ["a", "b", "c"]
+    assert not (tmp_path / "an_experiment.json").exists()
 
 
 def test_runs_on_another_text_are_no_match(tmp_path: Path) -> None:

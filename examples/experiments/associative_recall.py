@@ -1,6 +1,6 @@
 """Associative recall: the value that stood beside a key, of many pairs in one sequence.
 
-    python -m examples.experiments.associative_recall --quick --results FILE
+    python -m examples.experiments.associative_recall --quick
     python -m examples.experiments.associative_recall                            on a GPU
 
 words    MQAR as zoology defines it: a vocabulary of 8192, a half of it keys, the other values; pairs first, then each

@@ -1,6 +1,6 @@
 """In-context regression: two trained layers learn a function anew in each sequence, from the examples so far.
 
-    python -m examples.experiments.in_context_regression --quick --results FILE
+    python -m examples.experiments.in_context_regression --quick
     python -m examples.experiments.in_context_regression                            on a GPU
 
 A token brings the next point x_t, on the unit sphere in 8 dimensions, and the last example, (x_{t-1}, y_{t-1}); the
@@ -60,9 +60,9 @@ def run(function: str, mixer: str, seeds: list[int], length: int, batch: int, st
 def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser = parser_of(__file__, __doc__, MIXERS)
     parser.add_argument("--functions", nargs="+", choices=FUNCTIONS, default=list(FUNCTIONS))
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
-    parser.add_argument("--batch", type=int, default=32, help="sequences a step")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
+    parser.add_argument("--batch", type=int, default=16, help="sequences a step")
     options = parser.parse_args(arguments)
     if options.quick:
         options.seeds, options.steps, options.length, options.batch = [0], 100, 32, 32

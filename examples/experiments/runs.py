@@ -88,10 +88,11 @@ def sources() -> str:
 def parser_of(module: str, doc: str | None, mixers: Sequence[str] = ()) -> argparse.ArgumentParser:
     """What all experiments are told by, those that compare ``mixers`` by which of them."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    name = module.rpartition("/")[2].removesuffix(".py")
+    name = Path(module).stem
+    parser.set_defaults(name=name)
     parser.add_argument("--quick", action="store_true", help="a small form: under a minute on a CPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.json", help="default: %(default)s")
+    parser.add_argument("--results", type=Path, help=f"default: results/{name}[_quick].json beside this file")
     parser.add_argument("--plot", type=Path, help="draw it here, as PNG")
     parser.add_argument("--within", type=float, default=float("inf"), help="seconds after which no run begins")
     if mixers:
@@ -163,7 +164,9 @@ def study(
     table: Callable[[dict[str, Run]], str] = table_of,
 ) -> dict[str, Run]:
     """Make those of ``wanted`` that are not there, in the order given; their table, and the plot asked for."""
-    runs = Runs(options.results, DEVICE)
+    if options.quick:
+        torch.set_num_threads(1)  # on small tensors threads wait for one another
+    runs = Runs(options.results or RESULTS / f"{options.name}{'_quick' * options.quick}.json", DEVICE)
     for name in within(options.within, wanted):
         runs.read()
         if name not in runs.all:

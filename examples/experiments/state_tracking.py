@@ -1,6 +1,6 @@
 """State tracking: where five things are after a row of permutations, at every step.
 
-    python -m examples.experiments.state_tracking --quick --results FILE
+    python -m examples.experiments.state_tracking --quick
     python -m examples.experiments.state_tracking                            on a GPU
 
 A token is a permutation of five: any of the 120, or a swap, one of 10. The model foretells the product of all so far,
@@ -69,8 +69,8 @@ def run(kind: str, mixer: str, seeds: list[int], length: int, batch: int, steps:
 def main(arguments: list[str] | None = None) -> dict[str, Run]:
     parser = parser_of(__file__, __doc__, MIXERS)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 32], help="tokens a sequence")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16], help="tokens a sequence")
     parser.add_argument("--batch", type=int, default=64, help="sequences a step")
     options = parser.parse_args(arguments)
     if options.quick:

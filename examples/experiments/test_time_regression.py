@@ -1,7 +1,7 @@
 """Test-time regression: attention as an estimator of a function from the examples so far, with nothing trained.
 
-    python -m examples.experiments.test_time_regression --quick --results FILE    under a minute on a CPU
-    python -m examples.experiments.test_time_regression                           on a GPU; an hour or so on a CPU
+    python -m examples.experiments.test_time_regression --quick    under a minute on a CPU
+    python -m examples.experiments.test_time_regression            on a GPU; an hour or so on a CPU
 
 Keys lie on the unit sphere in D dimensions, values are a function of the key, and noise. At each token the estimator
 foretells the next token's value from its key and all pairs before it. Errors are mean squares of the distance to the
@@ -18,10 +18,10 @@ other draws than those of which errors are reported, for each function, dimensio
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.experiments.mixers import ridge_regression, softmax_attention
-from examples.experiments.runs import DEVICE, MARKS, RESULTS, Run, Runs, dotted, progress
+from examples.experiments.runs import DEVICE, MARKS, Run, dotted, parser_of, study
 from flashlla import lla_attention
 
 FUNCTIONS = ("segments", "piecewise", "smooth", "jumps")
@@ -131,32 +131,20 @@ def run(function: str, dim: int, length: int, draws: int, seed: int) -> Run:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Run]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="D = 4 and 8, up to 512 tokens, one seed")
+    parser = parser_of(__file__, __doc__)
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--draws", type=int, default=4)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=RESULTS / "test_time_regression.json")
-    parser.add_argument("--plot", type=Path, help="draw it here, as PNG")
     options = parser.parse_args(arguments)
     if options.quick:
         options.dims, options.length, options.seeds = [4, 8], 512, [0]
-    runs = Runs(options.results, DEVICE)
-    wanted = list(product(options.seeds, options.dims, FUNCTIONS))
-    for seed, dim, function in progress(wanted, desc="runs", unit="run"):
-        name = f"{function} dim={dim} length={options.length} seed={seed}"
-        if name not in runs.all:
-            runs.add(name, run(function, dim, options.length, options.draws, seed))
-            print(f"{name}: {_last(runs.all[name])}", flush=True)
-    print(table(runs.all))
-    if options.plot is not None:
-        plot(runs.all, options.plot)
-    return runs.all
-
-
-def _last(run: Run) -> str:
-    return ", ".join(f"{name} {run[name][str(run['length'])]['error']:.4f}" for name in ESTIMATORS)
+    wanted = {
+        f"{function} dim={dim} length={options.length} seed={seed}": partial(
+            run, function, dim, options.length, options.draws, seed
+        )
+        for seed, dim, function in product(options.seeds, options.dims, FUNCTIONS)
+    }
+    return study(options, wanted, plot, table)
 
 
 def groups(runs: dict[str, Run]) -> dict[tuple[str, int], list[Run]]:

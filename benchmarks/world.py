@@ -30,7 +30,7 @@ class World:
     def settle(self) -> None:
         """Have done with what ranks do in a group's first calls alone: they compare what they ask for."""
         for _ in range(COMPARED):
-            agree(Ranks(self.group, self.rank, self.size), torch.device(self.device), {})
+            agree(Ranks(self.group, self.rank, self.size), torch.device(self.device), dict)
 
     @property
     def mine(self) -> bool:

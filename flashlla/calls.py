@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -43,15 +45,22 @@ def prepared(
     if op not in _PREPARE:
         wanted = ", ".join(f"flashlla.{known.__name__}" for known in _PREPARE)
         raise ValueError(f"op: got {op!r}, wanted one of {wanted}")
-    known = [name for name in named_arguments(op) if name not in _RESULTS]
-    if unknown := set(options) - set(known):
-        refuse_unknown(caller.__qualname__, unknown, lambda: [*keywords_of(caller), *known[3:]])
-    bound = signature_of(op).bind_partial(q, k, v, **options)
-    bound.apply_defaults()
-    for name in known:
-        if name not in bound.arguments:
+    defaults = _defaults(op)
+    tensors = dict(zip(defaults, (q, k, v)))
+    if unknown := options.keys() - (defaults.keys() - tensors.keys()):
+        refuse_unknown(caller.__qualname__, unknown, lambda: [*keywords_of(caller), *list(defaults)[3:]])
+    given = {**defaults, **tensors, **options}
+    for name, value in given.items():
+        if value is inspect.Parameter.empty:
             raise TypeError(f"{caller.__qualname__}() lacks the keyword argument {name!r} of {op.__name__}")
-    return _PREPARE[op](**{name: bound.arguments[name] for name in known})
+    return _PREPARE[op](**given)
+
+
+@functools.cache
+def _defaults(op: Callable[..., Any]) -> dict[str, Any]:
+    """Of the arguments of ``op``, but those of results; `inspect.Parameter.empty` where one has to be given."""
+    parameters = signature_of(op).parameters
+    return {name: parameters[name].default for name in named_arguments(op) if name not in _RESULTS}
 
 
 def explain(

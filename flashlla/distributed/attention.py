@@ -169,7 +169,7 @@ def _attend(
         check_heads(inputs, ranks)
     if looked_at(inputs.q.device):
         _check_whole_values(call.arguments, shards)
-    agree(ranks, inputs.q.device, _asked(call, caller, order, method, key_heads_at_once))
+    agree(ranks, inputs.q.device, lambda: _asked(call, caller, order, method, key_heads_at_once))
     o, report = _METHODS[method](call.arguments, ranks, shards, key_heads_at_once)
     return (call.restore(o), info_of(call, report)) if return_info else call.restore(o)
 
@@ -212,7 +212,7 @@ def _check_whole_values(arguments: Arguments, shards: Shards) -> None:
 def _asked(call: Call, caller: str, order: str, method: str, key_heads_at_once: int | None) -> dict[str, Any]:
     """All that ranks must have in common."""
     inputs, settings = call.arguments
-    numbers = lambda t: lambda: None if t is None else t.tolist()
+    numbers = lambda t: None if t is None else t.tolist()
     tensors = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "ridge_lambda": inputs.ridge_lambda}
     graded = torch.is_grad_enabled()
     return {
@@ -226,5 +226,5 @@ def _asked(call: Call, caller: str, order: str, method: str, key_heads_at_once: 
         "method": method,
         "key_heads_at_once": key_heads_at_once,
         **settings._asdict(),
-        "backend": lambda: dispatch.choose(describe(call.arguments), settings.backend).name,
+        "backend": dispatch.choose(describe(call.arguments), settings.backend).name,
     }

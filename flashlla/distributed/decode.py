@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,7 +92,7 @@ def _decode(arguments: Arguments, group: Group) -> Tensor:
     ranks, inputs = ranks_of(group), arguments.inputs.with_dense_lengths()
     problem = describe(arguments)
     check_values(problem, inputs)
-    agree(ranks, inputs.q.device, _asked(arguments))
+    agree(ranks, inputs.q.device, lambda: _asked(arguments))
     o, backend = empty_output(inputs.q, inputs.v), dispatch.choose(problem, arguments.settings.backend)
     starts, stops = _spans(problem, inputs, arguments.settings.window, ranks)
     for first in range(0, problem.q_len, FEW_NEW):
@@ -173,9 +172,5 @@ def _asked(arguments: Arguments) -> dict[str, Any]:
         "value dim of v_cache": inputs.v.shape[-1],
         "ridge_lambda": shape(inputs.ridge_lambda),
         **settings._asdict(),
-        "backend": functools.partial(_backend, arguments),
+        "backend": dispatch.choose(describe(arguments), settings.backend).name,
     }
-
-
-def _backend(arguments: Arguments) -> str:
-    return dispatch.choose(describe(arguments), arguments.settings.backend).name

@@ -62,8 +62,8 @@ def sum_gradients(parameters: Tensor | Iterable[Tensor], *, group: Group) -> Non
                 t.grad = torch.zeros_like(t)
             owns.append(_own(t.grad))
     # Sums are of one long row: in another order, of as many numbers, they would be finite and wrong.
-    asked = {f"gradient {i}": (tuple(own.shape), own.dtype) for i, own in enumerate(owns)}
-    agree(ranks, given[0].device, {"function": "sum_gradients", "gradients": len(owns), **asked})
+    asked = lambda: {f"gradient {i}": (tuple(own.shape), own.dtype) for i, own in enumerate(owns)}
+    agree(ranks, given[0].device, lambda: {"function": "sum_gradients", "gradients": len(owns), **asked()})
     alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for own in owns:
         alike.setdefault((own.dtype, own.device), []).append(own)

@@ -67,18 +67,16 @@ def ranks_of(group: Group, name: str = "group") -> Ranks:
     return Ranks(found, rank, dist.get_world_size(found))
 
 
-def agree(ranks: Ranks, device: torch.device, asked: dict[str, Any]) -> None:
+def agree(ranks: Ranks, device: torch.device, asked: Callable[[], dict[str, Any]]) -> None:
     """An error on all ranks where what they have ``asked`` for differs; looked at in a group's first calls, and in all
-    of them where the environment variable FLASHLLA_CHECK is 1.
-
-    Values of ``asked`` are told by their ``repr``; a function stands for a value that is looked at here only.
+    of them where the environment variable FLASHLLA_CHECK is 1. What is asked for is told by its ``repr``.
     """
     calls = _calls[ranks.group] = _calls.get(ranks.group, 0) + 1
     if ranks.size == 1 or (calls > COMPARED and os.environ.get("FLASHLLA_CHECK") != "1"):
         return
     # A rank that compared in later calls what others do not would take their next collective for a comparison.
-    asked = {**asked, "FLASHLLA_CHECK": os.environ.get("FLASHLLA_CHECK") == "1"}
-    told = {name: repr(value() if callable(value) else value) for name, value in asked.items()}
+    alike = {**asked(), "FLASHLLA_CHECK": os.environ.get("FLASHLLA_CHECK") == "1"}
+    told = {name: repr(value) for name, value in alike.items()}
     digest = hashlib.sha256(repr(told).encode()).digest()[:8]
     own = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=device)
     everyones = [torch.empty_like(own) for _ in range(ranks.size)]

@@ -151,7 +151,7 @@ def unshard_sequence(x: Tensor, *, group: Group, order: Order = "head_tail", dim
     ranks, dim = ranks_of(group), _check_dim(x, dim)
     shards = shards_of(x.shape[dim], ranks, order, "x")
     asked = {"function": "unshard_sequence", "x": (tuple(x.shape), x.dtype), "order": order, "dim": dim}
-    agree(ranks, x.device, asked)
+    agree(ranks, x.device, lambda: asked)
     whole: Tensor = _Unshard.apply(x.movedim(dim, 0), ranks, shards)
     return whole.movedim(0, dim)
 

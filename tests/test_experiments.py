@@ -114,12 +114,12 @@ def test_language_model(tmp_path: Path) -> None:
     assert all(run["reported"] < 3.3 for run in runs.values())  # 5.55 at first
     again = language_model.main(["--quick", *paths])  # made once
     assert again == runs == json.loads((tmp_path / "runs.json").read_text())["runs"]
-    kept = torch.load(tmp_path / "keys" / "lla.pt")
+    kept = torch.load(tmp_path / "keys" / "lla_60.pt")
     assert kept["q"].shape == kept["k"].shape == kept["v"].shape == (3, 2, 128, 64)
     assert kept["ridge"].shape == (3, 2, 1)
 
-    found = tolerance.main([str(tmp_path / "keys" / "lla.pt"), "--results", str(tmp_path / "tolerance.json")])
-    loose, tight = found["lla 0.1"], found["lla 0.001"]
+    found = tolerance.main([str(tmp_path / "keys" / "lla_60.pt"), "--results", str(tmp_path / "tolerance.json")])
+    loose, tight = found["lla_60 0.1"], found["lla_60 0.001"]
     assert loose["iterations"] < tight["iterations"]
     assert loose["error"] > tight["error"]
     assert 0.9 < loose["cosines"]["q"] < tight["cosines"]["q"]

@@ -19,7 +19,6 @@ from examples.experiments.training import Arm
 
 RECORDS = {
     "language_model": language_model.table,
-    "language_model_small": language_model.table,
     "tolerance": tolerance.table,
     "test_time_regression": test_time_regression.table,
     "in_context_regression": table_of,
@@ -201,28 +200,6 @@ def test_figures_told_of_tolerances_are_those_of_the_record() -> None:
         f"with gradients off by {min(qkv('0.03')):.0f} to {max(qkv('0.03')):.0f} %",
     ]
     assert [phrase for phrase in told if phrase not in page] == []
-
-
-def test_figures_told_of_the_small_model_are_those_of_the_record() -> None:
-    runs = json.loads((RESULTS / "language_model_small.json").read_text())["runs"]
-    page = " ".join((Path(__file__).parents[1] / "docs" / "experiments.md").read_text().split())
-    loss, choice = (lambda arm, lr="0.002", of=of: runs[f"{arm} lr={lr} seed=0"][of] for of in ("reported", "choice"))
-    lla, softmax = (f"{kind} optimizer=muon" for kind in ("lla", "softmax"))
-    rates = ("0.002", "0.004", "0.008", "0.016")
-    worse = lambda setting: f"{loss(f'lla {setting}') - loss('lla'):.3f}"
-    told = [
-        f"LLA is ahead by {loss('softmax') - loss('lla'):.3f} at equal steps",
-        f"0.1 makes it {worse('tolerance=0.1')} worse. A ridge that begins at 10 is {worse('ridge_init=10.0')} worse, "
-        f"and {choice('lla') - choice('lla ridge_init=10.0'):.3f} better on the other set; one that begins at 0.1 is "
-        f"{worse('ridge_init=0.1')} worse, a ridge of each token's own {worse('ridge=token')}",
-        f"LLA is at {loss(lla, rates[-1]):.3f} and softmax attention at {loss(softmax, rates[-1]):.3f}, at the largest "
-        "rate that was tried. On the other set softmax attention is ahead, by "
-        f"{choice(lla, rates[-1]) - choice(softmax, rates[-1]):.3f}:",
-    ]
-    assert [phrase for phrase in told if phrase not in page] == []
-    for arm in (lla, softmax):
-        losses = [loss(arm, lr) for lr in rates]
-        assert losses == sorted(losses, reverse=True)
 
 
 def test_figures_told_of_recall_are_those_of_the_record() -> None:

@@ -10,7 +10,8 @@ losses are reported of. Batches and first weights of a seed are the same for all
 own end. Losses are in nats a byte.
 
 Runs are kept in --results as they end, and those that are there are not made again; a long one goes on from its
-checkpoint. --keys keeps queries, keys, values and ridges of one sequence, of the best run of each kind.
+checkpoint. --keys keeps queries, keys, values and ridges of one sequence, of the best run of each kind and number of
+steps: lla.pt, lla_no_qk_norm.pt, lla_5000.pt.
 """
 
 from __future__ import annotations
@@ -197,7 +198,8 @@ def rates(arm: Arm, runs: dict[str, Run]) -> dict[float, float]:
 def keep_keys(folder: Path | None, model: GPT, read: Corpus, run: Run, best: dict[str, float]) -> None:
     """Of the first, the middle and the last layer, in one file for each kind: of its best run."""
     arm = run["arm"]
-    name = "_".join([arm["kind"]] + ["no_qk_norm"] * (not arm["qk_norm"]))
+    steps = [str(arm["steps"])] * (arm["steps"] != Arm.steps)
+    name = "_".join([arm["kind"]] + ["no_qk_norm"] * (not arm["qk_norm"]) + steps)
     if folder is None or arm["kind"] != "lla" or arm["every"] > 1 or run["choice"] >= best.get(name, float("inf")):
         return
     best[name] = run["choice"]

@@ -1,7 +1,8 @@
 """What a looser tolerance costs and buys, on the keys of a trained model.
 
-    python -m examples.experiments.language_model --lr 2e-3 --keys keys      a model, and its keys
-    python -m examples.experiments.tolerance keys/lla.pt                     the table; times on a GPU
+    python -m examples.experiments.tolerance benchmarks/heads/trained_qknorm.pt                    times on a GPU
+    python -m examples.experiments.language_model --lr 2e-3 --keys keys --results own.json         a model, and its keys
+    python -m examples.experiments.tolerance keys/lla.pt --results own_tolerance.json              the table of them
 
 Output and gradients at each tolerance beside those of a direct solve in float64, for a cotangent drawn from the normal
 distribution. A loose solve in the backward pass does not give the gradient of the loose forward pass; what it gives is
@@ -74,10 +75,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
     arm = json.JSONDecoder().raw_decode(kept["recipe"])[0]["arm"]
     runs = Runs(options.results, device)
     for tolerance in progress(TOLERANCES):
+        if (name := f"{options.keys.stem} {tolerance:g}") in runs.all:
+            continue
         run = compare(inputs, cotangent, tolerance, (o, grads))
         if device == "cuda":
             run |= times(many[:-1], many[-1], tolerance)
-        runs.add(f"{options.keys.stem} {tolerance:g}", {**run, "of_model": arm})
+        runs.add(name, {**run, "of_model": arm})
     print(table(runs.all))
     return runs.all
 

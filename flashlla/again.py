@@ -21,7 +21,7 @@ from torch import Tensor
 from flashlla import autograd, convergence, dispatch
 from flashlla.backends.base import Kept
 from flashlla.checks import autocast_dtype
-from flashlla.library import PLAIN, plain, transformed, watched
+from flashlla.library import PLAIN, plain, recorded, transformed, watched
 from flashlla.options import AttentionOptions, SettingOptions
 from flashlla.problem import Arguments, Inputs, Problem, Residuals, Settings, accumulator, describe
 from flashlla.solvers import ITERATIVE
@@ -96,6 +96,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor
         torch.compiler.is_compiling()
         or not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor))
         or transformed()
+        or recorded()
         or not plain((q, k, v, ridge) if isinstance(ridge, Tensor) else (q, k, v))
         or options["seqlens_k"] is not None
         or options["seqstarts_k"] is not None

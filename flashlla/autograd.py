@@ -21,7 +21,7 @@ from torch import Tensor
 from flashlla import convergence, dispatch
 from flashlla.backends.base import Backend, Kept, warn_if_stopped_early
 from flashlla.checks import autocast_dtype
-from flashlla.library import Operator
+from flashlla.library import Operator, recorded
 from flashlla.problem import (
     Arguments,
     Forward,
@@ -322,8 +322,15 @@ def _refuse_forward_mode(*_: Any) -> NoReturn:
     )
 
 
-class WithoutGradient(torch.autograd.Function):
-    """The identity on omega, made with ``o``; a gradient that arrives at it is refused, not dropped."""
+def without_gradient(omega: Tensor, o: Tensor) -> Tensor:
+    """omega, made with ``o``; a gradient that arrives at it is refused, or, where a graph is traced, dropped."""
+    traced = torch.compiler.is_compiling() or recorded()
+    found: Tensor = omega.detach() if traced else _WithoutGradient.apply(omega, o)
+    return found
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """The identity on omega."""
 
     generate_vmap_rule = True
 

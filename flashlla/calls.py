@@ -7,12 +7,11 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from flashlla import dispatch
 from flashlla.api import lla_attention, lla_attention_varlen, lla_decode, named_arguments, signature_of
-from flashlla.autograd import WithoutGradient, forward
+from flashlla.autograd import forward, without_gradient
 from flashlla.hints import keywords_of, refuse_unknown, with_hints
 from flashlla.problem import describe
 from flashlla.validation import Call, prepare, prepare_decode, prepare_varlen
@@ -145,6 +144,5 @@ class LLAFunction:
             cg_use_preconditioner=cg_use_preconditioner,
         )
         found = forward(call.arguments)
-        omega = found.report.omega
-        omega = omega.detach() if torch.compiler.is_compiling() else WithoutGradient.apply(omega, found.o)
+        omega = without_gradient(found.report.omega, found.o)
         return call.restore(found.o), call.restore(omega).unsqueeze(-1)

@@ -35,8 +35,13 @@ def watched() -> bool:
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch.autograd.profiler._is_profiler_enabled
-        or torch._C._get_tracing_state() is not None
+        or recorded()
     )
+
+
+def recorded() -> bool:
+    """Whether torch.jit.trace records what is called: it takes what comes of a Function in Python for a constant."""
+    return torch._C._get_tracing_state() is not None
 
 
 def plain(tensors: Sequence[Any]) -> bool:
@@ -113,7 +118,7 @@ class Operator(Generic[A, G]):
     def differentiable(self, arguments: A) -> G:
         """The same with the derivative that :meth:`differentiate` gave it."""
         row = self.takes.flat(arguments)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or recorded():
             return self._unpack(self.op(*row))
         if transformed():
             return self._unpack(self._transform.apply(*row))

@@ -286,3 +286,35 @@ def test_a_graph_compiled_for_another_release_is_not_taken_from_disk(tmp_path):
     assert run("1") == ["3.0", "0"]
     assert run("2") == ["5.0", "0"]
     assert run("2") == ["5.0", "1"]
+
+
+CALLS_TO_RECORD = {
+    "plain": lambda q, k, v: flashlla.lla_attention(q, k, v, ridge_lambda=1.0),
+    "bshd": lambda q, k, v: flashlla.lla_attention(*(t.transpose(1, 2) for t in (q, k, v)), layout="bshd"),
+    "lengths": lambda q, k, v: flashlla.lla_attention(q, k, v, seqlens_k=torch.tensor([20, 33], dtype=torch.int32)),
+    "report": lambda q, k, v: flashlla.lla_attention(q, k, v, return_info=True)[1].omega,
+    "packed": lambda q, k, v: flashlla.lla_attention_varlen(
+        q[:1], k[:1], v[:1], cu_seqlens=torch.tensor([0, 9, 33], dtype=torch.int32), max_seqlen=24
+    ),
+    "decode": lambda q, k, v: flashlla.lla_decode(q.detach()[:, :, -2:], k.detach(), v.detach(), torch.tensor([33, 9])),
+    "published": lambda q, k, v: flashlla.LLAFunction.apply(q[:, 0], k[:, 0], v[:, 0], 1.0)[1],
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", CALLS_TO_RECORD)
+def test_nothing_that_is_recorded_is_a_constant(name, grad):
+    """By torch.jit.trace: on other numbers what the call gives there, and its gradients."""
+    call = CALLS_TO_RECORD[name]
+    q, k, v = (t.requires_grad_(grad) for t in torch.randn(3, 2, 3, 33, 8, dtype=torch.float64).unbind(0))
+    for _ in range(2):  # as a call that is like one before, too
+        call(q, k, v)
+    recorded = torch.jit.trace(call, (q, k, v), check_trace=False)
+    others = [torch.randn_like(t, requires_grad=grad) for t in (q, k, v)]
+    found, wanted = recorded(*others), call(*others)
+    assert torch.equal(found, wanted)
+    if wanted.requires_grad and name != "published":
+        grad_o = torch.randn_like(wanted)
+        for mine, its in zip(*(torch.autograd.grad(o, others, grad_o) for o in (found, wanted)), strict=True):
+            assert torch.equal(mine, its)

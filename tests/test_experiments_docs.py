@@ -153,7 +153,8 @@ def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:
         f"1e-1 in training changes nothing: {loss(loose):.3f} for {loss(lla):.3f}. A step takes {ms(loose)}",
         f"{loss(softmax) - loss(muon('softmax')):.2f} over AdamW with softmax attention. With it LLA is ahead by "
         f"{loss(muon('softmax')) - loss(muon('lla')):.3f}, in two of three seeds, each at its best rate, where "
-        f"with AdamW it is by {loss(softmax) - loss(lla):.3f} and in all. A step takes {ms(muon('lla'), muon('softmax'))}",
+        f"with AdamW it is by {loss(softmax) - loss(lla):.3f} and in all. A step takes "
+        f"{ms(muon('lla'), muon('softmax'))}, so that in a second softmax attention learns more",
         f"which makes {longer[1]['steps']} steps of it, is ahead by {statistics.mean(lags):.3f} ({min(lags):.3f} to "
         f"{max(lags):.3f}); in the time of 500 steps it was by {equal(lla):.3f}",
         f"One that begins at 0.1 makes LLA worse in every seed, by {statistics.mean(apart_of('ridge_init=0.1')):.3f}, "

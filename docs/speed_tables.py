@@ -57,6 +57,19 @@ FLOORS: dict[tuple[Any, ...], tuple[str, str, int, str]] = {
 WANTED = {(1, 512, 128): "35", (1, 4096, 128): "45", (1, 16384, 128): "75"}
 WANTED |= {(32, 512, 128): "90", (32, 4096, 128): "350", (32, 16384, 128): "1200"}
 
+# Of the timeline: the how-manieth time that the record has it.
+EVENTS = {
+    ("sends", 1): "the first gather is begun",
+    ("sends", 2): "the second is",
+    ("in order", 1): "keys of the first heads are there and in order",
+    ("part begins", 1): "their first part begins",
+    ("part ends", 1): "it has ended",
+    ("in order", 2): "keys of the other heads are there and in order",
+    ("part ends", 2): "the first heads' second part has ended",
+    ("part ends", 4): "the other heads' second part has",
+    ("ends", 1): "all has",
+}
+
 Line = dict[str, Any]
 
 
@@ -412,6 +425,52 @@ def distributed_ways() -> str:
     return table([*how, *names.values()], rows())
 
 
+def distributed_two() -> str:
+    """Lone calls by all_gather on two GPUs, and some on four, in other ways: milliseconds, and efficiencies beside the
+    mean of the cards."""
+    kept = record("distributed_two_h100")
+
+    def mean(gpus: int, what: str, way: str) -> float | None:
+        """Of the pairs of cards; of one GPU of the cards. Copy engines had rounds of their own."""
+        what = {"forward": "peers", "step": "peers step"}.get(what, what) if way.startswith("peer") else what
+        of = [line for line in kept["lines"] if (line["gpus"], line["what"], line["way"]) == (gpus, what, way)]
+        found = [x for line in of for x in (line["by_rank_ms"] if way == "one" else [line["ms"]])]
+        return statistics.fmean(found) if found else None
+
+    def rows() -> Iterator[list[str]]:
+        for way, told in kept["ways"].items():
+            cells = []
+            for gpus, what in ((2, "forward"), (2, "step"), (2, "graph"), (4, "forward"), (4, "step")):
+                took, one = mean(gpus, what, way), mean(gpus, what, "one")
+                efficiency = f", {one / gpus / took:.1%}" if one and took and way != "one" else ""
+                cells.append(f"{took:.1f}{efficiency}" if took else "")
+            yield [told, *cells]
+
+    names = "2 GPUs: forward", "step", "forward from a graph", "4 GPUs: forward", "step"
+    return table(["keys, and heads at a time", *names], rows())
+
+
+def distributed_timeline() -> str:
+    """When a lone call's host and devices are where: milliseconds from its begin, by card."""
+    lines = record("distributed_two_h100")["timeline"]
+
+    def rows() -> Iterator[list[str]]:
+        seen: dict[str, int] = {}
+        there = {(tuple(line["cards"]), line["way"]): line["rows"] for line in lines}
+        for i, row in enumerate(there[(0, 1), "main"]):
+            seen[row["at"]] = nth = seen.get(row["at"], 0) + 1
+            if (told := EVENTS.get((row["at"], nth))) is not None:
+                cells = (x for cards in ((0, 1), (2, 3)) for x in _of_ranks(there[cards, "main"][i]))
+                yield [told, *cells]
+
+    cards = [f"card {card}: {what}" for card in range(4) for what in ("host", "device")]
+    return table(["", *cards], rows())
+
+
+def _of_ranks(row: Line) -> list[str]:
+    return [f"{x:.2f}" for both in zip(row["host_ms"], row["device_ms"]) for x in both]
+
+
 def distributed_groups() -> str:
     """All_gather with other numbers of heads at a time and of streams: milliseconds and GiB."""
 
@@ -490,6 +549,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "distributed": distributed,
     "distributed_turns": distributed_turns,
     "distributed_ways": distributed_ways,
+    "distributed_two": distributed_two,
+    "distributed_timeline": distributed_timeline,
     "distributed_groups": distributed_groups,
     "distributed_parts": distributed_parts,
     "distributed_decode": distributed_decode,

@@ -62,6 +62,30 @@ def test_efficiencies_that_were_wanted() -> None:
     assert f"and {100 * on(2, RECORD['speed'], length=32768)['forward_efficiency']:.0f} in the table above" in PAGE
 
 
+def test_where_a_lone_call_goes() -> None:
+    kept = record("distributed_two_h100")
+    lines = {(tuple(line["cards"]), line["what"], line["way"]): line for line in kept["lines"]}
+    pairs = [(0, 1), (2, 3)]
+    mean = lambda way: sum(lines[pair, "forward", way]["ms"] for pair in pairs) / len(pairs)
+    cards = [ms for pair in pairs for ms in lines[pair, "forward", "one"]["by_rank_ms"]]
+    one = sum(cards) / len(cards)
+    share = lambda way: one / 2 / mean(way)
+    assert f"{mean('main'):.1f} ms forward, {share('main'):.1%} beside".replace("%", " %") in PAGE
+    assert f"from {min(cards):.1f} to {max(cards):.1f} ms, whichever card it is" in PAGE
+    assert f"keys there already it is {mean('here'):.1f} ms, {share('here'):.0%}".replace("%", " %") in PAGE
+    assert f"takes {mean('its heads'):.1f} ms, {share('its heads'):.0%}".replace("%", " %") in PAGE
+    begun = [
+        host
+        for run in kept["timeline"]
+        if run["way"] == "main"
+        for host in next(row["host_ms"] for row in run["rows"] if row["at"] == "part begins")
+    ]
+    assert f"the host has begun the first part, {min(begun):.1f} to {max(begun):.1f} ms" in PAGE
+    for pair in pairs:
+        first, second = lines[pair, "forward", "here"]["by_rank_ms"]
+        assert abs(first - second - 1.1) < 0.1
+
+
 def test_errors_on_two_and_on_four_are_those_of_one() -> None:
     given = ("o", "dq", "dk", "dv", "dridge")
     names = {"dridge": "dlambda"}

@@ -255,6 +255,9 @@ def test_figures_told_of_regression_at_test_time_are_those_of_the_record() -> No
         assert (own[:, 1] < own[:, 0]).all()
         assert (ridge[1:] > own[1:]).all()
         assert (ridge[0] < own[0]).all() == (dim == 4)
+    error = lambda function, name: test_time_regression.mean_error(groups[function, 4], name, "2048")
+    for function in ("piecewise", "smooth"):  # in the README: a third or a quarter
+        assert 1 / 4.2 < error(function, "LLA") / error(function, "softmax") < 1 / 2.8
     # Where LLA does not win.
     lost = {of: [round(end / 2**0.5) for _, end in test_time_regression.losing(some)] for of, some in groups.items()}
     up_to = {of: max(ends, default=0) for of, ends in lost.items() if of[0] != "segments"}

@@ -431,6 +431,35 @@ def test_a_preconditioner_is_told_what_was_wanted(what: Any, error: type, words:
         flashlla.lla_attention(q, k, v, solver=PCG(preconditioner=Misled(what)), backend="chunked")
 
 
+@dataclass(frozen=True)
+class Mistaken(Direct):
+    """Returns what ``change`` makes of a solution."""
+
+    change: Any = None
+
+    def solve(self, systems: Systems, b: Tensor) -> Solution:
+        found: Solution = self.change(super().solve(systems, b))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda s: None, TypeError, r"NoneType, wanted a flashlla.Solution; try Solution.check\("),
+        (lambda s: s._replace(x=s.x[..., :1]), ValueError, r"x of torch.float64 and shape \(1, 30, 1\), wanted"),
+        (lambda s: s._replace(x=s.x.float()), ValueError, r"x of torch.float32 and .*, wanted torch.float64 and \(1,"),
+        (lambda s: s._replace(iterations=5), TypeError, "int as iterations, wanted a torch.Tensor"),
+        (lambda s: s._replace(iterations=s.iterations.long()), ValueError, "iterations of torch.int64 .* torch.int32"),
+        (lambda s: s._replace(residual=s.residual.sum(-1)), ValueError, r"residual of .* \(1,\), wanted .* \(1, 30\)"),
+        (lambda s: s._replace(converged=s.residual), ValueError, "converged of torch.float64 .* wanted torch.bool"),
+    ],
+)
+def test_a_solver_is_told_what_was_wanted(change: Any, error: type, words: str) -> None:
+    q, k, v = (normal(1, 30, 8, seed=i) for i in range(3))
+    with pytest.raises(error, match=f"solver: Mistaken.solve returned {words}"):
+        flashlla.lla_attention(q, k, v, solver=Mistaken(change), backend="chunked")
+
+
 def test_a_name_can_be_given_to_another_solver() -> None:
     """Of all calls from then on, whatever is cached."""
     q, k, v = (normal(1, 30, 8, seed=i, dtype=torch.float32) for i in range(3))

@@ -21,7 +21,7 @@ class Solution(NamedTuple):
 
     x: Tensor  # (..., M, D)
     iterations: Tensor  # (..., M) int32
-    residual: Tensor  # (..., M) |A x - b| / |b|, and 0 where b is 0
+    residual: Tensor  # (..., M) |A x - b| / |b|, and 0 where b is 0; x and residual have the dtype of b
     converged: Tensor  # (..., M) bool
 
     @classmethod
@@ -93,16 +93,19 @@ class Solver(ABC):
     def solve_checked(self, systems: Systems, b: Tensor) -> Solution:
         """:meth:`solve`, and an error that names this solver where what it returns is no solution."""
         solution = self.solve(systems, b)
+        returned, hint = f"solver: {type(self).__name__}.solve returned", "try Solution.check(systems, b, x, ...)"
         if not isinstance(solution, Solution):
-            raise TypeError(
-                f"solver: {type(self).__name__}.solve returned {type(solution).__name__}, wanted a flashlla.Solution; "
-                f"try Solution.check(systems, b, x, iterations=..., tolerance=...)"
-            )
-        if solution.x.shape != b.shape:
-            raise ValueError(
-                f"solver: {type(self).__name__}.solve returned x of shape {tuple(solution.x.shape)}, wanted "
-                f"{tuple(b.shape)}, the shape of b"
-            )
+            raise TypeError(f"{returned} {type(solution).__name__}, wanted a flashlla.Solution; {hint}")
+        dtypes = Solution(b.dtype, torch.int32, b.dtype, torch.bool)  # type: ignore[arg-type]
+        for name, t, dtype in zip(Solution._fields, solution, dtypes):
+            shape = b.shape if name == "x" else b.shape[:-1]
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{returned} {type(t).__name__} as {name}, wanted a torch.Tensor; {hint}")
+            if t.shape != shape or t.dtype != dtype:
+                raise ValueError(
+                    f"{returned} {name} of {t.dtype} and shape {tuple(t.shape)}, wanted {dtype} and {tuple(shape)}, "
+                    f"for b of {b.dtype} and {tuple(b.shape)}; {hint}"
+                )
         return solution
 
     def solve_scale_free(self, systems: Systems, b: Tensor) -> Solution:

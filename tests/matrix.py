@@ -133,7 +133,7 @@ def run(row: Row, python: Path, suites: Iterable[str]) -> dict[str, Any]:
             status = subprocess.run([python, *SUITES[suite]], cwd=ROOT, env=environment, stdout=into, stderr=into)
         found[suite] = {
             **outcome(suite, status.returncode, log.read_text()),
-            "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
+            "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
             "seconds": round(time.monotonic() - begun),
         }
         print(f"{row.name}, {suite}: {found[suite]}", flush=True)

@@ -201,6 +201,17 @@ def test_equations_that_code_cites_exist():
             assert place in sections, f"{source.name} cites section {place}"
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("page", PAGES, ids=within)
+def test_tests_that_pages_name_exist(page: Path):
+    """As `test_a.py`, `test_a.py::test_b`, and `test_b` of a file before it."""
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)?(?:::)?(test_\w+)?`", page.read_text(encoding="utf-8")):
+        assert not file or file in sources, f"{within(page)} names {file}"
+        text = sources[file] if file else "".join(sources.values())
+        assert not name or f"def {name}(" in text, f"{within(page)} names {file}::{name}"
+
+
 def test_a_folder_of_the_packages_name_does_not_hide_it(tmp_path):
     """As a clone does where Python runs beside it."""
     (tmp_path / "flashlla").mkdir()

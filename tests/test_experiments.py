@@ -342,6 +342,33 @@ def test_an_arm_of_equal_time_takes_the_time_of_lla() -> None:
     assert language_model.resolve(Arm("softmax", qk_norm=False), runs) is None
 
 
+def test_a_study_from_an_empty_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates first, then seeds at the best, then softmax attention for as long; and again: nothing more."""
+    made: list[str] = []
+
+    def train(arm: Arm, seed: int, read: Corpus, setting: Setting) -> tuple[dict[str, Any], None]:
+        assert arm.lr is not None
+        made.append(f"{arm.name()} seed={seed}")
+        loss = abs(arm.lr - (1e-3 if arm.qk_norm else 4e-3))
+        told = {"arm": vars(arm), "seed": seed, "choice": loss, "reported": loss, "steps": arm.steps, "seconds": 1.0}
+        return {**told, "step_ms": 30.0 if arm.kind == "lla" else 20.0, "corpus": read.facts["sha256"][:16]}, None
+
+    monkeypatch.setattr(language_model, "train", train)
+    where = ["--results", str(tmp_path / "own.json"), "--text", str(Path(corpus.__file__).parent)]
+    runs = language_model.main(["--small", "--study", "main", "time", "--seeds", "0", "1", *where])
+    tried = {kind: [0.0005, 0.001, 0.002] for kind in ("lla", "softmax")}
+    tried |= {f"{kind} qk_norm=False": [0.001, 0.002, 0.004, 0.008] for kind in tried}
+    assert {f"{arm} lr={lr:g} seed=0" for arm, rates in tried.items() for lr in rates} < set(runs)
+    best = {f"{arm} lr={0.004 if 'False' in arm else 0.001:g} seed={seed}" for arm in tried for seed in (0, 1)}
+    as_long = {name.replace(" lr", " as_lla=True lr") for name in best if name.startswith("softmax")}
+    assert {name for name in runs if name.endswith("seed=1")} == {name for name in best | as_long if "seed=1" in name}
+    assert as_long < set(runs)
+    assert {runs[name]["steps"] for name in as_long} == {750}
+    assert len(made) == len(set(made)) == len(runs) == 14 + 4 + 4
+    language_model.main(["--small", "--study", "main", "time", "--seeds", "0", "1", *where])
+    assert len(made) == len(runs)
+
+
 def test_times_of_a_busy_machine_are_not_told() -> None:
     run = {"arm": vars(Arm(lr=1e-3)), "reported": 1.0, "choice": 2.0, "steps": 500, "step_ms": 40.0, "seconds": 20.0}
     runs = {"lla lr=0.001 seed=0": run, "lla lr=0.001 seed=1": {**run, "step_ms": 10.0, "note": "others"}}

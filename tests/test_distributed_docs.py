@@ -81,6 +81,11 @@ def test_where_a_lone_call_goes() -> None:
         for host in next(row["host_ms"] for row in run["rows"] if row["at"] == "part begins")
     ]
     assert f"the host has begun the first part, {min(begun):.1f} to {max(begun):.1f} ms" in PAGE
+    again = {"largest_kernel", "cast_kernel", "gram_sums_kernel", "gram_kernel"}
+    for part in kept["second_parts"]:
+        spent = sum(ms for kernel, ms in part["ms"].items() if kernel in again)
+        assert abs(spent - (0.4, 0.8)[part["rank"]]) < 0.05
+    assert "0.4 ms of a forward pass on the slower rank of two, 0.8 on the other" in PAGE
     for pair in pairs:
         first, second = lines[pair, "forward", "here"]["by_rank_ms"]
         assert abs(first - second - 1.1) < 0.1

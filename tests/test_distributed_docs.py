@@ -81,6 +81,15 @@ def test_where_a_lone_call_goes() -> None:
         for host in next(row["host_ms"] for row in run["rows"] if row["at"] == "part begins")
     ]
     assert f"the host has begun the first part, {min(begun):.1f} to {max(begun):.1f} ms" in PAGE
+    since = {(line["what"], line["way"]): line for line in kept["since"]["lines"]}
+    forward, step = ({way: since[what, way] for way in ("before", "now", "late")} for what in ("forward", "step"))
+    assert f"after {forward['now']['host_ms']:.2f} ms for {forward['before']['host_ms']:.2f}" in PAGE
+    assert f"took {forward['now']['ms']:.1f} ms for {forward['before']['ms']:.1f}" in PAGE
+    assert f"{step['now']['ms']:.1f} for {step['before']['ms']:.1f}" in PAGE
+    for how, line in (("less", forward["now"]), ("more", step["now"])):
+        difference, error = abs(line["more_than_before_ms"]), line["standard_error_ms"]
+        assert f"{how} by {difference:.2f} ± {error:.2f}" in PAGE
+    assert f"{forward['late']['host_ms']:.2f} ms, {forward['late']['ms']:.1f} and {step['late']['ms']:.1f}" in PAGE
     again = {"largest_kernel", "cast_kernel", "gram_sums_kernel", "gram_kernel"}
     for part in kept["second_parts"]:
         spent = sum(ms for kernel, ms in part["ms"].items() if kernel in again)

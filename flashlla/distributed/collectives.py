@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Generic, TypeVar
 
@@ -101,17 +101,15 @@ def _streams(device: torch.device) -> list[torch.cuda.Stream]:
     return [torch.cuda.Stream(device) for _ in range(LANES)] if device.type == "cuda" else []
 
 
-def ahead(items: Sequence[T], start: Callable[[T], Pending[U]]) -> Generator[tuple[T, Pending[U]]]:
-    """Each item with what ``start`` brings for it, which is on its way while the one before is worked on; the first
-    from now on."""
-    coming = [start(item) for item in items[:1]]
-
-    def each() -> Generator[tuple[T, Pending[U]]]:
-        for i, item in enumerate(items):
-            coming.extend(start(later) for later in items[i + 1 : i + 2])
-            yield item, coming.pop(0)
-
-    return each()
+def ahead(items: Iterable[T], start: Callable[[T], Pending[U]]) -> Iterator[tuple[T, Pending[U]]]:
+    """Each item with what ``start`` brings for it, which is on its way while the one before is worked on."""
+    coming: tuple[T, Pending[U]] | None = None
+    for item in items:
+        before, coming = coming, (item, start(item))
+        if before is not None:
+            yield before
+    if coming is not None:
+        yield coming
 
 
 def swap(x: Tensor, ranks: Ranks) -> Tensor:

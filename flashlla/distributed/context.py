@@ -74,20 +74,14 @@ class Shared:
         with self.lanes.lane(heads.lane):
             return self.keys.bring(torch.cat([t[:, heads.keys].permute(2, 0, 1, 3) for t in (own.k, own.v)], -1))
 
-    def calls(self, own: Differentiable) -> Generator[tuple[Heads, Iterator[tuple[Part, Arguments]]]]:
+    def calls(self, own: Differentiable) -> Generator[tuple[Heads, list[tuple[Part, Arguments]]]]:
         """For some heads at a time the call of each part, once its keys are there, to be made before the next: until
         then whoever asks is in their lane; who stops before the last must close this, to be where it was. The last
-        part comes first: it sees most keys, so the device is at work long enough for the host to be ahead of it. Until
-        then the device waits for the host: the first keys are on their way when this returns, before all else."""
-        brought = ahead(self.heads, lambda heads: self.bring(own, heads))
-
-        def each() -> Generator[tuple[Heads, Iterator[tuple[Part, Arguments]]]]:
-            for heads, coming in brought:
-                with self.lanes.lane(heads.lane):
-                    arrived = reversed([*zip(self.parts, coming.wait())])
-                    yield heads, ((part, self.call(own, heads, part, keys)) for part, keys in arrived)
-
-        return each()
+        part comes first: it sees most keys, so the device is at work long enough for the host to be ahead of it."""
+        for heads, coming in ahead(self.heads, lambda heads: self.bring(own, heads)):
+            with self.lanes.lane(heads.lane):
+                arrived = reversed([*zip(self.parts, coming.wait())])
+                yield heads, [(part, self.call(own, heads, part, keys)) for part, keys in arrived]
 
     def rows(self, part: Part) -> slice:
         """Its queries among this rank's."""
@@ -177,10 +171,10 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shared: Shared, *row: Tensor) -> Any:
         own = Differentiable(*row)
+        o, report = empty_output(own.q, own.v), empty_report(own.q)
         residuals: list[Tensor] = []
         settings: list[Settings] = []
         with shared.lanes.open(), closing(shared.calls(own)) as of_heads:
-            o, report = empty_output(own.q, own.v), empty_report(own.q)
             for heads, calls in of_heads:
                 for part, arguments in calls:
                     found, place = forward(arguments), (slice(None), heads.queries, shared.rows(part))

@@ -126,6 +126,7 @@ def work(rank: int, folder: str) -> None:
         assert all(isinstance(m.raw, nn.Parameter) for m in model.modules() if isinstance(m, Ridge))
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
+    dist.barrier()  # so that none goes while another still talks to it
     dist.destroy_process_group()
 
 

@@ -189,6 +189,9 @@ FOUND_IN_KERNELS |= {
         torch.float32,
         "triton_pcg",
     ),
+    "a weight too small beside the bound of its row": Call(
+        Case("fuzz_44_1765", heads=2, scale=-5.3, keys=4, packed=(4,), packed_keys=(2,)), torch.bfloat16, "triton_pcg"
+    ),
     "weights too small for float16": Call(
         Case(
             "fuzz_31_1055",

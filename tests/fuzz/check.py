@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -218,6 +219,7 @@ def _judge(call: Call, case: Case, found: Outcome, due: Due, clean: dict[str, Te
             truncates=call.backend.startswith("triton") and found.o.device.type == "cpu",
             tolerance=0.0 if direct else numbers.tolerance(call.options),
             units=numbers.units,
+            tops=numbers.tops if call.backend.startswith("triton") else None,
             draws=draws,
             fused=call.backend.startswith("triton"),
         )
@@ -269,6 +271,7 @@ class _Numbers(NamedTuple):
     dim: int
     dtype: torch.dtype
     units: dict[str, float]  # sizes of what cancels in the results
+    tops: dict[str, float]  # what they would be if weights were as large as what the fused kernels scale them by
 
     @classmethod
     def of(cls, call: Call, case: Case, clean: Mapping[str, Tensor]) -> _Numbers:
@@ -279,8 +282,9 @@ class _Numbers(NamedTuple):
         biggest = lambda t: float(t.abs().max())
         q_size, k_size, v_size = biggest(q), biggest(k), biggest(v)
         scale = abs(case.dim**-0.5 if case.scale is None else case.scale)
-        spread = float((k - k[..., :1, :]).norm(dim=-1).max()) ** 2
-        logit = scale * float(q.norm(dim=-1).max() * k.norm(dim=-1).max())
+        longest = lambda t: float(t.norm(dim=-1).max()) if t.numel() else 0.0
+        spread = longest(k - k[..., :1, :]) ** 2
+        logit = scale * longest(q) * longest(k)
         eps = torch.finfo(accumulator(call.dtype)).eps
         worth = g * v_size
         units = {
@@ -291,13 +295,19 @@ class _Numbers(NamedTuple):
             "ridge_lambda": worth / ridge,
         }
         units["qkv"] = max(units["q"], units["k"], units["v"])
+        # dq_kernel scales dl to (1 + sqrt(d.z)) room(V) |do|, and d.z <= |d|^2 / lambda.
+        room = 2.0 ** max(3, math.ceil(1 + math.log2(max(1, v.shape[-1])) / 2)) * v_size
+        do = layout.wide(clean["grad_o"]).double().cpu().nan_to_num()
+        dl = (1 + (longest(q) + longest(k)) * ridge**-0.5) * room * longest(do)
+        tops = {"q": dl * scale * spread**0.5}
+        tops["qkv"] = tops["q"]
         sizes = (q_size, k_size)
         carried = eps * (1 + spread / ridge) < _LOOSE and logit < _LARGEST_LOGIT
         if call.dtype != torch.float64:
             carried &= all(_SMALLEST < n < _LARGEST for n in sizes) and 1e-25 < worth < 1e25 and 1e-20 < g < 1e20
             narrow = torch.finfo(call.dtype).max
             carried &= all(1e-30 < unit < min(1e30, narrow) for unit in units.values())
-        return cls(carried, 0.1 * max(*sizes, 1e-30), case.dim, call.dtype, units)
+        return cls(carried, 0.1 * max(*sizes, 1e-30), case.dim, call.dtype, units, tops)
 
     def tolerance(self, options: Mapping[str, Any]) -> float:
         """The relative residual that a solver may leave: its own, or the absolute one that stands under it; all of it

@@ -18,6 +18,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -125,16 +126,17 @@ def budget_of(
     truncates: bool = False,
     tolerance: float = 0.0,
     units: Mapping[str, float] | None = None,
+    tops: Mapping[str, float] | None = None,
     draws: int = _DRAWS,
     fused: bool = False,
 ) -> Budget:
-    """The budget of other numbers, ``leaves``, in the shape of ``case``; ``tolerance`` and ``units``, by the name of a
-    result, as in :func:`allowance`; from so many ``draws`` of each disturbance. Without any it is what every call is
-    allowed, however well its numbers bear rounding. fused: for the fused kernels."""
+    """The budget of other numbers, ``leaves``, in the shape of ``case``; ``tolerance``, and ``units`` and ``tops``
+    by the name of a result, as in :func:`allowance`; from so many ``draws`` of each disturbance. Without any it is what
+    every call is allowed, however well its numbers bear rounding. fused: for the fused kernels."""
     exact = reference(case, leaves)
     with as_kernels_do(dtype) if fused else contextlib.nullcontext():
         spread = spreads_of(case, leaves, exact, draws)
-    return _budget(exact, spread, dtype, iterative, truncates, tolerance, units or {})
+    return _budget(exact, spread, dtype, iterative, truncates, tolerance, units or {}, tops or {})
 
 
 @contextlib.contextmanager
@@ -194,9 +196,9 @@ def _budget(
     iterative: bool,
     truncates: bool,
     tolerance: float = 0.0,
-    units: Mapping[str, float] | None = None,
+    units: Mapping[str, float] = MappingProxyType({}),
+    tops: Mapping[str, float] = MappingProxyType({}),
 ) -> Budget:
-    units = units or {}
     allowed = [
         allowance(
             result,
@@ -206,6 +208,7 @@ def _budget(
             truncates,
             tolerance,
             units.get(name, 1.0),
+            tops.get(name, 0.0),
         )
         for i, (name, result) in enumerate({"o": exact.o, **exact.gradients}.items())
     ]
@@ -220,11 +223,13 @@ def allowance(
     truncates: bool = False,
     tolerance: float = 0.0,
     unit: float = 1.0,
+    top: float = 0.0,
 ) -> Tensor:
     """The error allowed to each row of ``result``, exact, from its ``spread`` under each kind of disturbance.
 
     tolerance: the relative residual at which an iterative solver stops, where the dtype resolves smaller ones.
-    unit: the size of what cancels in a result that is exactly zero.
+    unit: the size of what cancels in a result that is exactly zero. top: where float16 operands are scaled by a bound
+    of their row that is larger, the size of a result made of it; docs/math.md, section 6, the smallest weights.
     """
     residual = max(resolution(dtype), tolerance) if iterative else 0.0
     sizes = {"operand": OPERAND[dtype], "sum": _SUM[dtype], "residual": residual}
@@ -232,7 +237,7 @@ def allowance(
     size = row_norm(result)
     error = error + _SUM[dtype] * size.square().mean().sqrt()  # for rows whose own size vanishes
     # For results that are exactly zero: a rounding of a rounding, or what float16 cannot tell from 0.
-    error = error + max(4 * _SUM[dtype] ** 2, _LEAST[dtype]) * unit
+    error = error + max(4 * _SUM[dtype] ** 2 * unit, _LEAST[dtype] * max(unit, top))
     result_rounding = _RESULT[dtype] * (2 if truncates and dtype == torch.bfloat16 else 1)
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # numbers below are told apart no more
     columns = result.shape[-1] if result.dim() else 1

@@ -25,6 +25,7 @@ RECORDS = {
     "associative_recall": table_of,
     "state_tracking": state_tracking.table,
 }
+MIXERS = ("LLA", "softmax")
 OTHERS = ("softmax", "delta rule", "gated delta rule")
 
 
@@ -92,17 +93,21 @@ def test_figures_of_the_readme_of_small_models_are_those_of_the_records() -> Non
         json.loads((RESULTS / f"{name}.json").read_text())["runs"] for name in ("associative_recall", "state_tracking")
     )
     words = lambda pairs, mixer: recall[f"words, {pairs} pairs, {16 * pairs} tokens, width 32, {mixer}"]
-    wrong = lambda mixer: "{:.2f} ± {:.2f}".format(
-        *(of(track[f"16 swaps, 5000 steps, {mixer}"]["reported"]) for of in (statistics.mean, statistics.stdev))
+    wrong = lambda mixer, steps=5000: "{:.2f} ± {:.2f}".format(
+        *(of(track[f"16 swaps, {steps} steps, {mixer}"]["reported"]) for of in (statistics.mean, statistics.stdev))
     )
     told = [
         f"16 pairs of words after {words(16, 'LLA')['steps']} steps with LLA, after {words(16, 'softmax')['steps']} "
         f"with softmax attention, in all of three seeds; 4 pairs after {words(4, 'LLA')['steps']} with LLA, and "
         f"with softmax attention in none of the three after {words(4, 'softmax')['steps']}",
         f"wrong in {wrong('LLA')} after 5000 steps with LLA, in {wrong('softmax')} with softmax attention, in "
-        f"{wrong('gated delta rule')} with the gated delta rule",
+        f"{wrong('gated delta rule')} with the gated delta rule; softmax attention in {wrong('softmax', 15000)} after "
+        "15000 steps, which took it longer than LLA's 5000",
+        f"the {words(16, 'LLA')['steps']} steps took {words(16, 'LLA')['seconds']:.0f}, the "
+        f"{words(16, 'softmax')['steps']} took {words(16, 'softmax')['seconds']:.0f}",
     ]
     assert [phrase for phrase in told if phrase not in readme] == []
+    assert track["16 swaps, 15000 steps, softmax"]["seconds"] > track["16 swaps, 5000 steps, LLA"]["seconds"]
 
 
 def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:
@@ -138,6 +143,7 @@ def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:
         arm: [runs[arm][0]["reported"], *(run["reported"] for name, run in once_more.items() if name.startswith(arm))]
         for arm in (lla, softmax)
     }
+    assert len({run["of"]["sources"] for run in once_more.values()}) == 1
     told = [
         f"by {loss(softmax) - loss(lla):.3f} with normalised queries and keys, "
         f"by {loss(f'softmax {bare}') - loss(f'lla {bare}'):.3f} without",
@@ -168,10 +174,9 @@ def test_figures_told_of_the_language_model_are_those_of_the_record() -> None:
         f"With a ridge of each token's own LLA is worse, too, by {statistics.mean(token):.3f} ({min(token):.3f} to "
         f"{max(token):.3f}), and slower ({ms('lla ridge=token lr=0.002')}), but ahead of softmax "
         "attention in every seed",
-        "made three times over by the same code (`language_model_again.json`: the same command, another `--results`), "
-        "ended between {:.4f} and {:.4f} with LLA and between {:.4f} and {:.4f} with softmax attention".format(
-            *(of(again[arm]) for arm in (lla, softmax) for of in (min, max))
-        ),
+        "made twice more by a later version with the same kernels (`language_model_again.json`, runs of two files "
+        "brought together), ended between {:.4f} and {:.4f} with LLA and between {:.4f} and {:.4f} with softmax "
+        "attention".format(*(of(again[arm]) for arm in (lla, softmax) for of in (min, max))),
         "Neither do 3e-2 and 1e-3, by {:.4f} at most in a seed".format(
             max(abs(gap) for tolerance in ("0.03", "0.001") for gap in apart_of(f"tolerance={tolerance}"))
         ),
@@ -230,6 +235,15 @@ def test_figures_told_of_recall_are_those_of_the_record() -> None:
         f"none has learned 4 after {softmax['steps']}, where it is wrong in {statistics.mean(softmax['reported']):.2f}",
         f"all have learned 16 after {of(16, 32, 'softmax')['steps']}. 64 pairs it has not begun to learn after "
         f"{of(64, 32, 'softmax')['steps']}",
+        "its {} steps for 16 pairs took {:.0f} s, softmax attention's {} took {:.0f}; its {} for 4 pairs took {:.0f} "
+        "s, in which softmax attention's whole {} end ({:.0f} s)".format(
+            *(
+                of(pairs, 32, mixer)[value]
+                for pairs in (16, 4)
+                for mixer in ("LLA", "softmax")
+                for value in ("steps", "seconds")
+            )
+        ),
     ]
     assert [phrase for phrase in told if phrase not in page] == []
     assert [learned(pairs, 32, "LLA") for pairs in (4, 8, 16)] == [3, 3, 3]
@@ -248,6 +262,9 @@ def test_figures_told_of_recall_are_those_of_the_record() -> None:
     )
     for pairs in (16, 64, 256):
         assert max(mean(pairs, "LLA"), mean(pairs, "softmax")) < 0.001 < 0.4 < mean(pairs, "delta rule")
+        errors = (runs[f"numbers, {pairs} pairs, {2 * pairs} tokens, width 64, {m}"]["reported"] for m in MIXERS)
+        assert [a < b for a, b in zip(*errors)] == [True, True, True]
+        assert 0.6 < mean(pairs, "LLA") / mean(pairs, "softmax") < 0.7
 
 
 def test_figures_told_of_regression_at_test_time_are_those_of_the_record() -> None:
@@ -299,3 +316,6 @@ def test_figures_told_of_swaps_are_those_of_the_record() -> None:
     assert min(of("swaps", "softmax")) > 0.7
     assert 0.3 < min(of("swaps", "softmax", 15000)) < max(of("swaps", "softmax", 15000)) < min(of("swaps", "softmax"))
     assert min(min(of("permutations", mixer)) for mixer in state_tracking.MIXERS) > 0.98
+    page = " ".join((Path(__file__).parents[1] / "docs" / "experiments.md").read_text().split())
+    seconds = [runs[f"16 swaps, {run}"]["seconds"] for run in ("15000 steps, softmax", "5000 steps, LLA")]
+    assert "in three times as many, which took it longer ({:.0f} s for LLA's {:.0f};".format(*seconds) in page

@@ -125,6 +125,23 @@ def test_language_model(tmp_path: Path) -> None:
     assert 0.9 < loose["cosines"]["q"] < tight["cosines"]["q"]
 
 
+def test_the_table_of_tolerances_has_the_gradient_of_every_input() -> None:
+    generator = torch.Generator().manual_seed(0)
+    *inputs, cotangent = (torch.randn(1, 2, 32, 16, generator=generator) for _ in range(4))
+    inputs.append(torch.tensor([[[0.1], [1.0]]]))
+    o, exact, _ = tolerance.gradients([t.double() for t in inputs], cotangent.double(), solver="direct")
+    run = tolerance.compare(inputs, cotangent, 1e-1, (o, exact))
+    _, (*_, dlambda), _ = tolerance.gradients(inputs, cotangent, tolerance=1e-1)
+    assert run["errors"]["ridge"] == pytest.approx(((dlambda - exact[-1]).norm() / exact[-1].norm()).item(), rel=1e-3)
+    assert run["errors"]["ridge"] > 1e-3
+
+    columns, _, row = ([cell.strip() for cell in line.split("|")] for line in tolerance.table({"a": run}).splitlines())
+    told = dict(zip(columns, row, strict=True))
+    assert told["of dq, dk, dv, dlambda"] == ", ".join(f"{run['errors'][x]:.1e}" for x in ("q", "k", "v", "ridge"))
+    cosines = ", ".join(f"{run['cosines'][x]:.6f}" for x in ("q", "k", "v", "ridge"))
+    assert told["cosine of dq, dk, dv, dlambda"] == cosines
+
+
 # Runs
 
 

@@ -87,12 +87,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
 
 def table(runs: dict[str, Run]) -> str:
     rows = [
-        "| keys, tolerance | iterations | error of o | of dq, dk, dv | cosine of dq, dk, dv | forward, backward, ms |",
+        "| keys, tolerance | iterations | error of o | of dq, dk, dv, dlambda | cosine of dq, dk, dv, dlambda | "
+        "forward, backward, ms |",
         "|---|---|---|---|---|---|",
     ]
     for name, run in sorted(runs.items(), key=lambda item: (item[0].split()[0], -item[1]["tolerance"])):
-        errors = ", ".join(f"{run['errors'][x]:.1e}" for x in "qkv")
-        cosines = ", ".join(f"{run['cosines'][x]:.6f}" for x in "qkv")
+        errors = ", ".join(f"{run['errors'][x]:.1e}" for x in NAMES)
+        cosines = ", ".join(f"{run['cosines'][x]:.6f}" for x in NAMES)
         ms = f"{run['forward_ms']:.2f}, {run['backward_ms']:.2f}" if "forward_ms" in run else ""
         rows.append(f"| {name} | {run['iterations']:.1f} | {run['error']:.1e} | {errors} | {cosines} | {ms} |")
     return "\n".join(rows)

@@ -33,34 +33,15 @@ from flashlla.distributed import (
 )
 from flashlla.nn import LLACache, LocalLinearAttention
 from tests.support.helpers import cu, normal
-from tests.support.processes import outcomes
+from tests.support.processes import Checks, close, outcomes, world
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 
 SIZES = (2, 4)
 LENGTH = 48
-EXACT = 1e-12
 ORDERS, METHODS = ("head_tail", "contiguous"), ("all_gather", "all_to_all")
-CHECKS: dict[str, Callable[[], None]] = {}
-
-
-def check(*arguments: Any, name: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A check that all ranks make together, with ``arguments``."""
-
-    def note(function: Callable[..., None]) -> Callable[..., None]:
-        CHECKS[name or function.__name__] = functools.partial(function, *arguments)
-        return function
-
-    return note
-
-
-def world() -> dist.ProcessGroup:
-    return dist.group.WORLD
-
-
-def close(got: Tensor, want: Tensor, tolerance: float = EXACT) -> None:
-    assert got.shape == want.shape
-    assert float((got - want).norm()) <= tolerance * float(want.norm()), float((got - want).norm() / want.norm())
+CHECKS = Checks()
+check = CHECKS.add
 
 
 def wanted(call: Callable[..., Tensor], *leaves: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:

@@ -4,45 +4,23 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from flashlla import lla_decode
 from flashlla.distributed import decode, lla_decode_cp
 from flashlla.distributed.groups import ranks_of
 from flashlla.problem import Moments
 from tests.support.helpers import normal
-from tests.support.processes import outcomes
+from tests.support.processes import Checks, close, outcomes, world
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 
-EXACT = 1e-12
-CHECKS: dict[str, Callable[[], None]] = {}
-
-
-def check(*arguments: Any, name: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A check that all ranks make together, with ``arguments``."""
-
-    def note(function: Callable[..., None]) -> Callable[..., None]:
-        CHECKS[name or function.__name__] = functools.partial(function, *arguments)
-        return function
-
-    return note
-
-
-def world() -> dist.ProcessGroup:
-    return dist.group.WORLD
-
-
-def close(got: Tensor, want: Tensor, tolerance: float = EXACT) -> None:
-    assert got.shape == want.shape
-    assert float((got - want).norm()) <= tolerance * float(want.norm()), float((got - want).norm() / want.norm())
+CHECKS = Checks()
+check = CHECKS.add
 
 
 # A cache in shares: of (sequence, rank) how many keys; for 2 ranks the first two columns hold all of them.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,25 +22,16 @@ from flashlla.distributed import (
 )
 from flashlla.distributed.groups import COMPARED
 from tests.support.helpers import cu, normal
-from tests.support.processes import outcomes
+from tests.support.processes import Checks, outcomes, world
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 
 ORDERS = ("head_tail", "contiguous")
-CHECKS: dict[str, Callable[[], None]] = {}
+CHECKS = Checks()
+check = CHECKS.add
 
 
-def check(function: Callable[[], None]) -> Callable[[], None]:
-    """A check that all ranks make together."""
-    CHECKS[function.__name__] = function
-    return function
-
-
-def world() -> dist.ProcessGroup:
-    return dist.group.WORLD
-
-
-@check
+@check()
 def numbers_that_do_not_divide_are_named() -> None:
     size = dist.get_world_size()
     divisor = 2 * size
@@ -61,7 +51,7 @@ def numbers_that_do_not_divide_are_named() -> None:
         lla_attention_cp(q, k, k, group=world(), method="all_to_all")
 
 
-@check
+@check()
 def ranks_that_disagree_all_say_so() -> None:
     group = dist.new_group()  # whose calls are counted from here on
     mine = dist.get_rank() == 1
@@ -106,7 +96,7 @@ def ranks_that_disagree_all_say_so() -> None:
         del os.environ["FLASHLLA_CHECK"]
 
 
-@check
+@check()
 def what_is_summed_is_compared() -> None:
     group = dist.new_group()
     mine = dist.get_rank() == 1
@@ -131,7 +121,7 @@ def what_is_summed_is_compared() -> None:
     assert all(bool((t.grad == dist.get_world_size()).all()) for t in (a, b))
 
 
-@check
+@check()
 def what_is_put_together_is_compared() -> None:
     group = dist.new_group()
     mine = dist.get_rank() == 1
@@ -149,7 +139,7 @@ def what_is_put_together_is_compared() -> None:
     )
 
 
-@check
+@check()
 def wrong_lengths_are_refused() -> None:
     q = normal(1, 2, 4, 4)
     whole = 4 * dist.get_world_size()

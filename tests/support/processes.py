@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import time
 import traceback
 import warnings
@@ -12,12 +13,36 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 Check = Callable[[], None]
 PATIENCE = 480  # seconds that all checks may take
 # Seconds that a rank waits for the others in one collective: long where machines are busy.
 TIMEOUT = 60
+EXACT = 1e-12  # what differs by less, of itself, is the same in float64
+
+
+class Checks(dict[str, Check]):
+    """Checks by their names."""
+
+    def add(self, *arguments: Any, name: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+        """Decorates a check that all ranks make together, with ``arguments``."""
+
+        def note(function: Callable[..., None]) -> Callable[..., None]:
+            self[name or function.__name__] = functools.partial(function, *arguments)
+            return function
+
+        return note
+
+
+def world() -> dist.ProcessGroup:
+    return dist.group.WORLD
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = EXACT) -> None:
+    assert got.shape == want.shape
+    assert float((got - want).norm()) <= tolerance * float(want.norm()), float((got - want).norm() / want.norm())
 
 
 def _work(rank: int, size: int, folder: str, checks: Mapping[str, Check]) -> None:

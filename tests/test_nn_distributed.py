@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from flashlla.nn import LocalLinearAttention, Ridge, param_groups
 from tests.support.helpers import normal
+from tests.support.processes import together
 
-PROCESSES, PATIENCE = 2, 120  # seconds
+PROCESSES = 2
 WIDTH = 16
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
@@ -109,10 +109,9 @@ WRAPPED = {
 }
 
 
-def work(rank: int, folder: str) -> None:
-    """A process: its part of the batch through each wrapped model; the first saves all gradients."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
+def of_processes(folder: Path) -> None:
+    """Each process puts its part of the batch through each wrapped model; the first saves all gradients."""
+    rank = dist.get_rank()
     found: dict[str, dict[str, Any]] = {}
     for name, (wrapped, dtype) in WRAPPED.items():
         model = wrapped()
@@ -125,21 +124,14 @@ def work(rank: int, folder: str) -> None:
         assert len(ridges) == 3
         assert all(isinstance(m.raw, nn.Parameter) for m in model.modules() if isinstance(m, Ridge))
     if rank == 0:
-        torch.save(found, f"{folder}/found.pt")
+        torch.save(found, folder / "found.pt")
     dist.barrier()  # so that none goes while another still talks to it
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     folder: Path = tmp_path_factory.mktemp("processes")
-    context = mp.spawn(work, (str(folder),), nprocs=PROCESSES, join=False)
-    end = time.monotonic() + PATIENCE
-    while not context.join(timeout=1):
-        if time.monotonic() > end:
-            for process in context.processes:
-                process.kill()
-            pytest.fail(f"the processes took more than {PATIENCE} s")
+    together(PROCESSES, folder, functools.partial(of_processes, folder))
     return torch.load(folder / "found.pt")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -11,6 +12,12 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch._compile import _disable_dynamo
+
+with contextlib.suppress(ImportError):
+    # Before there is a group. torch loads it with the compiler, at the first call here, and as default of an argument
+    # keeps the group of that moment: one that outlives destroy_process_group has threads, of which one that gives up
+    # a tensor while the interpreter ends aborts the process.
+    import torch.distributed.nn.functional
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -1,9 +1,12 @@
-"""Checks that several processes make together, spawned once for all of them."""
+"""What several processes do together; checks of theirs, for all of which they are spawned once."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
+import os
+import sys
 import time
 import traceback
 import warnings
@@ -17,7 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 Check = Callable[[], None]
-PATIENCE = 480  # seconds that all checks may take
+PATIENCE = 480  # seconds that processes may take for all that they do
 # Seconds that a rank waits for the others in one collective: long where machines are busy.
 TIMEOUT = 60
 EXACT = 1e-12  # what differs by less, of itself, is the same in float64
@@ -47,7 +50,18 @@ def close(got: Tensor, want: Tensor, tolerance: float = EXACT) -> None:
     assert float((got - want).norm()) <= tolerance * float(want.norm()), float((got - want).norm() / want.norm())
 
 
-def _work(rank: int, size: int, folder: str, checks: Mapping[str, Check]) -> None:
+def together(size: int, folder: Path, work: Callable[[], None], patience: float = PATIENCE) -> None:
+    """``work`` in each of ``size`` processes of one group, whose files go to ``folder``; an error there is one here."""
+    context: Any = spawn(_work, (size, str(folder), work), nprocs=size, join=False)
+    end = time.monotonic() + patience
+    while not context.join(timeout=1):
+        if time.monotonic() > end:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"the processes took more than {patience} s")
+
+
+def _work(rank: int, size: int, folder: str, work: Callable[[], None]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group(
@@ -57,25 +71,30 @@ def _work(rank: int, size: int, folder: str, checks: Mapping[str, Check]) -> Non
         world_size=size,
         timeout=datetime.timedelta(seconds=TIMEOUT),
     )
-    outcomes: dict[str, str] = {}
-    for name, check in checks.items():
-        try:
-            check()
-            outcomes[name] = ""
-        except Exception:
-            outcomes[name] = f"rank {rank} of {size}: {traceback.format_exc()}"
-        torch.save(outcomes, f"{folder}/outcomes.{rank}")
+    work()
     dist.destroy_process_group()
+    # Not by the interpreter's end: torch keeps groups that a DeviceMesh has had, and where a thread of theirs gives up
+    # a tensor while the interpreter ends, the process aborts.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def outcomes(size: int, folder: Path, checks: Mapping[str, Check]) -> dict[str, list[str]]:
     """Of every check what each of ``size`` processes has to say: nothing, if it holds."""
-    context: Any = spawn(_work, (size, str(folder), checks), nprocs=size, join=False)
-    end = time.monotonic() + PATIENCE
-    while not context.join(timeout=1):
-        if time.monotonic() > end:
-            for process in context.processes:
-                process.kill()
-            break
+    with contextlib.suppress(TimeoutError):  # then some were not reached, which says more
+        together(size, folder, functools.partial(_tell, folder, checks))
     found = [torch.load(folder / f"outcomes.{rank}") for rank in range(size)]
     return {name: [told.get(name, "not reached") for told in found] for name in checks}
+
+
+def _tell(folder: Path, checks: Mapping[str, Check]) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()  # before a check that may leave the group
+    told: dict[str, str] = {}
+    for name, check in checks.items():
+        try:
+            check()
+            told[name] = ""
+        except Exception:
+            told[name] = f"rank {rank} of {size}: {traceback.format_exc()}"
+        torch.save(told, folder / f"outcomes.{rank}")

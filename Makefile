@@ -1,6 +1,6 @@
 # Each target sets up all it needs: a virtual environment in .venv with the package (editable) and tested versions.
 #   make demo    the quickstart and a forecast of a real time series
-#   make quick   in a minute: one test of each feature, backend and solver
+#   make quick   in two minutes: one test of each feature, backend and solver
 #   make test    all tests that need no GPU
 #   make check   lint, format, types, documentation
 #   make matrix  the tests under other versions of Python, torch, Triton and transformers; gigabytes, an hour
@@ -21,7 +21,7 @@ demo: $(READY)
 
 # Two processes of one thread each: on small tensors threads cost more than they bring.
 quick: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "quick and not gpu" -n 2 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "quick and not slow and not gpu" -n 2 tests
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" -n 2 tests

@@ -34,9 +34,9 @@ SHOWN = ("torch", "triton", "transformers", "numpy", "scipy")
 # By name, arguments of Python. What needs other packages than these skips itself.
 SUITES = {
     "all": ["-m", "pytest", "-q", "-m", "not gpu", "-n", "2", "tests"],
-    "quick": ["-m", "pytest", "-q", "-m", "quick and not gpu", "-n", "2", "tests"],
+    "quick": ["-m", "pytest", "-q", "-m", "quick and not slow and not gpu", "-n", "2", "tests"],
     "some": [
-        *("-m", "pytest", "-q", "-m", "quick and not gpu", "-n", "2"),
+        *("-m", "pytest", "-q", "-m", "quick and not slow and not gpu", "-n", "2"),
         *(
             f"tests/test_{name}.py"
             for name in ("api", "autograd", "compile", "nn_attention", "races", "validation", "vmap")

@@ -67,6 +67,7 @@ def test_only_what_is_wanted(backend: Backend) -> None:
         torch.testing.assert_close(alone[i], together[i])
 
 
+@pytest.mark.slow
 @every_backend
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_of_keys_before_they_are_rounded(backend: Backend, packed: bool) -> None:
@@ -144,6 +145,7 @@ def _anew(call: Callable[[], list[Tensor]]) -> list[Tensor]:
         return call()
 
 
+@pytest.mark.slow
 @interpreted
 def test_what_an_operator_keeps_gives_the_same_bits_and_is_for_calls_alike(kept: list[str]) -> None:
     """By a call and a step of each, all of them beside one another."""
@@ -169,6 +171,7 @@ def test_what_an_operator_keeps_gives_the_same_bits_and_is_for_calls_alike(kept:
         assert kept == ["reported", "backward"] * (times * len(alike) + 1)  # how grad_o lies is looked at anew
 
 
+@pytest.mark.slow
 @interpreted
 def test_what_an_operator_keeps_is_not_for_other_ways(kept: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     hasten()

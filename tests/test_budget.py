@@ -37,6 +37,7 @@ def test_budget_is_no_blank_cheque() -> None:
             assert float(allowed.gradients[name].norm() / gradient.norm()) < size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "spared"), [("length_64", True), ("keys_far", False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_kernels_are_allowed_what_they_compute_anew(dtype: torch.dtype, name: str, spared: bool) -> None:

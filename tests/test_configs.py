@@ -85,6 +85,7 @@ def test_tiles_of_dk_lie_inside_those_of_dq(head_dim: int, operand: torch.dtype,
         assert dq.m % dk.m == 0
 
 
+@pytest.mark.slow
 @interpreted
 def test_few_programs_have_a_config_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """With two heads of 64 keys and room for two programs a processor; and the gradients are right with either."""

@@ -73,8 +73,10 @@ def test_the_last_rows_of_a_full_forward(backend: Backend, device: str, case: De
     assert not o[unseen].any(), "a new token before the first key has an output of 0"
 
 
-@pytest.mark.parametrize("name", ["plain", "fewer_keys_than_new", "bshd", "prompt_starts", "pages_16"])
-@pytest.mark.quick
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("plain", marks=pytest.mark.quick), "fewer_keys_than_new", "bshd", "prompt_starts", "pages_16"],
+)
 @every_backend
 def test_info(backend: Backend, name: str) -> None:
     case = next(c for c in CASES if c.name == name)
@@ -290,9 +292,8 @@ def test_out_tells_who_saved_it_that_it_has_changed() -> None:
         product.sum().backward()
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("backend", ["naive", "chunked"])
-@pytest.mark.parametrize("name", ["values_wide", "bshd", "pages_bshd"])
+@pytest.mark.parametrize("name", [pytest.param("values_wide", marks=pytest.mark.quick), "bshd", "pages_bshd"])
 def test_opcheck(backend: str, name: str) -> None:
     case = next(c for c in CASES if c.name == name)
     tensors, keywords = arguments(case, torch.float32)

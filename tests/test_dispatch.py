@@ -371,6 +371,7 @@ def test_registering_in_anothers_place(picky):
         flashlla.register_backend(Other(), before="picky", overwrite=True)
 
 
+@pytest.mark.slow
 def test_import_is_light():
     """Neither Triton nor SciPy is imported with the package, and it adds little to torch's own import."""
     code = (

@@ -98,6 +98,7 @@ def test_tensors_that_are_not_there() -> None:
     assert flops["forward"] == 2 * 90 * (D * (5 + 3 * ASSUMED_ITERATIONS) + V)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["flashlla", "torch.utils.flop_counter"])
 def test_whichever_is_imported_first(first: str) -> None:
     """And the package does not import the counter, which takes longer than itself."""

@@ -378,8 +378,7 @@ def test_what_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str, spoil
         check(call)
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("place", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("place", [0.0, pytest.param(0.4, marks=pytest.mark.quick), 1.0])
 @pytest.mark.parametrize("name", ["q", "k", "v", "grad_o"])
 def test_nan_that_goes_astray_is_seen(monkeypatch: pytest.MonkeyPatch, name: str, place: float) -> None:
     call = Call(PLAIN, torch.float32, "chunked", planted=((name, place, float("nan")),))
@@ -444,7 +443,6 @@ def test_a_call_that_its_process_does_not_outlive_is_told(turns: int) -> None:
     assert (campaign.calls, fault["number"], fault["seen"]) == (6, "2", "died: its process ended with 7")
 
 
-@pytest.mark.quick
 def test_a_campaign_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

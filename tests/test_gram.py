@@ -36,7 +36,6 @@ def test_gram(monkeypatch: pytest.MonkeyPatch, causal: bool, dtype: torch.dtype)
     check(got, tensors, 0.02, **options)
 
 
-@pytest.mark.quick
 @interpreted
 @pytest.mark.parametrize("data", ["iid", "power_law", "sharp"])
 def test_gram_is_left_off_where_it_would_not_help(monkeypatch: pytest.MonkeyPatch, data: str) -> None:

@@ -168,9 +168,8 @@ def test_nothing_leaves_a_window(backend: Backend, where: str) -> None:
     torch.testing.assert_close(spoilt["k"][BAD][~keys], clean["k"][BAD][~keys])
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("options", [{}, {"window": 5}], ids=["all", "window"])
+@pytest.mark.parametrize("bad", [pytest.param(math.nan, marks=pytest.mark.quick), math.inf])
+@pytest.mark.parametrize("options", [{}, pytest.param({"window": 5}, marks=pytest.mark.slow)], ids=["all", "window"])
 @every_backend
 def test_padding_on_the_left_goes_nowhere(backend: Backend, options: dict[str, int], bad: float) -> None:
     """Queries, keys, values, ridges and grad_o before the first key: zeros there, the rest as if it were cut off."""

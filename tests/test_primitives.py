@@ -35,6 +35,7 @@ def tiles_kernel(cu_seqlens, out, sequences, total, BLOCK: tl.constexpr):
     tl.store(out + tl.program_id(0) * 2 + 1, tile)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sequences", [1, 2, 7, LANES.value, LANES.value + 1, 3 * LANES.value])
 def test_every_tile_of_packed_sequences_has_one_program(sequences: int) -> None:
     """And those without a tile are no more than the sequences, whatever the lengths: some are 0, one is long."""
@@ -62,6 +63,7 @@ def places_kernel(out, seqlens, heads, length, BLOCK: tl.constexpr, OVER_KEYS: t
     tl.store(out + tl.program_id(0) * 2 + 1, at.start // BLOCK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("over_keys", [False, True])
 @pytest.mark.parametrize(("heads", "tiles"), [(1, 1), (2, TURN.value + 1), (7, 100), (TURN.value + 9, 1)])
 def test_in_turns_every_tile_of_a_head_has_one_program(heads: int, tiles: int, over_keys: bool) -> None:

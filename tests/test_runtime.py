@@ -135,6 +135,7 @@ for name in names[::step]:
 """
 
 
+@pytest.mark.slow
 def test_a_kernels_key_on_disk_is_the_same_whoever_comes_first() -> None:
     """Of every kernel, as it is hashed in one order and in the other."""
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}

@@ -38,6 +38,7 @@ def test_a_short_soak() -> None:
     assert told[-1][1]["problems"] > 0
 
 
+@pytest.mark.slow
 def test_what_was_seen_is_kept_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The record that is cut short has what there is so far."""
     path, kept = tmp_path / "soak.json", []
@@ -60,6 +61,7 @@ def fails(*_: object) -> None:
     raise RuntimeError("as it is to")
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(soak, "soak", fails)
     assert soak.main(["--device", "cpu", "--seconds", "1", "--processes", "2"]) == 1

@@ -18,7 +18,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -136,7 +135,7 @@ def budget_of(
     exact = reference(case, leaves)
     with as_kernels_do(dtype) if fused else contextlib.nullcontext():
         spread = spreads_of(case, leaves, exact, draws)
-    return _budget(exact, spread, dtype, iterative, truncates, tolerance, units or {}, tops or {})
+    return _budget(exact, spread, dtype, iterative, truncates, tolerance, units, tops)
 
 
 @contextlib.contextmanager
@@ -196,9 +195,10 @@ def _budget(
     iterative: bool,
     truncates: bool,
     tolerance: float = 0.0,
-    units: Mapping[str, float] = MappingProxyType({}),
-    tops: Mapping[str, float] = MappingProxyType({}),
+    units: Mapping[str, float] | None = None,
+    tops: Mapping[str, float] | None = None,
 ) -> Budget:
+    units, tops = units or {}, tops or {}
     allowed = [
         allowance(
             result,

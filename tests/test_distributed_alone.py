@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -31,6 +29,7 @@ from flashlla.distributed.sharding import Shards
 from flashlla.nn import LocalLinearAttention
 from flashlla.problem import Inputs
 from tests.support.helpers import normal, qkv
+from tests.support.processes import python
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 
@@ -108,20 +107,22 @@ def alone() -> Iterator[Any]:
 
 
 def test_a_group_ends_where_it_is_destroyed() -> None:
-    """In a process of its own: what keeps a group is loaded once, with the first group that a process has."""
-    code = (
-        "import gc, weakref, torch, torch.distributed as dist; "
-        "from flashlla.distributed import lla_attention_cp, sum_gradients; "
-        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1); "
-        "q = torch.randn(1, 2, 4, 4, requires_grad=True); "
-        "lla_attention_cp(q, q, q, group=dist.group.WORLD).sum().backward(); "
-        "sum_gradients(q, group=dist.group.WORLD); "
-        "group = weakref.ref(dist.group.WORLD); "
-        "dist.destroy_process_group(); gc.collect(); "
-        "assert group() is None, 'the group lives'"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """In a process of its own: what of torch's might keep a group is loaded once in a process."""
+    script = """
+        import gc, weakref
+        import torch
+        import torch.distributed as dist
+        from flashlla.distributed import lla_attention_cp, sum_gradients
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        q = torch.randn(1, 2, 4, 4, requires_grad=True)
+        lla_attention_cp(q, q, q, group=dist.group.WORLD).sum().backward()
+        sum_gradients(q, group=dist.group.WORLD)
+        group = weakref.ref(dist.group.WORLD)
+        dist.destroy_process_group()
+        gc.collect()
+        assert group() is None, "the group lives"
+    """
+    python(script)
 
 
 @pytest.mark.quick

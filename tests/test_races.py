@@ -5,13 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import subprocess
-import sys
-import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +20,8 @@ from flashlla import lla_attention, lla_attention_varlen, lla_decode
 from flashlla.backends.base import Backend
 from flashlla.problem import describe
 from tests.support.helpers import IN_PYTORCH, cu, every_backend, interpreted, normal, problem_of, qkv
+from tests.support.processes import python
 
-ROOT = Path(__file__).resolve().parents[1]
 on_gpu = pytest.mark.gpu
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
@@ -177,20 +173,6 @@ def test_another_current_device(backend: Backend) -> None:
 
 
 # Interruptions
-
-
-def python(script: str, timeout: float = 200, **environment: str) -> str:
-    """What ``script`` prints, run by a Python of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 INTERRUPTED = """

@@ -1,4 +1,4 @@
-"""What several processes do together; checks of theirs, for all of which they are spawned once."""
+"""A process for a script; several of one group, and checks that they make together, spawned once for all of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import datetime
 import functools
 import os
+import subprocess
 import sys
+import textwrap
 import time
 import traceback
 import warnings
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+ROOT = Path(__file__).resolve().parents[2]
 Check = Callable[[], None]
 PATIENCE = 480  # seconds that processes may take for all that they do
 # Seconds that a rank waits for the others in one collective: long where machines are busy.
@@ -41,7 +44,7 @@ class Checks(dict[str, Check]):
 
 def world() -> dist.ProcessGroup:
     group = dist.group.WORLD
-    assert group is not None, "wanted a process that `outcomes` spawned"
+    assert group is not None, "wanted a process that `together` spawned"
     return group
 
 
@@ -50,15 +53,29 @@ def close(got: Tensor, want: Tensor, tolerance: float = EXACT) -> None:
     assert float((got - want).norm()) <= tolerance * float(want.norm()), float((got - want).norm() / want.norm())
 
 
-def together(size: int, folder: Path, work: Callable[[], None], patience: float = PATIENCE) -> None:
+def python(script: str, timeout: float = 200, **environment: str) -> str:
+    """What ``script`` prints, run by a Python of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def together(size: int, folder: Path, work: Callable[[], None]) -> None:
     """``work`` in each of ``size`` processes of one group, whose files go to ``folder``; an error there is one here."""
     context: Any = spawn(_work, (size, str(folder), work), nprocs=size, join=False)
-    end = time.monotonic() + patience
+    end = time.monotonic() + PATIENCE
     while not context.join(timeout=1):
         if time.monotonic() > end:
             for process in context.processes:
                 process.kill()
-            raise TimeoutError(f"the processes took more than {patience} s")
+            raise TimeoutError(f"the processes took more than {PATIENCE} s")
 
 
 def _work(rank: int, size: int, folder: str, work: Callable[[], None]) -> None:
